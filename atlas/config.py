@@ -1,0 +1,175 @@
+"""One frozen dataclass per step of the main job; each goes to JSON and comes back checked."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from atlas.errors import ConfigError
+
+GeneLikelihood = Literal["nb", "zinb"]
+Dispersion = Literal["gene", "gene-batch"]
+Norm = Literal["layer", "batch"]
+LibraryKind = Literal["observed", "latent"]
+Precision = Literal["float32", "bfloat16"]
+Profile = Literal["fast", "portable", "small"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """JSON in and out, with literal choices and types checked on the way in."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise ConfigError(
+                    f"{name} has a value that is not offered",
+                    found=repr(value),
+                    expected=" or ".join(map(repr, get_args(hint))),
+                )
+        self._check()
+
+    def _check(self) -> None:
+        """Raise :class:`ConfigError` where a number is out of range."""
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise ConfigError(
+                f"{name} is out of range", found=repr(getattr(self, name)), expected=expected
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, one per field."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`; an unknown or missing field is an error."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if set(values) != names:
+            raise ConfigError(
+                f"{cls.__name__} does not have these fields",
+                found=", ".join(sorted(values)),
+                expected=", ".join(sorted(names)),
+            )
+        return cls(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class ScviConfig(_Config):
+    """Architecture of scVI, with scvi-tools' names.
+
+    The defaults are those of a reference that is meant for surgery (papers/scarches, Methods):
+    two layers, LayerNorm, and an encoder that sees the batch.
+
+    Attributes
+    ----------
+    n_layers, n_hidden
+        Number and width of the hidden layers of encoder and decoder.
+    n_latent
+        Dimensions of z.
+    dropout_rate
+        Dropout in the encoder.
+    gene_likelihood
+        ``"zinb"`` or ``"nb"``.
+    dispersion
+        Inverse dispersion per gene, or per gene and batch.
+    norm
+        LayerNorm or BatchNorm after each linear layer.
+    encode_batch
+        Whether the encoder sees the batch; without it surgery cannot move a query.
+    library
+        ``"observed"``: the sum over the modelled genes that the study has. ``"latent"``: inferred,
+        with a log-normal prior per batch (papers/scvi, section 2).
+    """
+
+    n_layers: int = 2
+    n_hidden: int = 128
+    n_latent: int = 10
+    dropout_rate: float = 0.1
+    gene_likelihood: GeneLikelihood = "zinb"
+    dispersion: Dispersion = "gene"
+    norm: Norm = "layer"
+    encode_batch: bool = True
+    library: LibraryKind = "observed"
+
+    def _check(self) -> None:
+        self._require("n_layers", self.n_layers >= 1, "at least 1")
+        self._require("n_hidden", self.n_hidden >= 1, "at least 1")
+        self._require("n_latent", self.n_latent >= 1, "at least 1")
+        self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainConfig(_Config):
+    """How a model is trained; defaults as scvi-tools where it has them.
+
+    Attributes
+    ----------
+    max_epochs
+        Passes over the training rows.
+    seed
+        Seeds weights, noise and order.
+    minibatch_size
+        Cells of one step.
+    lr, eps, weight_decay
+        Of Adam.
+    warmup_share
+        Share of all training steps over which the KL weight rises from 0 to 1. A share, not a
+        number of epochs, so that few epochs on many cells end at weight 1 too.
+    validation_share
+        Share of the cells, by row hash, that are held out for validation.
+    early_stopping
+        Stop when the validation bound has not improved for ``patience`` epochs; the weights of the
+        best epoch are kept.
+    patience
+        Epochs to wait for an improvement; counted only after the warm-up.
+    precision
+        ``"bfloat16"`` runs the matrix products in bfloat16, the likelihood in float32.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+    threads
+        Threads of torch; 0 takes what torch would take. Recorded, because another number may sum
+        in another order.
+    checkpoint_steps, checkpoint_minutes
+        A checkpoint every so many steps (0: none by steps) and every so many minutes, besides one
+        at the end of each epoch.
+    block_size, buffer_size
+        Of the loader, in rows; 0 takes the loader's default.
+    """
+
+    max_epochs: int = 400
+    seed: int = 0
+    minibatch_size: int = 128
+    lr: float = 1e-3
+    eps: float = 0.01
+    weight_decay: float = 1e-6
+    warmup_share: float = 0.5
+    validation_share: float = 0.1
+    early_stopping: bool = False
+    patience: int = 45
+    precision: Precision = "float32"
+    device: str = "auto"
+    threads: int = 0
+    checkpoint_steps: int = 0
+    checkpoint_minutes: float = 5.0
+    block_size: int = 0
+    buffer_size: int = 0
+
+    def _check(self) -> None:
+        self._require("max_epochs", self.max_epochs >= 1, "at least 1")
+        self._require("seed", 0 <= self.seed < 2**63, "in [0, 2^63)")
+        self._require("minibatch_size", self.minibatch_size >= 1, "at least 1")
+        self._require("lr", self.lr > 0, "above 0")
+        self._require("eps", self.eps > 0, "above 0")
+        self._require("weight_decay", self.weight_decay >= 0, "at least 0")
+        self._require("warmup_share", 0 <= self.warmup_share <= 1, "in [0, 1]")
+        self._require("validation_share", 0 <= self.validation_share < 1, "in [0, 1)")
+        self._require("patience", self.patience >= 1, "at least 1")
+        self._require("threads", self.threads >= 0, "at least 0")
+        self._require("checkpoint_steps", self.checkpoint_steps >= 0, "at least 0")
+        self._require("checkpoint_minutes", self.checkpoint_minutes > 0, "above 0")
+        self._require("block_size", self.block_size >= 0, "at least 0")
+        self._require("buffer_size", self.buffer_size >= 0, "at least 0")

@@ -1,0 +1,115 @@
+"""Every error that Atlas raises on purpose.
+
+::
+
+    AtlasError                     what, found, expected, what to do, path
+    ├── InputError                 a file or AnnData that cannot be ingested
+    │   ├── CountsError            values that are not raw counts
+    │   └── MissingColumnError     an obs column, layer or key that is not there
+    ├── StoreError                 a store that cannot be used as asked
+    │   ├── NotAStoreError         a folder without a manifest
+    │   ├── FormatError            a format or schema this version does not read
+    │   ├── CorruptStoreError      a missing, truncated or flipped file or chunk
+    │   ├── StudyExistsError       a study name that is taken
+    │   └── LockedError            another writer is at work
+    ├── ModelError                 a model that does not fit the store or the request
+    ├── CheckpointError            a run folder that cannot be resumed or loaded
+    └── ConfigError                an option out of range, or options that contradict
+
+The command line prints the message and leaves with code 2.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class AtlasError(Exception):
+    """What was wrong, what was found, what was expected, what to do, and where.
+
+    Parameters
+    ----------
+    what
+        What is wrong, in one sentence without a full stop.
+    found
+        What was found.
+    expected
+        What was expected in its place.
+    do
+        What the user can do about it.
+    path
+        File or folder that it concerns.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        do: str | None = None,
+        path: str | PathLike[str] | None = None,
+    ) -> None:
+        self.what = what
+        self.found = found
+        self.expected = expected
+        self.do = do
+        self.path = path
+        parts = [what]
+        if found is not None:
+            parts.append(f"found: {found}")
+        if expected is not None:
+            parts.append(f"expected: {expected}")
+        if do is not None:
+            parts.append(f"what to do: {do}")
+        if path is not None:
+            parts.append(f"path: {path}")
+        super().__init__("\n  ".join(parts))
+
+
+class InputError(AtlasError):
+    """A file or AnnData that cannot be ingested."""
+
+
+class CountsError(InputError):
+    """Values that are not raw counts."""
+
+
+class MissingColumnError(InputError):
+    """An obs column, layer or key that is not there."""
+
+
+class StoreError(AtlasError):
+    """A store that cannot be used as asked."""
+
+
+class NotAStoreError(StoreError):
+    """A folder without a manifest."""
+
+
+class FormatError(StoreError):
+    """A format or schema that this version does not read."""
+
+
+class CorruptStoreError(StoreError):
+    """A missing, truncated or flipped file or chunk."""
+
+
+class StudyExistsError(StoreError):
+    """A study name that is taken."""
+
+
+class LockedError(StoreError):
+    """Another writer is at work on the store."""
+
+
+class ModelError(AtlasError):
+    """A model that does not fit the store or the request."""
+
+
+class CheckpointError(AtlasError):
+    """A run folder that cannot be resumed or loaded."""
+
+
+class ConfigError(AtlasError):
+    """An option out of range, or options that contradict each other."""
