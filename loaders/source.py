@@ -22,7 +22,7 @@ class RowBlock:
     indptr
         int64, (n_rows + 1,), starting at 0.
     indices
-        Column of each value: int32, (nnz,), rising within a row.
+        Column of each value: int32, (nnz,), unique within a row, in any order.
     data
         Counts: float32, (nnz,).
     """
