@@ -14,6 +14,7 @@
     │   └── LockedError            another writer is at work
     ├── ModelError                 a model that does not fit the store or the request
     ├── CheckpointError            a run folder that cannot be resumed or loaded
+    ├── TrainingError              a training that cannot go on
     └── ConfigError                an option out of range, or options that contradict
 
 The command line prints the message and leaves with code 2.
@@ -109,6 +110,10 @@ class ModelError(AtlasError):
 
 class CheckpointError(AtlasError):
     """A run folder that cannot be resumed or loaded."""
+
+
+class TrainingError(AtlasError):
+    """A training that cannot go on, for instance because the loss is not finite."""
 
 
 class ConfigError(AtlasError):
