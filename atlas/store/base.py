@@ -1,0 +1,405 @@
+"""A store of counts: many studies, one gene table, one row order, every state kept.
+
+Rows are ordered study by study as appended, and within a study by a 64-bit hash of (study, row
+name); ``obs``, minibatches, embeddings, labels and exports all follow that order. A
+:class:`CountStore` sees the state it was opened at; what it writes itself it sees at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from anndata import AnnData
+
+from atlas.config import Profile
+from atlas.errors import ConfigError, StoreError
+from atlas.ingest.genes import GeneTable
+from atlas.store import embeddings
+from atlas.store import manifest as manifests
+from atlas.store.append import AppendReport, Reading, append_study
+from atlas.store.arrays import read_array
+from atlas.store.schema import GeneSelection, Manifest, StudyEntry
+from atlas.store.tables import join_obs
+from atlas.store.view import CountView
+from atlas.store.zarr_study import ZarrStudy
+from loaders import RowBlock
+
+CODES = ("study", "batch", "label")
+"""Names of the integer codes of every row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Rows for training, validation and test, each as (start, stop) ranges of the store."""
+
+    train: list[tuple[int, int]]
+    validation: list[tuple[int, int]]
+    test: list[tuple[int, int]]
+
+
+class CountStore:
+    """Raw counts of many studies on disk; opened with :func:`open_store`.
+
+    It is a :class:`loaders.RowSource` over the whole gene table; :meth:`select` gives one over
+    chosen genes.
+
+    Parameters
+    ----------
+    path
+        Folder of the store.
+    manifest
+        The state to see.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return (
+            f"CountStore({str(self.path)!r}: {self.n_obs:,} cells × {self.n_vars:,} genes, "
+            f"{len(self.studies)} studies)"
+        )
+
+    # what it holds
+
+    @property
+    def n_obs(self) -> int:
+        """Cells of all studies."""
+        return self.manifest.n_obs
+
+    @property
+    def n_vars(self) -> int:
+        """Genes of the gene table."""
+        return self.manifest.genes.n_vars
+
+    @property
+    def studies(self) -> tuple[str, ...]:
+        """Names of the studies, as appended; their positions are the ``study`` codes."""
+        return tuple(study.name for study in self.manifest.studies)
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Names of the ``batch`` codes: ``study/batch``, or ``study`` where it is one batch."""
+        return self.manifest.batches
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the ``label`` codes; -1 stands for unlabeled."""
+        return self.manifest.labels
+
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Names of the embeddings kept with the store."""
+        return tuple(self.manifest.embeddings)
+
+    @property
+    def segments(self) -> tuple[int, ...]:
+        """Row at which each study starts, and ``n_obs`` at the end."""
+        sizes = [study.n_obs for study in self.manifest.studies]
+        return tuple(int(n) for n in np.cumsum([0, *sizes]))
+
+    @functools.cached_property
+    def gene_table(self) -> GeneTable:
+        """Names and Ensembl ids of all genes."""
+        return manifests.read_gene_table(self.path, self.manifest)
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """The gene table: index gene name, column ``gene_id`` (Ensembl id, or missing)."""
+        table = self.gene_table
+        index = pd.Index(table.names, name="gene", dtype=object)
+        return pd.DataFrame({"gene_id": pd.array(table.ids, dtype="string")}, index=index)
+
+    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Annotations of all cells, in the order of the store.
+
+        Parameters
+        ----------
+        columns
+            The columns to read; all when None. ``atlas_study``, ``atlas_batch`` and ``atlas_label``
+            are the training codes by name, unless an input brought a column so named.
+
+        Returns
+        -------
+        DataFrame
+            Indexed by row name; a column that a study does not have is missing there.
+
+        Raises
+        ------
+        MissingColumnError
+            No study has a column asked for.
+        """
+        frames = [study.obs() for study in self._studies]
+        own = {f"atlas_{name}": self._named_codes(name) for name in CODES}
+        return join_obs(frames, own, columns, self.path)
+
+    def _named_codes(self, name: str) -> pd.Categorical:
+        names = {"study": self.studies, "batch": self.batches, "label": self.labels}[name]
+        return pd.Categorical.from_codes(self.obs_codes[name], categories=list(names))
+
+    @functools.cached_property
+    def obs_codes(self) -> Mapping[str, npt.NDArray[np.int32]]:
+        """``study``, ``batch`` and ``label`` of every cell, each int32 (n_obs,)."""
+        codes = {"study": np.repeat(np.arange(len(self.studies)), np.diff(self.segments))}
+        for name in ("batch", "label"):
+            codes[name] = self.index_array(name)
+        return {name: values.astype(np.int32, copy=False) for name, values in codes.items()}
+
+    def index_array(self, name: str) -> npt.NDArray[Any]:
+        """One array of all studies' index parts: ``row_hash``, ``input_position``, ``batch`` …"""
+        parts = [self.part_array(study, "index", name) for study in self.manifest.studies]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def part_array(self, study: StudyEntry, part: str, name: str) -> npt.NDArray[Any]:
+        """One array of one part of a study, checked against its digest."""
+        return read_array(self.path, study.parts[part], name)
+
+    @functools.cached_property
+    def _studies(self) -> tuple[ZarrStudy, ...]:
+        return tuple(ZarrStudy(self.path, entry) for entry in self.manifest.studies)
+
+    def study(self, name: str) -> ZarrStudy:
+        """The reader of one study, in the study's own columns."""
+        if name not in self.studies:
+            raise StoreError(
+                "The store has no such study",
+                found=name,
+                expected="one of " + ", ".join(self.studies),
+                path=self.path,
+            )
+        return self._studies[self.studies.index(name)]
+
+    # rows
+
+    @functools.cached_property
+    def _all_genes(self) -> CountView:
+        return self._view(np.arange(self.n_vars))
+
+    def _view(self, positions: npt.NDArray[np.int64]) -> CountView:
+        columns = [self.part_array(s, "index", "genes") for s in self.manifest.studies]
+        return CountView(self._studies, columns, positions, self.n_vars, lambda: self.obs_codes)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of rows, columns and their order."""
+        return self._all_genes.fingerprint
+
+    def read_rows(self, start: int, stop: int) -> RowBlock:
+        """Rows of one study over the whole gene table; thread-safe."""
+        return self._all_genes.read_rows(start, stop)
+
+    def select(self, genes: Sequence[str]) -> CountView:
+        """The same rows over chosen genes, in the order given.
+
+        Raises
+        ------
+        StoreError
+            A gene is not in the gene table, or is given twice.
+        """
+        position = {name: i for i, name in enumerate(self.gene_table.names)}
+        unknown = [gene for gene in genes if gene not in position]
+        if unknown or not genes or len(set(genes)) < len(genes):
+            raise StoreError(
+                "These genes cannot be selected",
+                found=f"{len(unknown)} of {len(genes)} are not in the store, e.g. "
+                + ", ".join(unknown[:5])
+                if unknown
+                else "a gene twice, or none at all",
+                expected="names of the store's gene table, each once",
+                do="see `atlas info`, or choose with `atlas genes`",
+                path=self.path,
+            )
+        return self._view(np.array([position[gene] for gene in genes], np.int64))
+
+    def presence(self, genes: Sequence[str] | None = None) -> npt.NDArray[np.bool_]:
+        """Which study measured which gene: bool (n_studies, n_genes)."""
+        view = self._all_genes if genes is None else self.select(genes)
+        return view.presence
+
+    def split(self, validation: float = 0.1, test: float = 0.0) -> Split:
+        """Split the cells by their hash: a cell's side does not change when studies are appended.
+
+        Parameters
+        ----------
+        validation, test
+            Shares of the cells held out: the lowest and the highest hashes.
+        """
+        if min(validation, test) < 0 or validation + test >= 1:
+            raise ConfigError(
+                "The shares held out are out of range",
+                found=f"validation {validation}, test {test}",
+                expected="each at least 0, together below 1",
+            )
+        out = Split([], [], [])
+        low, high = int(validation * 2**64), int((1 - test) * 2**64)
+        for start, study in zip(self.segments, self.manifest.studies, strict=False):
+            hashes = self.part_array(study, "index", "row_hash")
+            cut = start + int(np.searchsorted(hashes, np.uint64(low))) if validation else start
+            end = start + int(np.searchsorted(hashes, np.uint64(high))) if test else None
+            stop = start + study.n_obs
+            end = stop if end is None else end
+            pairs = ((out.validation, start, cut), (out.train, cut, end), (out.test, end, stop))
+            for ranges, a, b in pairs:
+                if a < b:
+                    ranges.append((a, b))
+        return out
+
+    # embeddings, and the genes chosen
+
+    def embedding(self, name: str) -> npt.NDArray[np.float32]:
+        """An embedding kept with the store: float32 (n_obs, n_latent), in store order."""
+        return embeddings.read(self.path, self.manifest, name)
+
+    def embedding_details(self, name: str) -> dict[str, Any]:
+        """How an embedding was made, as given to :meth:`write_embedding`."""
+        return embeddings.details(self.path, self.manifest, name)
+
+    def write_embedding(
+        self, name: str, z: npt.NDArray[np.float32], details: Mapping[str, Any]
+    ) -> None:
+        """Keep an embedding with the store; one of the same name is replaced (its history stays).
+
+        Parameters
+        ----------
+        name
+            Letters, digits, ``._-``.
+        z
+            float32, (n_obs, n_latent), in the order of the store.
+        details
+            How it was made, plain JSON.
+        """
+        self.see(embeddings.write(self.path, self.manifest, name, z, details))
+
+    @property
+    def genes(self) -> tuple[str, ...] | None:
+        """The genes chosen to be modelled (:func:`atlas.select_genes`), or None."""
+        chosen = self.manifest.gene_selection
+        return None if chosen is None else chosen.genes
+
+    def record_genes(self, genes: Iterable[str], flavour: str, n: int) -> None:
+        """Record which genes are to be modelled."""
+        selection = GeneSelection(flavour, n, tuple(genes))
+        self.select(selection.genes)
+        action = f"choose {len(selection.genes)} genes"
+        with manifests.writer(self.path, action):
+            newest = manifests.read(self.path)
+            state = manifests.commit(self.path, newest, action, gene_selection=selection)
+        self.see(state)
+
+    def append(
+        self,
+        source: str | PathLike[str] | AnnData,
+        *,
+        study: str,
+        batch_key: str | Sequence[str] | None = None,
+        label_key: str | None = None,
+        unlabeled: str = "Unknown",
+        profile: Profile = "fast",
+        layer: str | None = None,
+        use_raw: bool = False,
+        round_counts: bool = False,
+        feature_type: str = "Gene Expression",
+        keep_layers: Sequence[str] = (),
+        scheduler: str | None = None,
+        progress: bool = False,
+    ) -> AppendReport:
+        """Append a study; it is there whole afterwards, or not at all.
+
+        Parameters
+        ----------
+        source
+            An ``.h5ad`` or 10x ``.h5`` file, read in blocks, or an AnnData.
+        study
+            Its name: letters, digits, ``._-``.
+        batch_key
+            The obs column of the batch; several are combined. Without one the study is one batch.
+        label_key
+            The obs column of the labels.
+        unlabeled
+            The value that stands for no label, besides missing and empty ones.
+        profile
+            ``"fast"``, ``"portable"`` (core Zarr codecs only) or ``"small"``.
+        layer, use_raw
+            Where the counts are, if not in X.
+        round_counts
+            Round counts with fractions, as some aligners give them.
+        feature_type
+            The feature type to take from a 10x file.
+        keep_layers
+            Names of layers to keep beside the counts.
+        scheduler
+            Address of a dask scheduler for the gene statistics; threads when None.
+        progress
+            Show rows and cells/s on stderr.
+
+        Raises
+        ------
+        InputError, CountsError, MissingColumnError
+            The source cannot be ingested.
+        StudyExistsError, LockedError, StoreError
+            The name is taken, another process writes, or writing failed.
+        """
+        state, report = append_study(
+            self.path,
+            source,
+            study=study,
+            batch_keys=(batch_key,) if isinstance(batch_key, str) else tuple(batch_key or ()),
+            label_key=label_key,
+            unlabeled=unlabeled,
+            profile=profile,
+            reading=Reading(layer, use_raw, round_counts, feature_type, tuple(keep_layers)),
+            scheduler=scheduler,
+            progress=progress,
+        )
+        self.see(state)
+        return report
+
+    def see(self, state: Manifest) -> None:
+        """Look at another state of the same store."""
+        for name, value in vars(type(self)).items():
+            if isinstance(value, functools.cached_property):
+                self.__dict__.pop(name, None)
+        self.manifest = state
+
+
+def create_store(
+    path: str | PathLike[str], *, genes: Sequence[str] | None = None, first: bool = False
+) -> CountStore:
+    """Make an empty store.
+
+    Parameters
+    ----------
+    path
+        Where; must be free.
+    genes
+        The genes to hold, for ever; by default the table grows by the genes of each study.
+    first
+        Hold the genes of the first study only.
+    """
+    if genes is not None and first:
+        raise ConfigError("The genes are given twice", found="a list, and those of the first study")
+    mode = "first" if first else "union" if genes is None else "given"
+    table = GeneTable.of_names(genes or ())
+    root = Path(path)
+    return CountStore(root, manifests.create(root, "zarr", mode, table))
+
+
+def open_store(path: str | PathLike[str], *, number: int | None = None) -> CountStore:
+    """Open a store at its newest state, or at the one of a manifest ``number``.
+
+    Raises
+    ------
+    NotAStoreError, FormatError, CorruptStoreError
+        There is no store, it was written in a newer format, or its manifest is damaged.
+    """
+    root = Path(path)
+    return CountStore(root, manifests.read(root, number))

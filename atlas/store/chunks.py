@@ -1,0 +1,267 @@
+"""Reading the long arrays of a study: strict, thread-safe, straight from the shards.
+
+zarr-python fills what is absent with zeros, so a lost file would read as empty cells. Here a chunk
+or shard that is missing, short or flipped is an error. What is read is plain Zarr v3 (sharding,
+Blosc or pcodec, crc32c), with ``numcodecs.delta`` in the profiles that say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+import numpy.typing as npt
+import pcodec.standalone
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs.numcodecs import Delta, PCodec
+
+from atlas.errors import CorruptStoreError, FormatError
+
+CHUNK = 131_072
+"""Elements of an inner chunk: what is decoded at once."""
+SHARD = 64 * CHUNK
+"""Elements of a shard: one file."""
+
+_ABSENT = 2**64 - 1
+
+
+def create(
+    group: zarr.Group,
+    name: str,
+    n: int,
+    dtype: npt.DTypeLike,
+    profile: str,
+    *,
+    sorted_runs: bool = False,
+) -> zarr.Array[Any]:
+    """Create a one-dimensional array in shards of checksummed chunks.
+
+    Parameters
+    ----------
+    group, name
+        Where.
+    n
+        Elements.
+    dtype
+        Little-endian numpy type.
+    profile
+        ``"fast"``: Blosc lz4 with byte shuffle, and a delta filter where it pays. ``"portable"``:
+        the same without the delta, so codecs of the Zarr v3 specification only. ``"small"``:
+        pcodec level 8.
+    sorted_runs
+        Values rise within runs (column indices, row pointers), so that deltas are small.
+    """
+    kind = np.dtype(dtype).newbyteorder("<")
+    options: dict[str, Any] = {}
+    if profile == "small":
+        options["serializer"] = PCodec(level=8)
+        options["compressors"] = [Crc32cCodec()]
+        options["filters"] = None
+    else:
+        delta = profile == "fast" and sorted_runs
+        options["filters"] = [Delta(dtype=kind.str)] if delta else None
+        options["compressors"] = [
+            BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
+            Crc32cCodec(),
+        ]
+    return group.create_array(
+        name,
+        shape=(n,),
+        dtype=kind,
+        chunks=(CHUNK,),
+        shards=(SHARD,),
+        fill_value=0,
+        config={"write_empty_chunks": True},
+        **options,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How the chunks of one array are decoded, read off its zarr.json."""
+
+    n: int
+    dtype: np.dtype[Any]
+    chunk: int
+    per_shard: int
+    decompress: Callable[[memoryview, npt.NDArray[Any]], None]
+    delta: bool
+
+
+def _decompress_blosc(source: memoryview, target: npt.NDArray[Any]) -> None:
+    numcodecs.blosc.decompress(source, target)
+
+
+def _decompress_pcodec(source: memoryview, target: npt.NDArray[Any]) -> None:
+    pcodec.standalone.simple_decompress_into(bytes(source), target)
+
+
+def _recipe(path: Path) -> _Recipe:
+    """Parse the metadata of an array that :func:`create` made."""
+    try:
+        meta = json.loads((path / "zarr.json").read_bytes())
+        (sharding,) = meta["codecs"]
+        if sharding["name"] != "sharding_indexed":
+            raise KeyError(sharding["name"])
+        inner = sharding["configuration"]
+        codecs = [codec["name"] for codec in inner["codecs"]]
+        chunk = int(inner["chunk_shape"][0])
+        shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
+        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+        n = int(meta["shape"][0])
+    except FileNotFoundError:
+        raise _missing(path / "zarr.json", "The metadata of an array is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise FormatError(
+            "An array has a layout that this version does not read",
+            found=repr(error),
+            expected="one dimension, codec sharding_indexed",
+            path=path / "zarr.json",
+        ) from None
+    known: dict[tuple[str, ...], tuple[Callable[[memoryview, npt.NDArray[Any]], None], bool]] = {
+        ("numcodecs.delta", "bytes", "blosc", "crc32c"): (_decompress_blosc, True),
+        ("bytes", "blosc", "crc32c"): (_decompress_blosc, False),
+        ("numcodecs.pcodec", "crc32c"): (_decompress_pcodec, False),
+    }
+    if tuple(codecs) not in known:
+        raise FormatError(
+            "An array has codecs that this version does not read",
+            found=" → ".join(codecs),
+            expected=" or ".join(" → ".join(names) for names in known),
+            path=path / "zarr.json",
+        )
+    decompress, delta = known[tuple(codecs)]
+    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta)
+
+
+def _missing(path: Path, what: str) -> CorruptStoreError:
+    return CorruptStoreError(
+        what, do="restore it from a copy, or drop the study and ingest it again", path=path
+    )
+
+
+class ChunkedArray:
+    """One array of a study, read by element range from any number of threads.
+
+    Parameters
+    ----------
+    path
+        Folder of the array, with its zarr.json.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._recipe = _recipe(path)
+        self._indices: dict[int, npt.NDArray[np.uint64]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._recipe.n
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements, as stored."""
+        return self._recipe.dtype
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Elements ``start`` to ``stop`` (exclusive), checked and decoded.
+
+        Raises
+        ------
+        CorruptStoreError
+            A shard or chunk is missing, short, or fails its checksum.
+        """
+        r = self._recipe
+        if not 0 <= start <= stop <= r.n:
+            raise IndexError(f"elements {start}:{stop} of {r.n} in {self.path}")
+        out = np.empty(stop - start, r.dtype)
+        if start == stop:
+            return out
+        first, last = start // r.chunk, (stop - 1) // r.chunk
+        for shard in range(first // r.per_shard, last // r.per_shard + 1):
+            low = max(first, shard * r.per_shard)
+            high = min(last, (shard + 1) * r.per_shard - 1)
+            for number, chunk in self._chunks(shard, low, high):
+                begin = number * r.chunk
+                a, b = max(start, begin), min(stop, begin + r.chunk)
+                out[a - start : b - start] = chunk[a - begin : b - begin]
+        return out
+
+    def _chunks(self, shard: int, low: int, high: int) -> list[tuple[int, npt.NDArray[Any]]]:
+        """Decode chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard."""
+        r = self._recipe
+        path = self.path / "c" / str(shard)
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise _missing(path, "A shard of the store is missing") from None
+        try:
+            index = self._index(shard, descriptor, path)
+            local = index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
+            if (local == _ABSENT).any():
+                raise _missing(path, "A chunk is missing from a shard of the store")
+            # neighbouring chunks lie one behind the other: one read for all
+            begin = int(local[:, 0].min())
+            end = int((local[:, 0] + local[:, 1]).max())
+            data = memoryview(os.pread(descriptor, end - begin, begin))
+        finally:
+            os.close(descriptor)
+        if len(data) != end - begin:
+            raise self._flipped(path, f"{begin + len(data)} bytes", f"at least {end} bytes")
+        out = []
+        for number, (offset, length) in enumerate(local.tolist(), start=low):
+            at = offset - begin
+            out.append((number, self._decode(data[at : at + length], path, number)))
+        return out
+
+    def _decode(self, data: memoryview, path: Path, number: int) -> npt.NDArray[Any]:
+        r = self._recipe
+        body = data[:-4]
+        if google_crc32c.value(bytes(body)) != int.from_bytes(data[-4:], "little"):
+            raise self._flipped(path, f"another checksum in chunk {number}", "the crc32c stored")
+        chunk = np.empty(r.chunk, r.dtype)
+        r.decompress(body, chunk)
+        if r.delta:
+            np.cumsum(chunk, dtype=r.dtype, out=chunk)
+        return chunk
+
+    def _index(self, shard: int, descriptor: int, path: Path) -> npt.NDArray[np.uint64]:
+        """Offset and length of each chunk in a shard, (per_shard, 2), from the shard's end."""
+        with self._lock:
+            if shard in self._indices:
+                return self._indices[shard]
+        length = self._recipe.per_shard * 16 + 4
+        size = os.fstat(descriptor).st_size
+        data = os.pread(descriptor, length, max(0, size - length))
+        if len(data) < length:
+            raise self._flipped(path, f"{size} bytes", f"at least {length} bytes")
+        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise self._flipped(path, "another checksum in its index", "the crc32c stored")
+        index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
+        with self._lock:
+            self._indices[shard] = index
+        return index
+
+    def _flipped(self, path: Path, found: str, expected: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            "A shard of the store is damaged",
+            found=found,
+            expected=expected,
+            do="restore it from a copy, or drop the study and ingest it again",
+            path=path,
+        )
+
+
+def read_all(path: Path) -> npt.NDArray[Any]:
+    """A whole array."""
+    array = ChunkedArray(path)
+    return cast("npt.NDArray[Any]", array.read(0, len(array)))

@@ -1,0 +1,108 @@
+"""Embeddings: a part beside each study, listed in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.errors import StoreError
+from atlas.store import manifest as manifests
+from atlas.store.append import check_name
+from atlas.store.arrays import read_array, read_details, write_part
+from atlas.store.schema import EmbeddingEntry, Manifest
+
+
+def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
+    """An embedding: float32 (n_obs, n_latent), in the order of the store.
+
+    Raises
+    ------
+    StoreError
+        There is none of this name, or a study was appended after it was made.
+    """
+    entry = _entry(root, manifest, name)
+    parts = []
+    for study in manifest.studies:
+        if f"embedding:{name}" not in study.parts:
+            raise StoreError(
+                f"The embedding {name!r} does not cover study {study.name!r}",
+                found="a study that was appended later",
+                do="run `atlas embed` again",
+                path=root,
+            )
+        parts.append(read_array(root, study.parts[f"embedding:{name}"], "z"))
+    return np.concatenate([np.empty((0, entry.n_latent), np.float32), *parts])
+
+
+def details(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
+    """How an embedding was made."""
+    return read_details(root, _entry(root, manifest, name).details)
+
+
+def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
+    if name not in manifest.embeddings:
+        raise StoreError(
+            "The store has no such embedding",
+            found=name,
+            expected=f"one of {', '.join(manifest.embeddings) or '(there are none)'}",
+            do="make one with `atlas embed`",
+            path=root,
+        )
+    return manifest.embeddings[name]
+
+
+def write(
+    root: Path, seen: Manifest, name: str, z: npt.NDArray[np.float32], how: Mapping[str, Any]
+) -> Manifest:
+    """Write an embedding of the studies of ``seen`` and commit it; returns the new state.
+
+    A study appended meanwhile by another process is left without it.
+    """
+    check_name(name, "embedding")
+    if z.ndim != 2 or len(z) != seen.n_obs:
+        raise StoreError(
+            "The embedding does not fit the store",
+            found=f"shape {z.shape}",
+            expected=f"({seen.n_obs}, n_latent)",
+            path=root,
+        )
+    bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
+    mine = {s.name: rows for s, rows in zip(seen.studies, pairwise(bounds), strict=True)}
+    with manifests.writer(root, f"embed {name}"):
+        newest = manifests.read(root)
+        number = newest.number + 1
+        try:
+            studies = []
+            for study in newest.studies:
+                parts = {k: v for k, v in study.parts.items() if k != f"embedding:{name}"}
+                if study.name in mine:
+                    a, b = mine[study.name]
+                    parts[f"embedding:{name}"] = write_part(
+                        root,
+                        f"parts/{study.name}/embedding-{name}-{number:06d}",
+                        {"z": np.ascontiguousarray(z[a:b], np.float32)},
+                    )
+                studies.append(replace(study, parts=parts))
+            about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
+            entry = EmbeddingEntry(z.shape[1], about)
+            return manifests.commit(
+                root,
+                newest,
+                f"embed {name}",
+                studies=tuple(studies),
+                embeddings={**newest.embeddings, name: entry},
+            )
+        except OSError as error:
+            manifests.remove_leftovers(root)
+            raise StoreError(
+                "The embedding could not be written; the store is as it was",
+                found=str(error),
+                do="make room or mend the disk, then run the command again",
+                path=root,
+            ) from error

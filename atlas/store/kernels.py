@@ -1,0 +1,86 @@
+"""Compiled loops of the store; all release the GIL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+@numba.njit(nogil=True, cache=True)
+def map_columns(
+    indptr: npt.NDArray[np.int64],
+    indices: npt.NDArray[Any],
+    data: npt.NDArray[Any],
+    table: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Rename the columns of CSR rows by ``table`` and widen; a column that maps to -1 is dropped.
+
+    Parameters
+    ----------
+    indptr
+        int64, (n_rows + 1,), from 0.
+    indices, data
+        (nnz,), as stored.
+    table
+        int32, (n_columns,): the new column of each old one, or -1.
+
+    Returns
+    -------
+    indptr int64, indices int32, data float32
+    """
+    n_rows = len(indptr) - 1
+    new_indptr = np.empty(n_rows + 1, np.int64)
+    kept = 0
+    new_indptr[0] = 0
+    for row in range(n_rows):
+        for j in range(indptr[row], indptr[row + 1]):
+            if table[indices[j]] >= 0:
+                kept += 1
+        new_indptr[row + 1] = kept
+    new_indices = np.empty(kept, np.int32)
+    new_data = np.empty(kept, np.float32)
+    at = 0
+    for j in range(indptr[0], indptr[n_rows]):
+        column = table[indices[j]]
+        if column >= 0:
+            new_indices[at] = column
+            new_data[at] = data[j]
+            at += 1
+    return new_indptr, new_indices, new_data
+
+
+@numba.njit(nogil=True, cache=True)
+def hash_rows(
+    indptr: npt.NDArray[np.int64],
+    indices: npt.NDArray[Any],
+    data: npt.NDArray[Any],
+    table: npt.NDArray[np.int32],
+) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of each row's counts by gene, whatever the order of its columns.
+
+    The sum, modulo 2^64, of splitmix64 over (gene, count) pairs: equal for the same cell in two
+    studies whose columns differ in order. A row without counts has hash 0.
+    ``table`` gives the gene of each column, -1 for none.
+    """
+    n_rows = len(indptr) - 1
+    out = np.zeros(n_rows, np.uint64)
+    for row in range(n_rows):
+        total = np.uint64(0)
+        for j in range(indptr[row], indptr[row + 1]):
+            gene = table[indices[j]]
+            if gene < 0:
+                continue
+            x = (np.uint64(gene) << np.uint64(32)) ^ np.uint64(data[j])
+            x = x + _GOLDEN
+            x = (x ^ (x >> np.uint64(30))) * _MIX1
+            x = (x ^ (x >> np.uint64(27))) * _MIX2
+            total += x ^ (x >> np.uint64(31))
+        out[row] = total
+    return out

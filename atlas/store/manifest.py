@@ -1,0 +1,235 @@
+"""Numbered manifests: read, commit exclusively, one writer at a time, clean up after a crash.
+
+::
+
+    STORE/manifests/000001.json …   every state the store has had
+    STORE/genes/000001.json …       gene tables, each as of the manifest of that number
+    STORE/studies/NAME/             one AnnData group per study
+    STORE/parts/NAME/…              what lies beside a study: index, statistics, embeddings
+    STORE/writer.lock, writer.json  who is writing
+
+A writer puts everything in place first, synced; then the next manifest appears in one step. What no
+manifest names was left by a crash, and the next writer removes it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from atlas import files
+from atlas.errors import CorruptStoreError, LockedError, NotAStoreError, StoreError
+from atlas.ingest.genes import GeneTable
+from atlas.store.schema import GenesFile, Manifest
+
+_NUMBERED = re.compile(r"^(\d{6,})\.json$")
+
+
+def now() -> str:
+    """This moment in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def manifest_path(root: Path, number: int) -> Path:
+    """File of manifest ``number``."""
+    return root / "manifests" / f"{number:06d}.json"
+
+
+def numbers(root: Path) -> list[int]:
+    """Numbers of all manifests, rising."""
+    folder = root / "manifests"
+    if not folder.is_dir():
+        return []
+    return sorted(int(m[1]) for p in folder.iterdir() if (m := _NUMBERED.match(p.name)))
+
+
+def read(root: Path, number: int | None = None) -> Manifest:
+    """Read a manifest: the newest, or the one of a number.
+
+    Raises
+    ------
+    NotAStoreError
+        ``root`` is no folder, or has no manifest.
+    """
+    if not root.exists():
+        raise NotAStoreError(
+            "There is no store here",
+            found="no such folder",
+            expected="a folder that `atlas ingest` made",
+            path=root,
+        )
+    there = numbers(root)
+    if not there:
+        raise NotAStoreError(
+            "This is no store",
+            found="a file" if root.is_file() else "a folder without manifests",
+            expected="a folder that `atlas ingest` made",
+            do="check the path, or make a store with `atlas ingest`",
+            path=root,
+        )
+    if number is not None and number not in there:
+        raise StoreError(
+            "The store has no manifest of this number", found=number, expected=there, path=root
+        )
+    path = manifest_path(root, there[-1] if number is None else number)
+    manifest = Manifest.from_bytes(path.read_bytes(), path)
+    if f"{manifest.number:06d}.json" != path.name:
+        raise CorruptStoreError(
+            "The manifest has another number than its file",
+            found=manifest.number,
+            expected=path.stem,
+            path=path,
+        )
+    return manifest
+
+
+def commit(root: Path, newest: Manifest, action: str, **changes: Any) -> Manifest:
+    """Make the state that follows ``newest`` the newest, and return it.
+
+    Raises
+    ------
+    StoreError
+        A manifest of this number is there already: the lock was not respected.
+    """
+    state = replace(
+        newest,
+        number=newest.number + 1,
+        created=now(),
+        written_by=version("atlas-trainer"),
+        action=action,
+        **changes,
+    )
+    path = manifest_path(root, state.number)
+    try:
+        files.create_exclusively(path, state.to_bytes())
+    except FileExistsError:
+        raise StoreError(
+            "Another writer has committed meanwhile",
+            found=f"manifest {state.number}",
+            do="run the command again; on network file systems without locks, one at a time",
+            path=path,
+        ) from None
+    return state
+
+
+def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manifest:
+    """Make the folder of a new store, with manifest 1.
+
+    Raises
+    ------
+    StoreError
+        There is something at ``root`` already.
+    """
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise StoreError(
+            "A store cannot be made here",
+            found="a store" if numbers(root) else "a file or a folder that is not empty",
+            expected="a path that is free",
+            do="open the store that is there, or choose another path",
+            path=root,
+        )
+    for folder in ("manifests", "genes", "studies", "parts"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    void = Manifest(0, now(), "", "", backend, gene_mode, GenesFile("", "", 0))
+    state = commit(root, void, "create", genes=write_gene_table(root, 1, table))
+    files.sync_tree(root)
+    files.sync_folder(root.absolute().parent)
+    return state
+
+
+def write_gene_table(root: Path, number: int, table: GeneTable) -> GenesFile:
+    """Write the gene table as of manifest ``number``."""
+    path = root / "genes" / f"{number:06d}.json"
+    files.write_bytes(path, json.dumps(table.to_json()).encode())
+    files.sync_folder(path.parent)
+    return GenesFile(path.relative_to(root).as_posix(), files.digest_file(path), len(table.names))
+
+
+def read_gene_table(root: Path, manifest: Manifest) -> GeneTable:
+    """Read the gene table of a state, checked against its digest."""
+    path = root / manifest.genes.path
+    if not path.is_file() or files.digest_file(path) != manifest.genes.sha256:
+        raise CorruptStoreError(
+            "The gene table is missing or is not what was written",
+            do="restore it from a copy; older manifests of the store are still whole",
+            path=path,
+        )
+    return GeneTable.from_json(json.loads(path.read_bytes()))
+
+
+@contextmanager
+def writer(root: Path, action: str) -> Iterator[None]:
+    """Be the only writer of a store, with what a crash left behind removed.
+
+    Raises
+    ------
+    LockedError
+        Another process writes; the message names it.
+    """
+    lock = filelock.FileLock(root / "writer.lock", thread_local=False)
+    owner = root / "writer.json"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        try:
+            who = json.loads(owner.read_text())
+            found = "process {pid} on {host}, since {since}: {action}".format(**who)
+        except (OSError, ValueError, KeyError):
+            found = "another process"
+        raise LockedError(
+            "Another writer is at work on the store",
+            found=found,
+            do="wait until it has ended; readers are not affected",
+            path=root,
+        ) from None
+    try:
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "action": action}
+        owner.write_text(json.dumps({**who, "command": " ".join(sys.argv)[:500]}))
+        remove_leftovers(root)
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def remove_leftovers(root: Path) -> list[Path]:
+    """Remove what no manifest names: the remains of an interrupted writer; returns what it was."""
+    studies: set[str] = set()
+    parts: set[str] = set()
+    genes: set[str] = set()
+    for number in numbers(root):
+        manifest = read(root, number)
+        genes.add(manifest.genes.path)
+        parts.update(entry.details.path for entry in manifest.embeddings.values())
+        for study in manifest.studies:
+            studies.add(study.path)
+            parts.update(part.path for part in study.parts.values())
+    candidates = [
+        *(p for p in root.glob("studies/*") if p.relative_to(root).as_posix() not in studies),
+        *(p for p in root.glob("parts/*/*") if p.relative_to(root).as_posix() not in parts),
+        *(p for p in root.glob("genes/*") if p.relative_to(root).as_posix() not in genes),
+        *root.glob("manifests/.*.partial"),
+        *root.glob("scratch"),
+    ]
+    for path in candidates:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for folder in root.glob("parts/*"):
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return candidates

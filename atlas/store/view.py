@@ -1,0 +1,105 @@
+"""The rows of a store over chosen genes: what the loader reads."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.store.kernels import map_columns
+from atlas.store.zarr_study import ZarrStudy
+from loaders import RowBlock
+
+
+class CountView:
+    """A :class:`loaders.RowSource`: all rows of a store, its columns the chosen genes.
+
+    Parameters
+    ----------
+    studies
+        Readers of the studies, in order.
+    columns
+        For each study, the store's gene for each of its own columns: int32, -1 for none.
+    positions
+        The chosen genes: int64 positions in the gene table.
+    n_store_vars
+        Genes of the gene table.
+    codes
+        Gives the integer codes of all rows.
+    """
+
+    def __init__(
+        self,
+        studies: Sequence[ZarrStudy],
+        columns: Sequence[npt.NDArray[np.int32]],
+        positions: npt.NDArray[np.int64],
+        n_store_vars: int,
+        codes: Callable[[], Mapping[str, npt.NDArray[np.int32]]],
+    ) -> None:
+        self._studies = tuple(studies)
+        self._positions = positions
+        self._codes = codes
+        # one column more than genes, so that -1 (no gene) finds -1 at the end
+        chosen = np.full(n_store_vars + 1, -1, np.int32)
+        chosen[positions] = np.arange(len(positions), dtype=np.int32)
+        self._tables = tuple(chosen[column] for column in columns)
+        self.segments = tuple(
+            int(n) for n in np.cumsum([0, *(study.entry.n_obs for study in studies)])
+        )
+
+    @property
+    def n_obs(self) -> int:
+        """Rows of all studies."""
+        return self.segments[-1]
+
+    @property
+    def n_vars(self) -> int:
+        """Chosen genes."""
+        return len(self._positions)
+
+    @property
+    def obs_codes(self) -> Mapping[str, npt.NDArray[np.int32]]:
+        """``study``, ``batch`` and ``label`` of every row."""
+        return self._codes()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the studies, their rows and order, and the columns."""
+        total = hashlib.sha256()
+        for study, table in zip(self._studies, self._tables, strict=True):
+            entry = study.entry
+            digests = [entry.digests[key] for key in sorted(entry.digests)]
+            index = [entry.parts["index"].files[key] for key in sorted(entry.parts["index"].files)]
+            total.update("\n".join([entry.name, str(entry.n_obs), *digests, *index]).encode())
+            total.update(table.astype("<i4").tobytes())
+        return total.hexdigest()
+
+    @functools.cached_property
+    def presence(self) -> npt.NDArray[np.bool_]:
+        """Which study measured which of the genes: bool (n_studies, n_vars)."""
+        out = np.zeros((len(self._studies), self.n_vars), bool)
+        for row, table in zip(out, self._tables, strict=True):
+            row[table[table >= 0]] = True
+        return out
+
+    def read_rows(self, start: int, stop: int) -> RowBlock:
+        """Rows ``start`` to ``stop`` (exclusive) of one study; thread-safe.
+
+        Raises
+        ------
+        CorruptStoreError
+            A chunk is missing or damaged.
+        """
+        i = bisect.bisect_right(self.segments, start) - 1
+        if (
+            not 0 <= start <= stop <= self.n_obs
+            or stop > self.segments[min(i + 1, len(self._studies))]
+        ):
+            raise IndexError(f"rows {start}:{stop} do not lie in one study of {self.segments}")
+        offset = self.segments[i]
+        indptr, indices, data = self._studies[i].counts.read(start - offset, stop - offset)
+        return RowBlock(*map_columns(indptr, indices, data, self._tables[i]))

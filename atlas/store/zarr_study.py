@@ -1,0 +1,252 @@
+"""One study on disk: a complete AnnData in Zarr v3 that ``anndata.read_zarr`` opens."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, cast
+
+import anndata.io
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import zarr
+
+from atlas.errors import CorruptStoreError, InputError
+from atlas.files import digest_tree
+from atlas.store import chunks
+from atlas.store.arrays import DurableStore
+from atlas.store.schema import StudyEntry
+
+Rows: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
+"""indptr from 0, indices in the study's own columns, values; as stored."""
+
+
+class CSRRows(Protocol):
+    """A run of rows in CSR form, ``indptr`` from 0."""
+
+    @property
+    def indptr(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def indices(self) -> npt.NDArray[Any]: ...
+    @property
+    def data(self) -> npt.NDArray[Any]: ...
+
+
+def create_group(folder: Path) -> zarr.Group:
+    """The group of a new study, with all elements an AnnData has."""
+    group = zarr.open_group(DurableStore(folder), mode="w", zarr_format=3)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    for name in ("layers", "obsm", "varm", "obsp", "varp", "uns"):
+        anndata.io.write_elem(group, name, {})
+    return group
+
+
+def write_tables(
+    group: zarr.Group,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    obsm: Mapping[str, npt.NDArray[Any]],
+    uns: Mapping[str, Any],
+) -> None:
+    """Write everything but the counts; rows are in stored order already.
+
+    Raises
+    ------
+    InputError
+        A column holds values that AnnData cannot write.
+    """
+    for name, value in {"obs": obs, "var": var}.items():
+        frame = value.copy(deep=False)
+        for column in frame.select_dtypes(object):
+            present = frame[column].dropna()
+            if len(present) and not all(isinstance(v, str) for v in present):
+                raise InputError(
+                    f"The {name} column {column!r} mixes types and cannot be stored",
+                    found=", ".join(sorted({type(v).__name__ for v in present})),
+                    expected="strings, numbers, booleans or categories",
+                    do=f"convert it, e.g. adata.{name}[{column!r}].astype(str)",
+                )
+            frame[column] = frame[column].astype("category")
+        anndata.io.write_elem(group, name, frame)
+    for name, array in obsm.items():
+        anndata.io.write_elem(group, f"obsm/{name}", array)
+    for name, item in uns.items():
+        anndata.io.write_elem(group, f"uns/{name}", item)
+
+
+def write_matrix(
+    group: zarr.Group,
+    name: str,
+    blocks: Iterable[CSRRows],
+    *,
+    shape: tuple[int, int],
+    nnz: int,
+    dtype: npt.DTypeLike,
+    profile: str,
+) -> None:
+    """Write CSR rows as ``name``, shard by shard, holding two shards in memory at the most.
+
+    Column indices are uint16 where the columns allow, else uint32.
+    """
+    matrix = group.create_group(name)
+    matrix.attrs.update(
+        {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": list(shape)}
+    )
+    index_type = np.uint16 if shape[1] <= 2**16 else np.uint32
+    columns = _Appender(
+        chunks.create(matrix, "indices", nnz, index_type, profile, sorted_runs=True)
+    )
+    values = _Appender(chunks.create(matrix, "data", nnz, dtype, profile))
+    indptr = np.zeros(shape[0] + 1, np.int64)
+    row = 0
+    for block in blocks:
+        n = len(block.indptr) - 1
+        indptr[row + 1 : row + n + 1] = indptr[row] + block.indptr[1:]
+        columns.append(block.indices)
+        values.append(block.data)
+        row += n
+    columns.close()
+    values.close()
+    pointers = _Appender(
+        chunks.create(matrix, "indptr", len(indptr), np.int64, profile, sorted_runs=True)
+    )
+    pointers.append(indptr)
+    pointers.close()
+    if row != shape[0] or indptr[-1] != nnz:
+        raise RuntimeError(f"wrote {row} rows, {indptr[-1]} values; meant {shape[0]}, {nnz}")
+
+
+class _Appender:
+    """Collects values and writes whole shards."""
+
+    def __init__(self, array: zarr.Array[Any]) -> None:
+        self.array = array
+        self.buffer = np.empty(min(chunks.SHARD, max(1, array.shape[0])), array.dtype)
+        self.filled = 0
+        self.written = 0
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        at = 0
+        while at < len(values):
+            n = min(len(values) - at, len(self.buffer) - self.filled)
+            self.buffer[self.filled : self.filled + n] = values[at : at + n]
+            self.filled += n
+            at += n
+            if self.filled == len(self.buffer):
+                self._flush()
+
+    def close(self) -> None:
+        if self.filled:
+            self._flush()
+
+    def _flush(self) -> None:
+        self.array[self.written : self.written + self.filled] = self.buffer[: self.filled]
+        self.written += self.filled
+        self.filled = 0
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a study's metadata (all but the counts and obs), obs, and indptr."""
+    return {what: _digest(folder, what) for what in ("metadata", "obs", "indptr")}
+
+
+def _digest(folder: Path, what: str) -> str:
+    if what == "obs":
+        return digest_tree([folder / "obs"], folder)
+    layers = folder / "layers"
+    matrices = [folder / "X", *sorted(p for p in layers.glob("*") if p.is_dir())]
+    if what == "indptr":
+        return digest_tree([matrix / "indptr" for matrix in matrices], folder)
+    small = [p for p in folder.glob("*") if p.name not in ("X", "obs", "layers")]
+    small += [m / name / "zarr.json" for m in matrices for name in ("indices", "data", "indptr")]
+    small += [p / "zarr.json" for p in [*matrices, layers]]
+    return digest_tree(small, folder)
+
+
+class CSRMatrix:
+    """The counts or a layer of one study, read by row range from any number of threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[type[CSRMatrix], tuple[Path]]:
+        return CSRMatrix, (self.folder,)  # a worker elsewhere opens it anew
+
+    @functools.cached_property
+    def _indptr(self) -> npt.NDArray[np.int64]:
+        return cast("npt.NDArray[np.int64]", chunks.read_all(self.folder / "indptr"))
+
+    @functools.cached_property
+    def _indices(self) -> chunks.ChunkedArray:
+        return chunks.ChunkedArray(self.folder / "indices")
+
+    @functools.cached_property
+    def _data(self) -> chunks.ChunkedArray:
+        return chunks.ChunkedArray(self.folder / "data")
+
+    def read(self, start: int, stop: int) -> Rows:
+        """Rows ``start`` to ``stop`` (exclusive), checked and decoded."""
+        indptr = self._indptr[start : stop + 1]
+        low, high = int(indptr[0]), int(indptr[-1])
+        return indptr - low, self._indices.read(low, high), self._data.read(low, high)
+
+
+class ZarrStudy:
+    """Reads one study; safe to use from several threads.
+
+    Parameters
+    ----------
+    root
+        The store.
+    entry
+        The study, as the manifest has it.
+    """
+
+    def __init__(self, root: Path, entry: StudyEntry) -> None:
+        self.folder = root / entry.path
+        self.entry = entry
+        self.counts = CSRMatrix(self.folder / "X")
+
+    def check(self, what: str) -> None:
+        """Compare the digest of ``"metadata"``, ``"obs"`` or ``"indptr"`` with the manifest's.
+
+        Raises
+        ------
+        CorruptStoreError
+            A file is missing or is not what was written.
+        """
+        found = _digest(self.folder, what)
+        if found != self.entry.digests[what]:
+            raise CorruptStoreError(
+                f"The {what} of study {self.entry.name!r} is not what was written",
+                found=f"SHA-256 {found[:16]}…",
+                expected=f"SHA-256 {self.entry.digests[what][:16]}…",
+                do="restore the study's folder from a copy, or drop it and ingest it again",
+                path=self.folder,
+            )
+
+    @functools.cached_property
+    def _group(self) -> zarr.Group:
+        return zarr.open_group(self.folder, mode="r")
+
+    def obs(self) -> pd.DataFrame:
+        """The study's obs, in stored order, indexed by row name."""
+        self.check("obs")
+        frame: pd.DataFrame = anndata.io.read_elem(self._group["obs"])
+        return frame
+
+    def table(self, name: str) -> Any:
+        """Another small element of the AnnData: ``"var"``, ``"obsm"``, ``"uns"``."""
+        self.check("metadata")
+        return anndata.io.read_elem(self._group[name])
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers kept with the study."""
+        return tuple(sorted(p.name for p in (self.folder / "layers").glob("*") if p.is_dir()))
+
+    def layer(self, name: str) -> CSRMatrix:
+        """A layer kept with the study."""
+        return CSRMatrix(self.folder / "layers" / name)
