@@ -1,0 +1,132 @@
+"""Entropy of batch mixing.
+
+scVI (Lopez et al. 2018) and scANVI (Xu et al. 2021), Methods: the entropy of the batch frequencies
+among a cell's 50 nearest neighbours, averaged over cells; scArches (Lotfollahi et al. 2022),
+Methods: among 15.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import xlogy
+from scipy.stats import hypergeom
+
+from atlas.evaluation.codes import Categories
+from atlas.evaluation.neighbours import Indices, Neighbours
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """Entropy of batch mixing, averaged over the cells asked for.
+
+    Attributes
+    ----------
+    entropy, standard_error
+        Mean over cells and its standard error (as of a sample from many more cells), nats.
+    log_batches
+        ln B, the entropy of B batches in equal parts, nats.
+    ceiling
+        Mean entropy when batches are permuted over the cells, nats.
+    n_cells, k
+        Cells averaged over, and neighbours of each.
+    """
+
+    entropy: float
+    standard_error: float
+    log_batches: float
+    ceiling: float
+    n_cells: int
+    k: int
+
+    @property
+    def bits(self) -> float:
+        """The entropy in bits."""
+        return self.entropy / math.log(2)
+
+
+def batch_entropies(
+    indices: Indices, batches: npt.NDArray[np.int64], n_batches: int
+) -> npt.NDArray[np.float64]:
+    """Entropy of the batch frequencies among each query's neighbours.
+
+    Parameters
+    ----------
+    indices
+        Neighbours of each query, as rows of ``batches``: int64, (n_queries, k).
+    batches
+        Batch of every cell: int64, (n_cells,).
+    n_batches
+        Number of batches.
+
+    Returns
+    -------
+    Nats: float64, (n_queries,).
+    """
+    n_queries, k = indices.shape
+    entropies = np.empty(n_queries)
+    tile = max(1, 2**22 // n_batches)
+    for start in range(0, n_queries, tile):
+        codes = batches[indices[start : start + tile]]
+        codes += np.arange(len(codes))[:, None] * n_batches
+        counts = np.bincount(codes.ravel(), minlength=(len(codes)) * n_batches)
+        shares = counts.reshape(len(codes), n_batches) / k
+        entropies[start : start + tile] = -xlogy(shares, shares).sum(axis=1)
+    return entropies
+
+
+def permutation_ceiling(batch_sizes: npt.NDArray[np.int64], k: int) -> float:
+    """Expected entropy among k neighbours after a random permutation of the batches, nats.
+
+    Exact, with no permutation drawn: whatever the neighbour lists, the batches of k different cells
+    after a permutation are k draws without replacement, so the count of each batch is
+    hypergeometric; and the entropy is a sum over batches of a function of that count. It is what
+    perfect mixing reaches: below ln B, because k neighbours cannot show B equal shares, and because
+    batches differ in size.
+
+    Parameters
+    ----------
+    batch_sizes
+        Cells of each batch: int64, (B,).
+    k
+        Neighbours per cell.
+    """
+    shares = np.arange(k + 1) / k
+    terms = -xlogy(shares, shares)
+    total = int(batch_sizes.sum())
+    return float(
+        sum(terms @ hypergeom.pmf(np.arange(k + 1), total, int(size), k) for size in batch_sizes)
+    )
+
+
+def batch_mixing(neighbours: Neighbours, batches: Categories) -> Mixing:
+    """Average the entropy of batch mixing over the queries of ``neighbours``.
+
+    Parameters
+    ----------
+    neighbours
+        Neighbours of the sampled cells among all cells, each cell itself left out.
+    batches
+        Batch of every cell of the database; each cell has one.
+    """
+    present = batches.present()
+    entropies = batch_entropies(neighbours.indices, batches.codes, len(batches.names))
+    n_cells = len(entropies)
+    return Mixing(
+        entropy=float(entropies.mean()),
+        standard_error=standard_error(entropies),
+        log_batches=math.log(len(present)),
+        ceiling=permutation_ceiling(batches.counts()[present], neighbours.k),
+        n_cells=n_cells,
+        k=neighbours.k,
+    )
+
+
+def standard_error(values: npt.NDArray[np.float64]) -> float:
+    """Standard error of the mean; NaN for fewer than two values."""
+    if len(values) < 2:
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))
