@@ -1,0 +1,16 @@
+"""Readers of foreign files: raw counts in blocks, tables, and the alignment of genes."""
+
+from atlas.ingest.base import CountsBlock, CountsSource, LayerBlock
+from atlas.ingest.files import open_counts
+from atlas.ingest.genes import AlignmentReport, GeneIdentity, GeneTable, align
+
+__all__ = [
+    "AlignmentReport",
+    "CountsBlock",
+    "CountsSource",
+    "GeneIdentity",
+    "GeneTable",
+    "LayerBlock",
+    "align",
+    "open_counts",
+]

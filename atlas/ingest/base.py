@@ -1,0 +1,418 @@
+"""A study's raw counts and tables, whatever file they came from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+from anndata.utils import make_index_unique
+
+from atlas.errors import CountsError, InputError, MissingColumnError
+from atlas.ingest import kernels
+from atlas.ingest.matrix import Budget, Matrix, Rows
+
+DEFAULT_MEMORY = 256 << 20
+
+_REASONS = {
+    kernels.NOT_FINITE: "holds values that are not finite",
+    kernels.NEGATIVE: "holds negative values",
+    kernels.FRACTION: "holds fractions",
+    kernels.TOO_LARGE: "holds values of 2^32 or more",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CountsBlock:
+    """Consecutive rows of raw counts in input order, as CSR without zeros.
+
+    Attributes
+    ----------
+    indptr
+        int64, (n_rows + 1,), starting at 0.
+    indices
+        Column of each count: int32, (nnz,), strictly rising within a row.
+    data
+        Counts: uint32, (nnz,), none of them zero.
+    """
+
+    indptr: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int32]
+    data: npt.NDArray[np.uint32]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBlock:
+    """Consecutive rows of a layer in input order, as CSR without zeros.
+
+    Attributes
+    ----------
+    indptr
+        int64, (n_rows + 1,), starting at 0.
+    indices
+        Column of each value: int32, (nnz,), strictly rising within a row.
+    data
+        (nnz,), float32, or the integer type of the layer.
+    """
+
+    indptr: npt.NDArray[np.int64]
+    indices: npt.NDArray[np.int32]
+    data: npt.NDArray[Any]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows."""
+        return len(self.indptr) - 1
+
+
+class LazyArrays(Mapping[str, npt.NDArray[Any]]):
+    """Arrays by name, each read when it is asked for and not kept."""
+
+    def __init__(self, readers: Mapping[str, Callable[[], npt.NDArray[Any]]]) -> None:
+        self._readers = dict(readers)
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        """Read one array."""
+        return self._readers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names."""
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        """Count the names."""
+        return len(self._readers)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a reader of one format finds in a file.
+
+    Attributes
+    ----------
+    name
+        What messages call the input: its path or ``AnnData in memory``.
+    path
+        The file, if it is one.
+    obs, var
+        Tables of rows and genes.
+    obsm, uns
+        Arrays per row, and ``spatial`` where there is such a key.
+    counts
+        The matrix that is to hold raw counts.
+    layers
+        All layers that have the genes of ``var``.
+    elsewhere
+        Other matrices of the input that may hold the counts, by what selects them.
+    notes
+        What the user should know about the choice.
+    close
+        Gives the file back.
+    """
+
+    name: str
+    path: Path | None
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    obsm: Mapping[str, npt.NDArray[Any]]
+    uns: Mapping[str, Any]
+    counts: Matrix
+    layers: Mapping[str, Matrix]
+    elsewhere: Mapping[str, Matrix]
+    notes: tuple[str, ...] = ()
+    close: Callable[[], None] = lambda: None
+
+
+class CountsSource:
+    """Raw counts of one study with its tables, read in blocks.
+
+    Blocks are checked as they are read, so a source can turn out bad half way. A context manager:
+    leaving it closes the file.
+
+    Parameters
+    ----------
+    content
+        What was found in the file or AnnData.
+    round_counts
+        Round fractions, half to even, in place of refusing them.
+    memory
+        Bytes that reading may take at a time.
+    folder
+        Where temporary files go if the matrix is stored by columns and does not fit in
+        ``memory``; the system's folder by default.
+
+    Raises
+    ------
+    InputError
+        Where there are no rows or no genes, tables and counts disagree in shape, or row names
+        are not unique.
+    """
+
+    def __init__(
+        self,
+        content: Content,
+        *,
+        round_counts: bool = False,
+        memory: int = DEFAULT_MEMORY,
+        folder: Path | None = None,
+    ) -> None:
+        self._content = content
+        self._round_counts = round_counts
+        self._budget = Budget(memory, folder=folder)
+        self._check_shape()
+        self.obs: pd.DataFrame = _named(content.obs)
+        self.var: pd.DataFrame = _named(content.var)
+        self._check_row_names()
+        self._make_genes_unique()
+
+    @property
+    def name(self) -> str:
+        """What messages call the input: its path, or ``AnnData in memory``."""
+        return self._content.name
+
+    @property
+    def path(self) -> Path | None:
+        """The file, if it is one."""
+        return self._content.path
+
+    @property
+    def obsm(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Arrays (n_obs, …) by name, read when asked for."""
+        return self._content.obsm
+
+    @property
+    def uns(self) -> Mapping[str, Any]:
+        """``spatial``, where the input has it."""
+        return self._content.uns
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, e.g. which feature types were left out."""
+        return self._content.notes
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that could be kept."""
+        return tuple(self._content.layers)
+
+    @property
+    def n_obs(self) -> int:
+        """Number of rows."""
+        return len(self.obs)
+
+    @property
+    def n_vars(self) -> int:
+        """Number of genes."""
+        return len(self.var)
+
+    def blocks(self, rows_per_block: int | None = None) -> Iterator[CountsBlock]:
+        """Yield all rows in input order, as many at a time as memory and the argument allow.
+
+        Raises
+        ------
+        CountsError
+            At the first value that is not a count.
+        InputError
+            Where the matrix is damaged.
+        """
+        for rows in self._content.counts.row_blocks(self._budget._replace(rows=rows_per_block)):
+            indptr = np.empty(len(rows.indptr), np.int64)
+            indices = np.empty(len(rows.indices), np.int32)
+            data = np.empty(len(rows.data), np.uint32)
+            status, entry = kernels.clean_rows(
+                rows.indptr, rows.indices, rows.data, self._round_counts, indptr, indices, data
+            )
+            if status != kernels.FINE:
+                raise self._not_counts(status, rows, entry)
+            yield CountsBlock(indptr, indices[:entry], data[:entry])
+
+    def layer_blocks(self, name: str, rows_per_block: int | None = None) -> Iterator[LayerBlock]:
+        """Yield the rows of a layer in input order, unchecked: float32, or integers as they are.
+
+        Raises
+        ------
+        MissingColumnError
+            Where there is no such layer.
+        """
+        if name not in self._content.layers:
+            raise missing_layer(name, self._content.layers, self.name, self.path)
+        matrix = self._content.layers[name]
+        for rows in matrix.row_blocks(self._budget._replace(rows=rows_per_block)):
+            dtype: np.dtype[Any] = rows.data.dtype
+            if dtype.kind in "fb":
+                dtype = np.dtype(np.float32 if dtype.kind == "f" else np.uint8)
+            block = sp.csr_matrix(
+                (rows.data.astype(dtype), rows.indices.astype(np.int32), rows.indptr),
+                shape=(len(rows.indptr) - 1, matrix.shape[1]),
+            )
+            block.sum_duplicates()
+            block.eliminate_zeros()
+            yield LayerBlock(
+                block.indptr.astype(np.int64), block.indices.astype(np.int32), block.data
+            )
+
+    def close(self) -> None:
+        """Give the file back; nothing can be read afterwards."""
+        self._content.close()
+
+    def __enter__(self) -> Self:
+        """Use the source in a ``with`` statement."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def _not_counts(self, status: int, rows: Rows, entry: int) -> CountsError:
+        row = rows.first + int(np.searchsorted(rows.indptr, entry, side="right")) - 1
+        gene = self.var.index[int(rows.indices[entry])]
+        others = [
+            hint for hint, matrix in self._content.elsewhere.items() if looks_like_counts(matrix)
+        ]
+        if others:
+            do = "; ".join(others)
+        elif status == kernels.FRACTION:
+            do = "give the file that holds the raw counts, or round with --round"
+        else:
+            do = "give the file that holds the raw counts"
+        return CountsError(
+            f"{self._content.counts.place.what} {_REASONS[status]}",
+            found=f"value {rows.data[entry]} at row {self.obs.index[row]}, gene {gene}",
+            expected="raw counts: whole numbers from 0 to 2^32 - 1",
+            do=do,
+            path=self.path,
+        )
+
+    def _check_shape(self) -> None:
+        content = self._content
+        n_obs, n_vars = len(content.obs), len(content.var)
+        if content.counts.shape != (n_obs, n_vars):
+            raise InputError(
+                f"{content.counts.place.what} and the tables of {self.name} disagree in shape",
+                found=f"{content.counts.shape[0]:,} × {content.counts.shape[1]:,} values",
+                expected=f"{n_obs:,} rows (obs) × {n_vars:,} genes (var)",
+                do="write the file again from its source",
+                path=self.path,
+            )
+        if n_obs == 0 or n_vars == 0:
+            raise InputError(
+                f"{self.name} is empty",
+                found=f"{n_obs:,} rows × {n_vars:,} genes",
+                expected="at least one row and one gene",
+                do="look at the step that wrote it; a filter may have kept nothing",
+                path=self.path,
+            )
+
+    def _check_row_names(self) -> None:
+        again = self.obs.index.duplicated()
+        if again.any():
+            names = self.obs.index[again].unique()
+            raise InputError(
+                f"row names of {self.name} are not unique",
+                found=f"{len(names):,} names that occur more than once: {_few(names)}",
+                expected="one name per row",
+                do="add the sample to each name, or call adata.obs_names_make_unique() and save",
+                path=self.path,
+            )
+
+    def _make_genes_unique(self) -> None:
+        again = self.var.index.duplicated()
+        if again.any():
+            names = self.var.index[again].unique()
+            warnings.warn(
+                f"{len(names):,} gene names of {self.name} occur more than once "
+                f"({_few(names)}); numbers were added to make them unique",
+                UserWarning,
+                stacklevel=4,
+            )
+            self.var.index = make_index_unique(self.var.index)
+
+
+def obsm_array(value: Any) -> npt.NDArray[Any]:
+    """An entry of obsm as a plain array, whatever it is kept as."""
+    if isinstance(value, pd.DataFrame):
+        return value.to_numpy()
+    if sp.issparse(value):
+        dense: npt.NDArray[Any] = value.toarray()
+        return dense
+    return np.asarray(value)
+
+
+def looks_like_counts(matrix: Matrix) -> bool:
+    """Whether a sample of the values could be raw counts."""
+    values = matrix.sample().astype(np.float64)
+    return bool(
+        values.any()
+        and np.isfinite(values).all()
+        and (values >= 0).all()
+        and (values < 2**32).all()
+        and (values == np.rint(values)).all()
+    )
+
+
+def missing_layer(
+    layer: str, layers: Mapping[str, Any], name: str, path: Path | None
+) -> MissingColumnError:
+    """The error for a layer that is not there."""
+    return MissingColumnError(
+        f"{name} has no layer {layer!r}",
+        found=", ".join(map(repr, layers)) or "no layers",
+        expected=f"a layer named {layer!r}",
+        do="name one of those found, or leave the layer out to read X",
+        path=path,
+    )
+
+
+def missing_raw(name: str, path: Path | None) -> InputError:
+    """The error for an AnnData without ``raw``."""
+    return InputError(
+        f"{name} has no raw",
+        found="no raw.X",
+        expected="counts in raw.X",
+        do="leave out --use-raw to read X, or name a layer with --layer",
+        path=path,
+    )
+
+
+def elsewhere(
+    layers: Mapping[str, Matrix], x: Matrix | None, raw: Matrix | None, chosen: Matrix
+) -> dict[str, Matrix]:
+    """Matrices beside the chosen one, by the advice that selects them."""
+    hints: dict[str, Matrix] = {}
+    if raw is not None:
+        hints["raw.X holds counts: add --use-raw (use_raw=True in Python)"] = raw
+    for name, matrix in layers.items():
+        hints[f"layers[{name!r}] holds counts: add --layer {name} (layer={name!r} in Python)"] = (
+            matrix
+        )
+    if x is not None:
+        hints["X holds counts: leave out --layer and --use-raw"] = x
+    return {hint: matrix for hint, matrix in hints.items() if matrix is not chosen}
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy with its index as str; the caller's table stays as it is."""
+    table = table.copy()
+    table.index = pd.Index(table.index.astype(str), dtype=object, name=table.index.name)
+    return table
+
+
+def _few(names: pd.Index[Any]) -> str:
+    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")

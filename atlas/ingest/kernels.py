@@ -1,0 +1,169 @@
+"""Compiled loops over rows; each releases the GIL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+FINE, NOT_FINITE, NEGATIVE, FRACTION, TOO_LARGE = range(5)
+_LARGEST = float(2**32 - 1)
+
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile without the GIL, keeping the machine code beside the source file."""
+    compiled: Callable[..., Any] = numba.njit(nogil=True, cache=True)(function)
+    return compiled
+
+
+@kernel
+def clean_rows(  # type: ignore[no-untyped-def]
+    indptr, indices, data, rounded, out_indptr, out_indices, out_data
+):
+    """Copy CSR rows as counts: sorted, duplicates summed, zeros dropped.
+
+    Returns ``(status, entry)``: the first entry that is not a count, and why.
+    """
+    filled = 0
+    out_indptr[0] = 0
+    for row in range(len(indptr) - 1):
+        start, stop = indptr[row], indptr[row + 1]
+        rising = True
+        previous = np.int64(-1)
+        for k in range(start, stop):
+            value = np.float64(data[k])
+            if not np.isfinite(value):
+                return NOT_FINITE, k
+            if value < 0:
+                return NEGATIVE, k
+            if value != np.rint(value) and not rounded:
+                return FRACTION, k
+            if np.rint(value) > _LARGEST:
+                return TOO_LARGE, k
+            column = np.int64(indices[k])
+            if column <= previous:
+                rising = False
+            previous = column
+        if rising:
+            for k in range(start, stop):
+                value = np.rint(np.float64(data[k]))
+                if value != 0:
+                    out_indices[filled] = indices[k]
+                    out_data[filled] = np.uint32(value)
+                    filled += 1
+        else:
+            order = np.argsort(indices[start:stop])
+            k = 0
+            while k < stop - start:
+                column = np.int64(indices[start + order[k]])
+                total = 0.0
+                while k < stop - start and np.int64(indices[start + order[k]]) == column:
+                    total += np.float64(data[start + order[k]])
+                    k += 1
+                total = np.rint(total)
+                if total > _LARGEST:
+                    return TOO_LARGE, start + order[k - 1]
+                if total != 0:
+                    out_indices[filled] = column
+                    out_data[filled] = np.uint32(total)
+                    filled += 1
+        out_indptr[row + 1] = filled
+    return FINE, filled
+
+
+@kernel
+def count_nonzeros(dense, out_indptr):  # type: ignore[no-untyped-def]
+    """Row pointers of a dense block; NaN is not zero."""
+    out_indptr[0] = 0
+    for row in range(dense.shape[0]):
+        n = 0
+        for column in range(dense.shape[1]):
+            if dense[row, column] != 0:
+                n += 1
+        out_indptr[row + 1] = out_indptr[row] + n
+
+
+@kernel
+def gather_nonzeros(dense, out_indices, out_data):  # type: ignore[no-untyped-def]
+    """Columns and values of a dense block, row by row."""
+    filled = 0
+    for row in range(dense.shape[0]):
+        for column in range(dense.shape[1]):
+            value = dense[row, column]
+            if value != 0:
+                out_indices[filled] = column
+                out_data[filled] = value
+                filled += 1
+
+
+@kernel
+def select_columns(  # type: ignore[no-untyped-def]
+    indptr, indices, data, columns, out_indptr, out_indices, out_data
+):
+    """Renumber columns through ``columns`` and drop those that map to -1."""
+    filled = 0
+    out_indptr[0] = 0
+    for row in range(len(indptr) - 1):
+        for k in range(indptr[row], indptr[row + 1]):
+            column = columns[indices[k]]
+            if column >= 0:
+                out_indices[filled] = column
+                out_data[filled] = data[k]
+                filled += 1
+        out_indptr[row + 1] = filled
+    return filled
+
+
+@kernel
+def tally(rows, counts):  # type: ignore[no-untyped-def]
+    """Add the number of times each row occurs to ``counts``."""
+    for row in rows:
+        counts[row] += 1
+
+
+@kernel
+def partition(  # type: ignore[no-untyped-def]
+    rows, columns, values, part_of_row, ends, out_rows, out_columns, out_values
+):
+    """Place entries part by part, in order within a part.
+
+    ``ends`` starts as the first place of each part and is left as the end of each.
+    """
+    for k in range(len(rows)):
+        part = part_of_row[rows[k]]
+        place = ends[part]
+        ends[part] = place + 1
+        out_rows[place] = rows[k]
+        out_columns[place] = columns[k]
+        out_values[place] = values[k]
+
+
+@kernel
+def scatter(  # type: ignore[no-untyped-def]
+    rows, columns, values, first_row, ends, out_indices, out_data
+):
+    """Put entries into CSR rows; ``ends`` holds the next free place of each row."""
+    for k in range(len(rows)):
+        row = rows[k] - first_row
+        place = ends[row]
+        ends[row] = place + 1
+        out_indices[place] = columns[k]
+        out_data[place] = values[k]
+
+
+@kernel
+def gather_rows(  # type: ignore[no-untyped-def]
+    indptr, indices, data, order, out_indptr, out_indices, out_data
+):
+    """Copy the rows ``order`` of a CSR block one after another."""
+    filled = 0
+    out_indptr[0] = 0
+    for row in range(len(order)):
+        start, stop = indptr[order[row]], indptr[order[row] + 1]
+        for k in range(start, stop):
+            out_indices[filled] = indices[k]
+            out_data[filled] = data[k]
+            filled += 1
+        out_indptr[row + 1] = filled
