@@ -1,0 +1,1 @@
+"""From minibatches to weights: the loop, the schedule, early stopping, checkpoints."""

@@ -1,0 +1,167 @@
+"""What a training computes with: versions, processor, device and threads."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atlas.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the numbers of a training depend on besides its configuration.
+
+    Attributes
+    ----------
+    torch, numpy, atlas, python
+        Versions.
+    processor
+        The vector instructions that torch uses, or the name of the CUDA device.
+    device
+        ``"cpu"`` or ``"cuda"``.
+    threads
+        Threads of torch.
+    """
+
+    torch: str
+    numpy: str
+    atlas: str
+    python: str
+    processor: str
+    device: str
+    threads: int
+
+
+def current_environment(device: torch.device) -> Environment:
+    """What this process computes with, on a device and with the threads in force."""
+    on_cuda = device.type == "cuda"
+    return Environment(
+        torch=torch.__version__,
+        numpy=np.__version__,
+        atlas=_atlas_version(),
+        python=platform.python_version(),
+        processor=torch.cuda.get_device_name(device)
+        if on_cuda
+        else torch.backends.cpu.get_cpu_capability(),
+        device=device.type,
+        threads=torch.get_num_threads(),
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration names; ``"auto"`` takes CUDA where there is one.
+
+    Raises
+    ------
+    ConfigError
+        The name is none of a CPU or CUDA device, or the device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            "device is not offered", found=repr(name), expected="auto, cpu, cuda or cuda:<number>"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            "There is no such CUDA device",
+            found=f"{torch.cuda.device_count()} devices, {name!r} asked for",
+            do="choose --device cpu, or install a torch with CUDA",
+        )
+    return device
+
+
+def check_environment(recorded: Environment, device: torch.device, path: Path) -> None:
+    """Refuse another kind of device; warn where equality bit for bit cannot be kept.
+
+    Another version of torch is a warning and not a refusal: the training stays a valid one, and a
+    run of days should outlive an upgrade.
+
+    Raises
+    ------
+    CheckpointError
+        The run was on a CPU and would go on on CUDA, or the reverse: the generators differ.
+    """
+    current = current_environment(device)
+    if current.device != recorded.device:
+        raise CheckpointError(
+            "The run was started on another kind of device",
+            found=f"{recorded.device} in the checkpoint, {current.device} now",
+            do=f"resume with --device {recorded.device}, or train anew into another folder",
+            path=path,
+        )
+    changed = [
+        f"{name} {old} → {new}"
+        for name in ("torch", "processor")
+        if (old := getattr(recorded, name)) != (new := getattr(current, name))
+    ]
+    if changed:
+        warnings.warn(
+            f"Resumed with {', '.join(changed)}: training goes on, but its numbers may differ in "
+            "the last digits from those of an uninterrupted run",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def torch_threads(asked: int, recorded: int | None, path: Path) -> Iterator[None]:
+    """Give torch its number of threads for the time of a training.
+
+    Parameters
+    ----------
+    asked
+        The configuration's; 0 leaves it to the checkpoint, and without one to torch.
+    recorded
+        Threads of the run that is resumed; None for a new run.
+    path
+        The run folder, for errors.
+
+    Raises
+    ------
+    CheckpointError
+        The run had another number of threads than asked for, or than this machine has.
+    """
+    before = torch.get_num_threads()
+    wanted = asked or recorded or before
+    if recorded is not None and wanted != recorded:
+        raise CheckpointError(
+            "The run had another number of threads, and sums would be taken in another order",
+            found=f"{recorded} in the checkpoint, {wanted} asked for",
+            do=f"resume with --threads {recorded}, or without --threads",
+            path=path,
+        )
+    available = os.cpu_count() or 1
+    if recorded is not None and wanted > max(available, before):
+        raise CheckpointError(
+            "The run had more threads than this machine has, and sums would be taken in another "
+            "order",
+            found=f"{recorded} in the checkpoint, {available} processors here",
+            do=f"resume on a machine with {recorded} processors, or train anew into another folder",
+            path=path,
+        )
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _atlas_version() -> str:
+    try:
+        return importlib.metadata.version("atlas-trainer")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

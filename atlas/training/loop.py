@@ -1,0 +1,345 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from atlas.config import TrainConfig
+from atlas.errors import ConfigError, TrainingError
+from atlas.models.base import Model, evaluating
+from atlas.training.checkpoint import load_checkpoint, save_checkpoint
+from atlas.training.environment import (
+    check_environment,
+    current_environment,
+    resolve_device,
+    torch_threads,
+)
+from atlas.training.history import EpochRecord, History, write_log
+from atlas.training.inputs import InputsBuilder
+from atlas.training.progress import ProgressLine, deferred_interrupt
+from atlas.training.run import check_same_run, identity, open_run
+from atlas.training.schedule import KlSchedule, epochs_without_improvement
+from atlas.training.state import TrainingState, seeded_generator
+from loaders import Minibatch, MinibatchLoader, SequentialLoader
+from loaders.source import RowSource
+
+_READ_SECONDS = 1.0
+"""How often losses are read from the device, to show them and to see that they are finite."""
+
+Ranges = Sequence[tuple[int, int]]
+
+
+def fit(
+    model: Model,
+    source: RowSource,
+    *,
+    train_rows: Ranges,
+    validation_rows: Ranges,
+    presence: npt.NDArray[np.bool_] | None,
+    config: TrainConfig,
+    out: Path,
+    resume: bool,
+    describe: Mapping[str, Any],
+    progress: bool = True,
+) -> History:
+    """Train a model, with a log and checkpoints in a run folder.
+
+    The model is trained in place. With early stopping it ends with the weights of the best epoch.
+    A run that was stopped in any way, ``kill -9`` included, and is resumed gives the same weights
+    as one that was not, bit for bit on the same processor, versions and number of threads.
+
+    Parameters
+    ----------
+    model
+        With its initial weights; moved to the device of ``config``.
+    source
+        Rows, whose columns are the model's genes; ``obs_codes`` has "batch" and, where a study
+        lacks a gene, "study".
+    train_rows, validation_rows
+        Sorted, disjoint ranges (start, stop) of source rows. No validation where the latter is
+        empty.
+    presence
+        Which study measured which gene: bool, (n_studies, n_genes); None where all did.
+    config
+        How to train.
+    out
+        The run folder: ``log.jsonl`` and ``checkpoints/``.
+    resume
+        Go on with the run in ``out``; without one there, start it.
+    describe
+        What identifies the run besides ``config``, as plain JSON: the model's configuration,
+        genes, batches. Kept in each checkpoint; a resume with another is refused.
+    progress
+        Show a line of progress on stderr.
+
+    Returns
+    -------
+    History
+        One record an epoch, those before a resume included.
+
+    Raises
+    ------
+    CheckpointError
+        ``out`` holds another run, or one and ``resume`` is False; or it cannot be read or written.
+    ConfigError
+        Early stopping without validation rows, no training rows, or a device that is not there.
+    TrainingError
+        A loss or weight is not finite; the checkpoint before it stays.
+    KeyboardInterrupt
+        On Ctrl-C, after the step in progress and a checkpoint.
+    """
+    if config.early_stopping and not validation_rows:
+        raise ConfigError(
+            "Early stopping needs cells that are held out",
+            found=f"validation_share {config.validation_share}",
+            do="raise --validation-share, or train without --early-stopping",
+        )
+    device = resolve_device(config.device)
+    run = identity(config, source, train_rows, validation_rows, presence, describe)
+    with open_run(out, resume=resume):
+        found = load_checkpoint(out)
+        if found is not None:
+            check_same_run(found.run, run, out)
+            check_environment(found.environment, device, out)
+        recorded_threads = None if found is None else found.environment.threads
+        with torch_threads(config.threads, recorded_threads, out):
+            loader = _training_loader(model, source, train_rows, config)
+            state = TrainingState.start(model, loader, config, device)
+            if found is not None:
+                state.restore(found, out)
+            write_log(out, state.history)
+            validation = None
+            if validation_rows:
+                validation = SequentialLoader(source, config.minibatch_size, rows=validation_rows)
+            to_inputs = InputsBuilder(device, presence)
+            trainer = _Trainer(state, validation, to_inputs, config, run, out)
+            epoch_cells = sum(stop - start for start, stop in train_rows)
+            done = epoch_cells * len(state.history.records) + state.epoch_cells
+            with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
+                trainer.run(line)
+    if state.best is not None:
+        model.load_state_dict(state.best)
+    return state.history
+
+
+class _Trainer:
+    """The loop over epochs and steps; all that must outlive a crash is in ``state``."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        validation: SequentialLoader | None,
+        to_inputs: InputsBuilder,
+        config: TrainConfig,
+        run: Mapping[str, Any],
+        out: Path,
+    ) -> None:
+        self.state = state
+        self.validation = validation
+        self.to_inputs = to_inputs
+        self.config = config
+        self.identity = run
+        self.out = out
+        self.device = state.sums.device
+        self.environment = current_environment(self.device)
+        self.steps_per_epoch = state.loader.steps_per_epoch
+        self.schedule = KlSchedule(config.max_epochs * self.steps_per_epoch, config.warmup_share)
+        # Objectives of the steps since the device was last read: no step waits for it.
+        self.unread: list[Tensor] = []
+        self.ticked_at = self.read_at = self.saved_at = time.monotonic()
+
+    def run(self, line: ProgressLine) -> None:
+        """Train until there is nothing left to do."""
+        state = self.state
+        with deferred_interrupt() as interrupted:
+            while not state.finished:
+                self.ticked_at = time.monotonic()
+                for minibatch in state.loader:
+                    self.step(minibatch)
+                    line.advance(minibatch.n_rows)
+                    if self.ticked_at - self.read_at >= _READ_SECONDS:
+                        loss, *_ = self.read_losses()
+                        line.describe(self.epoch, state.step, loss)
+                    # The last step of an epoch is saved together with its validation.
+                    within_epoch = state.step % self.steps_per_epoch != 0
+                    if within_epoch and (interrupted() or self.save_is_due()):
+                        self.save()
+                        if interrupted():
+                            self.stop()
+                self.end_epoch()
+                if interrupted():
+                    self.stop()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in progress, counted from 1."""
+        return len(self.state.history.records) + 1
+
+    def step(self, minibatch: Minibatch) -> None:
+        """One step of the optimiser; nothing here waits for the device."""
+        state = self.state
+        inputs = self.to_inputs(minibatch)
+        with self.autocast():
+            losses = state.model.loss(inputs, self.schedule.weight(state.step), state.generator)
+        state.optimizer.zero_grad()
+        losses.objective.backward()  # type: ignore[no-untyped-call]
+        state.optimizer.step()
+
+        objective = losses.objective.detach()
+        parts = (
+            objective * minibatch.n_rows,
+            losses.reconstruction_loss.detach().sum(),
+            losses.kl.detach().sum(),
+        )
+        state.sums += torch.stack(parts)
+        self.unread.append(objective)
+        state.step += 1
+        state.epoch_cells += minibatch.n_rows
+        now = time.monotonic()
+        state.epoch_seconds += now - self.ticked_at
+        self.ticked_at = now
+
+    def end_epoch(self) -> None:
+        """Validate, record, decide whether to go on, save."""
+        state, config = self.state, self.config
+        train_loss, reconstruction_loss, kl = self.read_losses()
+        # Reading waited for the steps that the device had not done yet.
+        state.epoch_seconds += time.monotonic() - self.ticked_at
+        record = EpochRecord(
+            epoch=self.epoch,
+            step=state.step,
+            train_loss=train_loss,
+            reconstruction_loss=reconstruction_loss,
+            kl=kl,
+            kl_weight=self.schedule.weight(state.step - 1),
+            validation_bound=self.validate(),
+            seconds=state.epoch_seconds,
+            cells_per_second=state.epoch_cells / state.epoch_seconds,
+        )
+        state.history = state.history.append(record)
+        state.forget_epoch()
+        state.finished = record.epoch == config.max_epochs
+        if config.early_stopping:
+            if state.history.best_epoch == record.epoch:
+                state.keep_weights()
+            waited = epochs_without_improvement(state.history, self.schedule.warmup_steps)
+            state.finished |= waited >= config.patience
+        self.save()
+        write_log(self.out, state.history)
+
+    def validate(self) -> float | None:
+        """Mean negative bound over the held-out cells; its noise depends on seed and epoch only."""
+        if self.validation is None:
+            return None
+        state = self.state
+        generator = seeded_generator(self.device, self.config.seed, self.epoch)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        cells = 0
+        with evaluating(state.model), self.autocast():
+            for minibatch in self.validation:
+                losses = state.model.loss(self.to_inputs(minibatch), 1.0, generator)
+                total += losses.negative_bound.sum()
+                cells += minibatch.n_rows
+        bound = total.item() / cells
+        if not math.isfinite(bound):
+            raise self.not_finite("The validation bound is not finite", bound, state.step)
+        return bound
+
+    def read_losses(self) -> tuple[float, ...]:
+        """Objective, reconstruction loss and KL divergence: means over the epoch so far.
+
+        Raises
+        ------
+        TrainingError
+            The objective of a step since the last reading is not finite.
+        """
+        state = self.state
+        if self.unread:
+            objectives = torch.stack(self.unread).tolist()
+            first_step = state.step - len(objectives) + 1
+            self.unread.clear()
+            for step, objective in enumerate(objectives, first_step):
+                if not math.isfinite(objective):
+                    raise self.not_finite("The loss is not finite", objective, step)
+        self.read_at = time.monotonic()
+        return tuple((state.sums / state.epoch_cells).tolist())
+
+    def save_is_due(self) -> bool:
+        """Whether steps or minutes ask for a checkpoint."""
+        every, minutes = self.config.checkpoint_steps, self.config.checkpoint_minutes
+        by_steps = every > 0 and self.state.step % every == 0
+        return by_steps or self.ticked_at - self.saved_at >= 60 * minutes
+
+    def save(self) -> None:
+        """Write a checkpoint, unless what it would hold is spoilt."""
+        if self.unread:
+            self.read_losses()
+        parameters = [parameter.detach() for parameter in self.state.model.parameters()]
+        if not torch.stack([torch.isfinite(p).all() for p in parameters]).all():
+            raise self.not_finite("A weight is not finite", "nan or inf", self.state.step)
+        save_checkpoint(self.out, self.state.checkpoint(self.identity, self.environment))
+        self.saved_at = self.ticked_at = time.monotonic()
+
+    def stop(self) -> NoReturn:
+        """Leave after Ctrl-C; the checkpoint is written."""
+        raise KeyboardInterrupt(
+            f"training stopped after step {self.state.step}; --resume goes on from there "
+            f"({self.out})"
+        )
+
+    def not_finite(self, what: str, found: object, step: int) -> TrainingError:
+        """The error for a value that cannot be trained on."""
+        return TrainingError(
+            what,
+            found=f"{found} at step {step}, epoch {self.epoch}",
+            expected="a finite number",
+            do="train with a lower --lr or without --precision bfloat16, and look for extreme "
+            "counts; the last checkpoint is as it was",
+            path=self.out,
+        )
+
+    def autocast(self) -> torch.autocast:
+        """Matrix products in bfloat16 where the configuration says so."""
+        enabled = self.config.precision == "bfloat16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _training_loader(
+    model: Model, source: RowSource, rows: Ranges, config: TrainConfig
+) -> MinibatchLoader:
+    """The loader of the run.
+
+    Raises
+    ------
+    ConfigError
+        There is nothing to train on.
+    """
+    n_rows = sum(stop - start for start, stop in rows)
+    # BatchNorm has no variance to divide by in a minibatch of one cell.
+    has_batch_norm = any(isinstance(part, nn.BatchNorm1d) for part in model.modules())
+    drop_last = has_batch_norm and n_rows % config.minibatch_size == 1
+    if n_rows - drop_last < 1:
+        raise ConfigError(
+            "There are too few cells to train on",
+            found=f"{n_rows} training cells",
+            expected="at least 2 with BatchNorm, else 1",
+            do="lower --validation-share, or append more cells",
+        )
+    return MinibatchLoader(
+        source,
+        config.minibatch_size,
+        config.seed,
+        rows=rows,
+        block_size=config.block_size or None,
+        buffer_size=config.buffer_size or None,
+        drop_last=drop_last,
+    )
