@@ -1,0 +1,227 @@
+r"""Negative log-likelihoods of counts, from logits, in log space, with analytic gradients.
+
+With :math:`\rho` the softmax of the decoder's logits over the genes present, :math:`\ell` the
+library size and :math:`r = \log\theta` the log inverse dispersion, everything is a function of
+:math:`d = \log\ell + \log\rho - r = \log(\mu/\theta)`:
+
+.. math::
+
+    \log \mathrm{NB}(x) = \log\Gamma(x+\theta) - \log\Gamma(\theta) - \log\Gamma(x+1)
+                          - \theta\,\mathrm{softplus}(d) - x\,\mathrm{softplus}(-d)
+
+so :math:`\mu` is never formed and no logarithm needs an epsilon. Zeros, more than nine tenths of
+the elements, need only the fourth term; the rest is evaluated at the other elements, and in double
+precision, because its terms cancel: at θ = 10⁶ a log-gamma is about 10⁷, where neighbouring
+float32 are 1 apart.
+
+One autograd function holds softmax and likelihood together. It takes the gradients along in the
+forward pass, where their parts are at hand, and keeps nothing else for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def nb_loss(
+    counts: Tensor,
+    scale_logits: Tensor,
+    log_library: Tensor,
+    log_inverse_dispersion: Tensor,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood of counts under a negative binomial, summed over genes.
+
+    The mean is ``exp(log_library) * softmax(scale_logits)`` (scVI, Lopez et al. 2018, Methods 4.1).
+
+    Parameters
+    ----------
+    counts
+        (n_cells, n_genes); no gradient is taken.
+    scale_logits
+        The decoder's output before the softmax: (n_cells, n_genes).
+    log_library
+        (n_cells, 1).
+    log_inverse_dispersion
+        (n_genes,) or (n_cells, n_genes).
+    present
+        Genes measured, bool (n_cells, n_genes): softmax and sum run over these only, the others
+        get no gradient. None: all.
+
+    Returns
+    -------
+    (n_cells,), in nats; in float32, or in float64 if an argument is.
+    """
+    return _call(counts, scale_logits, log_library, log_inverse_dispersion, None, present)
+
+
+def zinb_loss(
+    counts: Tensor,
+    scale_logits: Tensor,
+    log_library: Tensor,
+    log_inverse_dispersion: Tensor,
+    dropout_logits: Tensor,
+    present: Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood under a zero-inflated negative binomial, summed over genes.
+
+    As :func:`nb_loss`, with ``dropout_logits`` (n_cells, n_genes): the log-odds that a count was
+    replaced by zero.
+    """
+    return _call(counts, scale_logits, log_library, log_inverse_dispersion, dropout_logits, present)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen bfloat16 and float16 to float32; leave float32 and float64."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _call(
+    counts: Tensor,
+    scale_logits: Tensor,
+    log_library: Tensor,
+    log_inverse_dispersion: Tensor,
+    dropout_logits: Tensor | None,
+    present: Tensor | None,
+) -> Tensor:
+    loss: Tensor = _CountLoss.apply(  # type: ignore[no-untyped-call]
+        counts,
+        at_least_float32(scale_logits),
+        at_least_float32(log_library),
+        at_least_float32(log_inverse_dispersion),
+        None if dropout_logits is None else at_least_float32(dropout_logits),
+        present,
+    )
+    return loss
+
+
+class _CountLoss(torch.autograd.Function):
+    """Softmax, library and (zero-inflated) negative binomial in one node of the graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        counts: Tensor,
+        scale_logits: Tensor,
+        log_library: Tensor,
+        log_theta: Tensor,
+        dropout_logits: Tensor | None,
+        present: Tensor | None,
+    ) -> Tensor:
+        if present is not None:
+            # The lowest finite number instead of -inf: an absent gene with count 0 then has
+            # likelihood 1 and zero gradients by the formulas below, without a 0·inf on the way.
+            lowest = torch.finfo(scale_logits.dtype).min
+            scale_logits = scale_logits.masked_fill(~present, lowest)
+            counts = counts.masked_fill(~present, 0.0)
+        log_scale = F.log_softmax(scale_logits, dim=-1)
+        d = (log_scale + log_library).sub_(log_theta)
+
+        # Loss and derivatives by log μ, log θ and dropout logit, of each element as if it were 0.
+        theta = log_theta.exp()
+        loss = _softplus(d).mul_(theta)
+        by_mean = torch.sigmoid(d).mul_(theta)
+        by_theta = loss - by_mean
+        by_dropout = None
+        if dropout_logits is not None:
+            # P(0) = π + (1 - π) NB(0); `weight` is the share of the second term, `odds` its logit.
+            odds = loss.add_(dropout_logits).neg_()
+            weight = torch.sigmoid(odds)
+            by_mean.mul_(weight)
+            by_theta.mul_(weight)
+            observed = -dropout_logits
+            by_dropout = weight.sub_(torch.sigmoid(observed))
+            loss = _softplus(observed).sub_(_softplus(odds))
+        elements = _Elements(loss, by_mean, by_theta, by_dropout)
+        _replace_positive(elements, counts, d, log_theta, dropout_logits)
+
+        if any(ctx.needs_input_grad):
+            by_library = by_mean.sum(dim=-1, keepdim=True)
+            by_scale = by_mean.addcmul_(log_scale.exp_(), by_library, value=-1.0)
+            ctx.save_for_backward(by_scale, by_library, by_theta, by_dropout)
+            ctx.theta_per_cell = log_theta.dim() == 2
+        return loss.sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        by_scale, by_library, by_theta, by_dropout = ctx.saved_tensors
+        grad = grad_output.unsqueeze(-1)
+        theta_grad = by_theta * grad
+        return (
+            None,
+            by_scale * grad,
+            by_library * grad,
+            theta_grad if ctx.theta_per_cell else theta_grad.sum(dim=0),
+            None if by_dropout is None else by_dropout * grad,
+            None,
+        )
+
+
+class _Elements(NamedTuple):
+    """Loss of every element and its derivatives, each (n_cells, n_genes)."""
+
+    loss: Tensor
+    by_mean: Tensor
+    by_theta: Tensor
+    by_dropout: Tensor | None
+
+
+def _replace_positive(
+    elements: _Elements,
+    counts: Tensor,
+    d: Tensor,
+    log_theta: Tensor,
+    dropout_logits: Tensor | None,
+) -> None:
+    """Put loss and derivatives of the counts above zero in place of those of zeros.
+
+    On a CPU the few elements are gathered. On a GPU their number would have to be read back, which
+    makes the host wait, so there all elements are computed and the right ones chosen.
+    """
+    positive = counts > 0
+    at = positive.flatten().nonzero().squeeze(-1) if counts.device.type == "cpu" else None
+    gene = None if at is None else at % counts.shape[-1]
+
+    def pick(values: Tensor) -> Tensor:
+        if at is None:
+            return values
+        return values[gene] if values.dim() == 1 else values.reshape(-1)[at]
+
+    def put(target: Tensor, values: Tensor) -> None:
+        values = values.to(target.dtype)
+        if at is None:
+            torch.where(positive, values, target, out=target)
+        else:
+            target.view(-1)[at] = values
+
+    x, d = pick(counts).double(), pick(d).double()
+    # Functions of θ alone: of each gene, then picked, where that is fewer.
+    per_gene = log_theta.dim() == 1
+    theta = (log_theta if per_gene else pick(log_theta)).double().exp()
+    lgamma, digamma = torch.lgamma(theta), torch.digamma(theta)
+    if per_gene:
+        theta, lgamma, digamma = pick(theta), pick(lgamma), pick(digamma)
+
+    theta_x = theta + x
+    loss = theta * _softplus(d)
+    by_mean = theta_x * torch.sigmoid(d) - x
+    by_theta = loss - by_mean - theta * (torch.digamma(theta_x) - digamma)
+    loss += x * _softplus(-d) + torch.lgamma(x + 1.0) + lgamma - torch.lgamma(theta_x)
+    if dropout_logits is not None and elements.by_dropout is not None:
+        dropout = pick(dropout_logits).double()
+        loss += _softplus(dropout)
+        put(elements.by_dropout, torch.sigmoid(dropout))
+    put(elements.loss, loss)
+    put(elements.by_mean, by_mean)
+    put(elements.by_theta, by_theta)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """``log(1 + exp(x))``; above 40 it is ``x`` to the last bit of float64."""
+    return F.softplus(x, threshold=40.0)
