@@ -24,7 +24,7 @@ from atlas.errors import ConfigError, StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.store import embeddings
 from atlas.store import manifest as manifests
-from atlas.store.append import AppendReport, Reading, append_study
+from atlas.store.append import AppendReport, Request, append_study
 from atlas.store.arrays import read_array
 from atlas.store.schema import GeneSelection, Manifest, StudyEntry
 from atlas.store.tables import join_obs
@@ -142,9 +142,11 @@ class CountStore:
         own = {f"atlas_{name}": self._named_codes(name) for name in CODES}
         return join_obs(frames, own, columns, self.path)
 
-    def _named_codes(self, name: str) -> pd.Categorical:
+    def _named_codes(self, name: str) -> pd.Categorical[Any]:
         names = {"study": self.studies, "batch": self.batches, "label": self.labels}[name]
-        return pd.Categorical.from_codes(self.obs_codes[name], categories=list(names))
+        return pd.Categorical.from_codes(
+            self.obs_codes[name], categories=pd.Index(names, dtype=object)
+        )
 
     @functools.cached_property
     def obs_codes(self) -> Mapping[str, npt.NDArray[np.int32]]:
@@ -290,8 +292,7 @@ class CountStore:
         selection = GeneSelection(flavour, n, tuple(genes))
         self.select(selection.genes)
         action = f"choose {len(selection.genes)} genes"
-        with manifests.writer(self.path, action):
-            newest = manifests.read(self.path)
+        with manifests.writer(self.path, action) as newest:
             state = manifests.commit(self.path, newest, action, gene_selection=selection)
         self.see(state)
 
@@ -348,18 +349,22 @@ class CountStore:
         StudyExistsError, LockedError, StoreError
             The name is taken, another process writes, or writing failed.
         """
-        state, report = append_study(
-            self.path,
-            source,
-            study=study,
-            batch_keys=(batch_key,) if isinstance(batch_key, str) else tuple(batch_key or ()),
-            label_key=label_key,
-            unlabeled=unlabeled,
-            profile=profile,
-            reading=Reading(layer, use_raw, round_counts, feature_type, tuple(keep_layers)),
-            scheduler=scheduler,
-            progress=progress,
+        keys = (batch_key,) if isinstance(batch_key, str) else tuple(batch_key or ())
+        request = Request(
+            study,
+            keys,
+            label_key,
+            unlabeled,
+            profile,
+            layer,
+            use_raw,
+            round_counts,
+            feature_type,
+            tuple(keep_layers),
+            scheduler,
+            progress,
         )
+        state, report = append_study(self.path, source, request)
         self.see(state)
         return report
 

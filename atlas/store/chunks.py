@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import google_crc32c
 import numcodecs.blosc
@@ -264,4 +264,4 @@ class ChunkedArray:
 def read_all(path: Path) -> npt.NDArray[Any]:
     """A whole array."""
     array = ChunkedArray(path)
-    return cast("npt.NDArray[Any]", array.read(0, len(array)))
+    return array.read(0, len(array))

@@ -74,35 +74,24 @@ def write(
         )
     bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
     mine = {s.name: rows for s, rows in zip(seen.studies, pairwise(bounds), strict=True)}
-    with manifests.writer(root, f"embed {name}"):
-        newest = manifests.read(root)
+    with manifests.writer(root, f"embed {name}") as newest:
         number = newest.number + 1
-        try:
-            studies = []
-            for study in newest.studies:
-                parts = {k: v for k, v in study.parts.items() if k != f"embedding:{name}"}
-                if study.name in mine:
-                    a, b = mine[study.name]
-                    parts[f"embedding:{name}"] = write_part(
-                        root,
-                        f"parts/{study.name}/embedding-{name}-{number:06d}",
-                        {"z": np.ascontiguousarray(z[a:b], np.float32)},
-                    )
-                studies.append(replace(study, parts=parts))
-            about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
-            entry = EmbeddingEntry(z.shape[1], about)
-            return manifests.commit(
-                root,
-                newest,
-                f"embed {name}",
-                studies=tuple(studies),
-                embeddings={**newest.embeddings, name: entry},
-            )
-        except OSError as error:
-            manifests.remove_leftovers(root)
-            raise StoreError(
-                "The embedding could not be written; the store is as it was",
-                found=str(error),
-                do="make room or mend the disk, then run the command again",
-                path=root,
-            ) from error
+        studies = []
+        for study in newest.studies:
+            parts = {k: v for k, v in study.parts.items() if k != f"embedding:{name}"}
+            if study.name in mine:
+                a, b = mine[study.name]
+                parts[f"embedding:{name}"] = write_part(
+                    root,
+                    f"parts/{study.name}/embedding-{name}-{number:06d}",
+                    {"z": np.ascontiguousarray(z[a:b], np.float32)},
+                )
+            studies.append(replace(study, parts=parts))
+        about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
+        return manifests.commit(
+            root,
+            newest,
+            f"embed {name}",
+            studies=tuple(studies),
+            embeddings={**newest.embeddings, name: EmbeddingEntry(z.shape[1], about)},
+        )

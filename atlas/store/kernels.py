@@ -13,7 +13,7 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def map_columns(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[Any],
@@ -56,7 +56,7 @@ def map_columns(
     return new_indptr, new_indices, new_data
 
 
-@numba.njit(nogil=True, cache=True)
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def hash_rows(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[Any],

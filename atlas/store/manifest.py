@@ -35,6 +35,9 @@ from atlas.errors import CorruptStoreError, LockedError, NotAStoreError, StoreEr
 from atlas.ingest.genes import GeneTable
 from atlas.store.schema import GenesFile, Manifest
 
+SCRATCH = "scratch"
+"""Folder in the store for what a writer needs for a while."""
+
 _NUMBERED = re.compile(r"^(\d{6,})\.json$")
 
 
@@ -171,13 +174,17 @@ def read_gene_table(root: Path, manifest: Manifest) -> GeneTable:
 
 
 @contextmanager
-def writer(root: Path, action: str) -> Iterator[None]:
-    """Be the only writer of a store, with what a crash left behind removed.
+def writer(root: Path, action: str) -> Iterator[Manifest]:
+    """Be the only writer of a store; gives its newest state.
+
+    What a crash left behind is removed first, and what the body wrote without committing it last.
 
     Raises
     ------
     LockedError
         Another process writes; the message names it.
+    StoreError
+        Writing failed (a full disk, an I/O error); the store is as it was.
     """
     lock = filelock.FileLock(root / "writer.lock", thread_local=False)
     owner = root / "writer.json"
@@ -199,8 +206,17 @@ def writer(root: Path, action: str) -> Iterator[None]:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "action": action}
         owner.write_text(json.dumps({**who, "command": " ".join(sys.argv)[:500]}))
         remove_leftovers(root)
-        yield
+        (root / SCRATCH).mkdir()
+        yield read(root)
+    except OSError as error:
+        raise StoreError(
+            f"Writing failed ({action}); the store is as it was",
+            found=str(error),
+            do="make room or mend the disk, then run the command again",
+            path=root,
+        ) from error
     finally:
+        remove_leftovers(root)
         owner.unlink(missing_ok=True)
         lock.release()
 
@@ -222,7 +238,7 @@ def remove_leftovers(root: Path) -> list[Path]:
         *(p for p in root.glob("parts/*/*") if p.relative_to(root).as_posix() not in parts),
         *(p for p in root.glob("genes/*") if p.relative_to(root).as_posix() not in genes),
         *root.glob("manifests/.*.partial"),
-        *root.glob("scratch"),
+        *root.glob(SCRATCH),
     ]
     for path in candidates:
         if path.is_dir():

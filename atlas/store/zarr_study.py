@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
 
+import anndata
 import anndata.io
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,17 @@ def write_tables(
     InputError
         A column holds values that AnnData cannot write.
     """
+    with anndata.settings.override(auto_shard_zarr_v3=False):
+        _write_tables(group, obs, var, obsm, uns)
+
+
+def _write_tables(
+    group: zarr.Group,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    obsm: Mapping[str, npt.NDArray[Any]],
+    uns: Mapping[str, Any],
+) -> None:
     for name, value in {"obs": obs, "var": var}.items():
         frame = value.copy(deep=False)
         for column in frame.select_dtypes(object):

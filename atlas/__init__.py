@@ -1,0 +1,54 @@
+"""Atlas: train on single-cell atlases that do not fit in memory."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atlas.evaluation import Metrics
+    from atlas.models import TrainedModel, load_model
+    from atlas.simulate import simulate
+    from atlas.store import CountStore, create_store, open_store, to_anndata
+    from atlas.workflows import embed, evaluate, ingest, report, select_genes, train
+
+_HOME = {
+    "CountStore": "atlas.store",
+    "Metrics": "atlas.evaluation",
+    "TrainedModel": "atlas.models",
+    "create_store": "atlas.store",
+    "embed": "atlas.workflows",
+    "evaluate": "atlas.workflows",
+    "ingest": "atlas.workflows",
+    "load_model": "atlas.models",
+    "open_store": "atlas.store",
+    "report": "atlas.workflows",
+    "select_genes": "atlas.workflows",
+    "simulate": "atlas.simulate",
+    "to_anndata": "atlas.store",
+    "train": "atlas.workflows",
+}
+
+__all__ = [
+    "CountStore",
+    "Metrics",
+    "TrainedModel",
+    "create_store",
+    "embed",
+    "evaluate",
+    "ingest",
+    "load_model",
+    "open_store",
+    "report",
+    "select_genes",
+    "simulate",
+    "to_anndata",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and zarr take seconds to import; a name costs them when it is first used
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'atlas' has no attribute {name!r}")

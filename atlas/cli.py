@@ -1,0 +1,312 @@
+"""The command line: parse, call a workflow, print. Errors of Atlas end with code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from atlas.config import Profile, ScviConfig, TrainConfig
+from atlas.errors import AtlasError
+
+# torch, zarr and the rest are imported by the command that needs them, so that --help is quick
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _print_warning
+    warnings.filterwarnings("ignore", message=".*not in the Zarr version 3 specification.*")
+    warnings.filterwarnings("ignore", message=".*currently not part in the Zarr format 3.*")
+    run: Callable[[argparse.Namespace], None] = options.run
+    try:
+        run(options)
+    except KeyboardInterrupt as interrupt:
+        print(f"\natlas: interrupted {interrupt}".rstrip(), file=sys.stderr)
+        return 130
+    except AtlasError as error:
+        print(f"atlas: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atlas", description="Train on single-cell atlases that do not fit in memory."
+    )
+    parser.add_argument("--version", action="version", version=version("atlas-trainer"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
+        sub = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("ingest", _ingest, "append a study to a store, which is made where there is none")
+    sub.add_argument("store")
+    sub.add_argument("source", help="an .h5ad or 10x .h5 file")
+    sub.add_argument("--study", required=True, help="name of the study")
+    sub.add_argument("--batch-key", help="obs column of the batch; a,b combines two")
+    sub.add_argument("--label-key", help="obs column of the label")
+    sub.add_argument("--unlabeled", default="Unknown", help="value that stands for no label")
+    sub.add_argument("--profile", choices=get_args(Profile), default="fast", help="compression")
+    sub.add_argument("--layer", help="layer that holds the counts")
+    sub.add_argument("--use-raw", action="store_true", help="take the counts from raw.X")
+    sub.add_argument("--round", action="store_true", help="round counts that have fractions")
+    sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file")
+    sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
+    sub.add_argument("--scheduler", help="address of a dask scheduler; threads by default")
+
+    sub = command("info", _info, "show what a store holds")
+    sub.add_argument("store")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("genes", _genes, "choose and record the genes to model")
+    sub.add_argument("store")
+    sub.add_argument("--n", type=int, default=2000, help="how many")
+    sub.add_argument("--flavour", choices=("seurat_v3", "dispersion"), default="seurat_v3")
+    sub.add_argument("--list", action="store_true", help="print the names")
+
+    sub = command("train", _train, "train a model on all studies of a store")
+    sub.add_argument("store")
+    sub.add_argument("--model", choices=("scvi",), default="scvi")
+    sub.add_argument("--out", required=True, help="run folder: log, checkpoints, model")
+    sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
+    sub.add_argument("--epochs", dest="max_epochs", type=int, help="passes over the cells")
+    _add_fields(sub, ScviConfig, {})
+    _add_fields(sub, TrainConfig, {"max_epochs"})
+
+    sub = command("embed", _embed, "embed all cells of a store")
+    sub.add_argument("model", help="a run folder")
+    sub.add_argument("store")
+    sub.add_argument("--name", default="scvi", help="name to keep the embedding under")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("evaluate", _evaluate, "measure an embedding")
+    _add_measuring(sub)
+    sub.add_argument("--json", metavar="FILE", help="write the measures as JSON")
+
+    sub = command("report", _report, "write a self-contained HTML report")
+    _add_measuring(sub)
+    sub.add_argument("--out", required=True, metavar="FILE")
+
+    sub = command("export", _export, "write cells as AnnData")
+    sub.add_argument("store")
+    sub.add_argument("out", metavar="OUT.h5ad")
+    sub.add_argument("--embedding", help="add it as obsm['X_NAME']")
+    sub.add_argument("--rows", help="cells by an obs column: column=value,value")
+    sub.add_argument("--order", choices=("store", "input"), default="store")
+
+    sub = command("simulate", _simulate, "write studies of simulated cells whose truth is known")
+    sub.add_argument("out_dir")
+    sub.add_argument("--cells", type=int, default=30_000)
+    sub.add_argument("--studies", type=int, default=3)
+    sub.add_argument("--genes", type=int, default=2000)
+    sub.add_argument("--types", type=int, default=8)
+    sub.add_argument("--batches", type=int, default=2, help="in each study")
+    sub.add_argument("--library", type=float, default=2000.0, help="median counts of a cell")
+    sub.add_argument(
+        "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> None:
+    """One option per field of a configuration, ``n_layers`` as ``--n-layers``."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        if hint is bool:
+            sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        elif choices := get_args(hint):
+            sub.add_argument(flag, choices=choices, default=field.default)
+        else:
+            sub.add_argument(flag, type=hint, default=field.default)
+
+
+def _add_measuring(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("store")
+    sub.add_argument("--embedding", required=True)
+    sub.add_argument("--reference", help="cells whose labels are carried over: column=value,value")
+    sub.add_argument("--query", help="cells that get labels: column=value,value")
+    sub.add_argument("--seed", type=int, default=0)
+
+
+def _ingest(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    report = workflows.ingest(
+        options.store,
+        options.source,
+        study=options.study,
+        batch_key=options.batch_key.split(",") if options.batch_key else None,
+        label_key=options.label_key,
+        unlabeled=options.unlabeled,
+        profile=options.profile,
+        layer=options.layer,
+        use_raw=options.use_raw,
+        round_counts=options.round,
+        feature_type=options.feature_type,
+        keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
+        scheduler=options.scheduler,
+        progress=True,
+    )
+    speed = report.n_obs / max(report.seconds, 1e-9)
+    print(
+        f"{report.study}: {report.n_obs:,} cells, {report.nnz:,} counts, {report.new_genes:,} new "
+        f"genes, in {report.seconds:.1f} s ({speed:,.0f} cells/s)"
+    )
+    for note in report.notes:
+        print(note)
+    if report.missing_genes:
+        print(f"{report.missing_genes:,} genes of the store were not measured in this study")
+    for name, n in report.same_counts.items():
+        print(f"{n:,} cells of study {name} have the very same counts as cells of {report.study}")
+    for name, n in report.same_names.items():
+        print(f"{n:,} cells of study {name} have the same row names as cells of {report.study}")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    info = workflows.info(workflows.open_store(options.store))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(info), indent=1))
+        return
+    print(f"{info.path}: {info.n_obs:,} cells × {info.n_vars:,} genes, {info.nnz:,} counts")
+    print(f"{info.bytes_on_disk / 1e6:,.1f} MB on disk, manifest {info.manifest}")
+    for title, rows in (("studies", info.studies), ("batches", info.batches)):
+        print(f"\n{title}")
+        for row in rows:
+            print(f"  {row['name']:<40} {row['cells']:>12,} cells")
+    print(f"\nlabels ({info.unlabeled:,} cells without one)")
+    for row in info.labels:
+        print(f"  {row['name']:<40} {row['cells']:>12,} cells")
+    print(f"\ngenes chosen: {info.genes_chosen or 'none yet (atlas genes)'}")
+    names = [f"{e['name']} ({e['n_latent']} dimensions)" for e in info.embeddings]
+    print(f"embeddings: {', '.join(names) or 'none yet (atlas embed)'}")
+    print("\nhistory")
+    for line in info.history:
+        print(f"  {line}")
+
+
+def _genes(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    store = workflows.open_store(options.store)
+    genes = workflows.select_genes(store, options.n, flavour=options.flavour)
+    print("\n".join(genes) if options.list else f"{len(genes):,} genes chosen and recorded")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    values = vars(options)
+    names = {f.name for kind in (ScviConfig, TrainConfig) for f in dataclasses.fields(kind)}
+    model = workflows.train(
+        workflows.open_store(options.store),
+        options.model,
+        out=options.out,
+        resume=options.resume,
+        progress=True,
+        **{name: values[name] for name in names},
+    )
+    history = model.training["history"]
+    bound = history[-1]["validation_bound"]
+    print(
+        f"trained {len(history)} epochs"
+        + (f", held-out bound {bound:.2f} nats per cell" if bound is not None else "")
+    )
+    print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    store = workflows.open_store(options.store)
+    model = workflows.load_model(options.model)
+    z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
+    print(f"embedding {options.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    metrics = workflows.evaluate(
+        workflows.open_store(options.store),
+        embedding=options.embedding,
+        reference=options.reference,
+        query=options.query,
+        seed=options.seed,
+    )
+    for measure in metrics.measures:
+        error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
+        value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
+        print(f"{measure.title:<48} {value}{f'  ({measure.skipped})' if measure.skipped else ''}")
+    if options.json:
+        workflows.write_json(options.json, metrics.to_json())
+
+
+def _report(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    path = workflows.report(
+        workflows.open_store(options.store),
+        embedding=options.embedding,
+        out=options.out,
+        reference=options.reference,
+        query=options.query,
+        seed=options.seed,
+    )
+    print(path)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    adata = workflows.export(
+        workflows.open_store(options.store),
+        options.out,
+        embedding=options.embedding,
+        rows=options.rows,
+        order=options.order,
+    )
+    print(f"{options.out}: {adata.n_obs:,} cells × {adata.n_vars:,} genes")
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from atlas.simulate import simulate
+
+    paths = simulate(
+        Path(options.out_dir),
+        options.cells,
+        options.studies,
+        options.seed,
+        genes=options.genes,
+        types=options.types,
+        batches=options.batches,
+        library=options.library,
+        missing_genes=options.missing_genes,
+    )
+    print("\n".join(map(str, paths)))
