@@ -31,8 +31,8 @@ picklable where a distributed scheduler is used."""
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 
-_SPAN = 0.3
-"""Share of the genes in each local fit, as Seurat and scanpy have it."""
+_SPANS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""Share of the genes in each local fit: the first is Seurat's and scanpy's."""
 
 _MIN_LOESS_MEANS = 10
 """Distinct means below which loess is not tried: its local quadratics would be undetermined, and
@@ -225,11 +225,11 @@ def _compute(
 def expected_variance(mean: Floats, variance: Floats) -> Floats:
     """Variance that a gene of this mean has in this batch.
 
-    A loess of degree 2 of log10 variance on log10 mean over the genes that vary, as scanpy's
-    ``seurat_v3`` fits it. Where loess has no answer (few genes, or so many equal means that its
-    local fits are singular: small batches, mostly; scanpy raises there) a parabola through all the
-    genes that vary by least squares takes its place, of lower degree where there are fewer than
-    three distinct means.
+    A loess of degree 2 and span 0.3 of log10 variance on log10 mean over the genes that vary, as
+    scanpy's ``seurat_v3`` fits it. Where so many genes share a mean that local fits are singular
+    (batches of a few hundred cells; scanpy raises there) the span is widened by steps of 0.1 until
+    they are not. Where none will do, or there are fewer than ten distinct means, a parabola through
+    all genes by least squares takes its place, of lower degree below three distinct means.
 
     Parameters
     ----------
@@ -254,18 +254,21 @@ def expected_variance(mean: Floats, variance: Floats) -> Floats:
 
 
 def _loess(x: Floats, y: Floats) -> Floats | None:
-    """Fitted values, or None where loess fails or gives what cannot be log variances."""
+    """Fitted values at the narrowest span that has an answer; None where none has."""
     from skmisc.loess import loess
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = loess(x, y, span=_SPAN, degree=2)
-            model.fit()
-            fitted: Floats = np.array(model.outputs.fitted_values, dtype=np.float64)
-    except ValueError:  # all that skmisc raises: the message of its Fortran code
-        return None
-    return fitted if np.isfinite(fitted).all() and np.abs(fitted).max() < 100 else None
+    for span in _SPANS:
+        model = loess(x, y, span=span, degree=2)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model.fit()
+        except ValueError:  # all that skmisc raises: the message of its Fortran code
+            continue
+        fitted: Floats = np.array(model.outputs.fitted_values, dtype=np.float64)
+        if np.isfinite(fitted).all() and np.abs(fitted).max() < 100:
+            return fitted
+    return None
 
 
 def _add(left: list[Floats], right: list[Floats]) -> list[Floats]:
