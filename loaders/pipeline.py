@@ -132,7 +132,7 @@ class Pipeline:
             target=_produce, args=(work, self._handover), name=_THREAD_NAME, daemon=True
         )
         # Also called on collection and, before daemon threads are cut off, at exit.
-        self.close = weakref.finalize(self, _close, self._handover, producer)
+        self.close = weakref.finalize(self, _close, self._handover, producer, self._process)
         producer.start()
 
     def __iter__(self) -> Self:
@@ -176,8 +176,10 @@ def _produce(work: Work, handover: Handover) -> None:
         handover.finish()
 
 
-def _close(handover: Handover, producer: threading.Thread) -> None:
+def _close(handover: Handover, producer: threading.Thread, process: int) -> None:
     """Stop, and wait for the threads to end."""
+    if os.getpid() != process:
+        return  # A fork has none of the threads, and perhaps a lock that nobody will release.
     handover.stop()
     # A collection can run in any thread; those of a pipeline must not wait for themselves.
     if not threading.current_thread().name.startswith("loaders-"):

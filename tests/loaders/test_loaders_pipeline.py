@@ -1,0 +1,310 @@
+"""Threads: errors reach the consumer, and however it leaves, the threads end."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from loaders_helpers import Recording, counts, loader_threads, source
+
+from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
+from loaders.pipeline import MAX_WAITING
+from loaders.reader import WindowReader
+
+pytestmark = pytest.mark.timeout(60)
+
+SMALL = {"block_size": 8, "buffer_size": 64, "lanes": 4}
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_threads_are_left():
+    yield
+    assert loader_threads() == []
+
+
+def failing(n: int, error: Exception) -> Recording:
+    def before(read: int, start: int) -> None:
+        if read == n:
+            raise error
+
+    return Recording(counts(500), segments=(0, 200, 500), before=before)
+
+
+def drain(loader: MinibatchLoader | SequentialLoader, into: list[list[int]]) -> None:
+    for minibatch in loader:
+        into.append(minibatch.rows.tolist())  # noqa: PERF401
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 30, 60, 63])
+def test_the_error_of_the_nth_read_is_raised_at_next(n):
+    error = OSError(5, "disk on fire")
+    data = failing(n, error)
+    loader = MinibatchLoader(data, 20, **SMALL)
+    plan = [rows.tolist() for rows in EpochPlan(data.segments, 20, **SMALL).minibatches()]
+    found: list[list[int]] = []
+    with pytest.raises(OSError, match="disk on fire") as caught:
+        drain(loader, found)
+    assert caught.value is error
+    assert loader_threads() == []
+    # What came before the error is right, is counted, and the rest comes once the fault is gone.
+    assert found == plan[: len(found)]
+    assert loader.step == len(found) < len(plan)
+    assert [m.rows.tolist() for m in loader] == plan[len(found) :]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("n", [0, 17, 40, 62])
+def test_the_error_comes_where_the_block_is_needed(n, threads):
+    """Neither earlier, because it was read ahead, nor later."""
+    plan = EpochPlan((0, 200, 500), 20, **SMALL)
+    windows = list(plan.windows())
+    broken, window = [(block[0], window) for window in windows for block in window.blocks][n]
+    key = (window.lane, window.index)
+    takes = [[(take.lane, take.index) for take in plan.takes(s)] for s in range(plan.n_steps)]
+    order = [(w.lane, w.index) for w in windows]
+    # Windows are opened in order, in the pool also before they are taken from.
+    expected = next(
+        s for s, keys in enumerate(takes) if max(map(order.index, keys)) >= order.index(key)
+    )
+
+    def before(_: int, start: int) -> None:
+        if start == broken:
+            raise OSError("here")
+
+    data = Recording(counts(500), segments=(0, 200, 500), before=before)
+    loader = MinibatchLoader(data, 20, **SMALL, threads=threads)
+    with pytest.raises(OSError, match="here"):
+        drain(loader, [])
+    assert loader.step == expected
+
+
+def test_an_error_in_sequence():
+    data = Recording(counts(5_000), before=lambda n, start: 1 / (2_000 - start))
+    found: list[list[int]] = []
+    with pytest.raises(ZeroDivisionError):
+        drain(SequentialLoader(data, 100), found)
+    assert sum(found, []) == list(range(2_000))  # noqa: RUF017
+
+
+class Broken(ArraySource):
+    def __init__(self, change) -> None:
+        super().__init__(counts(50))
+        self.change = change
+
+    def read_rows(self, start: int, stop: int) -> RowBlock:
+        return self.change(super().read_rows(start, stop))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda b: RowBlock(b.indptr, b.indices.astype(np.int64), b.data),
+            "indices of another type",
+        ),
+        (
+            lambda b: RowBlock(b.indptr, b.indices, b.data.astype(np.float64)),
+            "data of another type",
+        ),
+        (
+            lambda b: RowBlock(b.indptr.astype(np.int32), b.indices, b.data),
+            "indptr of another type",
+        ),
+        (lambda b: RowBlock(b.indptr, np.repeat(b.indices, 2)[::2], b.data), "strides"),
+        (lambda b: RowBlock(b.indptr[:-1], b.indices, b.data), "no CSR"),
+        (lambda b: RowBlock(b.indptr + 1, b.indices, b.data), "no CSR"),
+        (lambda b: RowBlock(b.indptr, b.indices[1:], b.data), "no CSR"),
+        (lambda b: RowBlock(b.indptr, b.indices, b.data[1:]), "no CSR"),
+        (
+            lambda b: RowBlock(b.indptr[[0, -1, *range(2, len(b.indptr))]], b.indices, b.data),
+            "no CSR",
+        ),
+        (lambda b: RowBlock(b.indptr, b.indices + 30, b.data), r"expected: 0 to 39"),
+        (lambda b: RowBlock(b.indptr, b.indices - 1, b.data), r"found: -1 to"),
+    ],
+)
+def test_a_block_that_breaks_its_promise_is_refused(change, message):
+    with pytest.raises(LoaderError, match=message):
+        list(MinibatchLoader(Broken(change), 10))
+
+
+# --- leaving -------------------------------------------------------------------------------------
+
+
+def test_leaving_early_ends_the_threads():
+    loader = MinibatchLoader(source(), 5, **SMALL)
+    for _ in loader:
+        assert loader_threads()
+        break
+    assert loader_threads() == []
+
+
+def test_closing_and_forgetting_an_iterator_ends_the_threads():
+    for end in ("close", "forget", "cycle"):
+        iterator = iter(MinibatchLoader(source(), 5, **SMALL))
+        next(iterator)
+        assert loader_threads()
+        if end == "close":
+            iterator.close()
+        if end == "cycle":
+            cycle = [iterator]
+            cycle.append(cycle)
+            del cycle
+        del iterator
+        gc.collect()
+        assert loader_threads() == [], end
+
+
+def test_many_iterations_leave_nothing_behind():
+    loader = MinibatchLoader(source(), 5, **SMALL)
+    for _ in range(30):
+        next(iter(loader))
+    assert loader_threads() == []
+
+
+def test_interrupt_in_the_body_of_the_loop():
+    loader = MinibatchLoader(source(), 5, **SMALL)
+
+    def train() -> None:
+        for _ in loader:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert loader_threads() == []
+    assert loader.step == 1
+
+
+def test_interrupt_while_waiting_for_a_minibatch():
+    def before(n: int, _: int) -> None:
+        if n == 20:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)  # So that the signal comes while the consumer waits.
+
+    loader = MinibatchLoader(Recording(counts(500), before=before), 5, **SMALL, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        drain(loader, [])
+    assert loader_threads() == []
+    step = loader.step
+    rest = list(loader)
+    assert len(rest) == len(loader) - step
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    prelude = (
+        "import os, sys, threading\n"
+        "sys.path.insert(0, 'tests/loaders')\n"
+        "from loaders_helpers import *\n"
+        "from loaders import *\n"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", prelude + script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_the_interpreter_exits_with_an_iteration_under_way():
+    done = run(
+        "iterator = iter(MinibatchLoader(source(), 5, block_size=8, buffer_size=64))\n"
+        "next(iterator)\n"
+        "print('end')\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
+
+
+def test_an_error_of_the_consumer_ends_the_interpreter():
+    done = run(
+        "for minibatch in MinibatchLoader(source(), 5, block_size=8, buffer_size=64):\n"
+        "    raise SystemExit(3)\n"
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
+    done = run(
+        "loader = MinibatchLoader(source(), 5, block_size=8, buffer_size=64)\n"
+        "iterator = iter(loader)\n"
+        "next(iterator)\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    try:\n"
+        "        next(iterator)\n"
+        "    except LoaderError as error:\n"
+        "        print(error.what, flush=True)\n"
+        "    print(len(list(loader)), flush=True)\n"
+        "    os._exit(0)\n"
+        "status = os.waitpid(pid, 0)[1]\n"
+        "print(status, len(list(iterator)), flush=True)\n"
+    )
+    assert done.stdout.splitlines() == [
+        "an iteration cannot go on in another process",
+        "99",
+        "0 99",
+    ], done.stderr
+
+
+# --- bounds --------------------------------------------------------------------------------------
+
+
+def test_a_slow_consumer_stops_the_reading():
+    data = Recording(counts(5_000))
+    loader = MinibatchLoader(data, 5, **SMALL, threads=1)
+    iterator = iter(loader)
+    next(iterator)
+    before = -1
+    while before != data.rows_read:  # Until the producer waits for us.
+        before = data.rows_read
+        time.sleep(0.2)
+    handed_or_waiting = (1 + MAX_WAITING + 1) * 5
+    assert data.rows_read <= handed_or_waiting + 64 + max(64 // 4, 2 * 8) + 16
+    iterator.close()
+
+
+def test_a_minibatch_above_the_limit_of_bytes_passes(monkeypatch):
+    monkeypatch.setattr("loaders.pipeline.MAX_WAITING_BYTES", 1)
+    rows = np.concatenate([m.rows for m in MinibatchLoader(source(), 20, **SMALL)])
+    assert sorted(rows.tolist()) == list(range(500))
+
+
+def test_rows_are_read_ahead_within_the_budget():
+    data = Recording(counts(500))
+    plan = EpochPlan((0, 500), 10, **SMALL)
+    windows = list(plan.windows())
+    for opened in (1, 3, 6):
+        data.reads.clear()
+        with WindowReader(data, iter(windows), 1, 40, lambda: False) as reader:
+            iterator = iter(reader)
+            for _ in range(opened):
+                window, blocks = next(iterator)
+                assert [block.n_rows for block in blocks] == [b - a for a, b in window.blocks]
+        used = sum(window.n_rows for window in windows[:opened])
+        assert used <= data.rows_read <= used + 40
+
+
+def test_every_row_is_read_once():
+    data = Recording(counts(500), segments=(0, 37, 38, 500))
+    list(MinibatchLoader(data, 17, **SMALL))
+    rows = [row for start, stop in data.reads for row in range(start, stop)]
+    assert sorted(rows) == list(range(500))
+
+
+def test_resuming_reads_the_windows_at_hand_only():
+    data = Recording(counts(5_000))
+    loader = MinibatchLoader(data, 20, **SMALL)
+    loader.load_state_dict({**loader.state_dict(), "step": 200})
+    data.reads.clear()
+    rows = [m.rows for m in loader]
+    assert sum(map(len, rows)) == 1_000
+    assert data.rows_read <= 1_000 + 64
