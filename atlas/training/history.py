@@ -34,7 +34,7 @@ class EpochRecord:
         Mean over the held-out cells of ``reconstruction_loss + kl`` at KL weight 1, in nats: the
         negative evidence lower bound, so lower is better. None where no cells are held out.
     seconds
-        Wall time of the epoch's steps, without validation.
+        Wall time of the epoch's steps, without validation, checkpoints and interruptions.
     cells_per_second
         Training cells by those seconds.
     """

@@ -65,8 +65,8 @@ def fit(
         Rows, whose columns are the model's genes; ``obs_codes`` has "batch" and, where a study
         lacks a gene, "study".
     train_rows, validation_rows
-        Sorted, disjoint ranges (start, stop) of source rows. No validation where the latter is
-        empty.
+        Sorted, disjoint ranges (start, stop) of source rows. No validation where the latter has
+        no rows.
     presence
         Which study measured which gene: bool, (n_studies, n_genes); None where all did.
     config
@@ -97,7 +97,8 @@ def fit(
     KeyboardInterrupt
         On Ctrl-C, after the step in progress and a checkpoint.
     """
-    if config.early_stopping and not validation_rows:
+    validates = _n_rows(validation_rows) > 0
+    if config.early_stopping and not validates:
         raise ConfigError(
             "Early stopping needs cells that are held out",
             found=f"validation_share {config.validation_share}",
@@ -118,11 +119,11 @@ def fit(
                 state.restore(found, out)
             write_log(out, state.history)
             validation = None
-            if validation_rows:
+            if validates:
                 validation = SequentialLoader(source, config.minibatch_size, rows=validation_rows)
             to_inputs = InputsBuilder(device, presence)
             trainer = _Trainer(state, validation, to_inputs, config, run, out)
-            epoch_cells = sum(stop - start for start, stop in train_rows)
+            epoch_cells = _n_rows(train_rows)
             done = epoch_cells * len(state.history.records) + state.epoch_cells
             with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
                 trainer.run(line)
@@ -313,6 +314,10 @@ class _Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
+def _n_rows(ranges: Ranges) -> int:
+    return sum(stop - start for start, stop in ranges)
+
+
 def _training_loader(
     model: Model, source: RowSource, rows: Ranges, config: TrainConfig
 ) -> MinibatchLoader:
@@ -323,7 +328,7 @@ def _training_loader(
     ConfigError
         There is nothing to train on.
     """
-    n_rows = sum(stop - start for start, stop in rows)
+    n_rows = _n_rows(rows)
     # BatchNorm has no variance to divide by in a minibatch of one cell.
     has_batch_norm = any(isinstance(part, nn.BatchNorm1d) for part in model.modules())
     drop_last = has_batch_norm and n_rows % config.minibatch_size == 1

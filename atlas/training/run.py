@@ -41,20 +41,20 @@ def open_run(out: Path, *, resume: bool) -> Iterator[None]:
     ------
     CheckpointError
         The folder holds something and ``resume`` is False, another process trains in it, or it
-        cannot be made.
+        cannot be written to.
     """
     check_run_folder(out, resume=resume)
-    with io_errors("The run folder could not be made", out):
-        out.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(out / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise CheckpointError(
-            "Another process is training in this folder",
-            do="wait for it to end, or train into another folder",
-            path=out,
-        ) from None
+    with io_errors("The run folder cannot be written to", out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise CheckpointError(
+                "Another process is training in this folder",
+                do="wait for it to end, or train into another folder",
+                path=out,
+            ) from None
     try:
         remove_leftovers(out)
         yield

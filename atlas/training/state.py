@@ -95,7 +95,7 @@ class TrainingState:
         self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
 
     def checkpoint(self, run: Mapping[str, Any], environment: Environment) -> Checkpoint:
-        """A copy of all of this on the CPU."""
+        """All of this with its tensors on the CPU, not copied where they are there: save it now."""
         return Checkpoint(
             weights=_to_cpu(self.model.state_dict()),
             optimizer=_to_cpu(self._adam_state()),

@@ -208,7 +208,7 @@ def test_the_validation_bound_is_that_of_the_held_out_cells(tmp_path: Path) -> N
 
 def test_validation_does_not_change_the_training(tmp_path: Path) -> None:
     train(tmp_path / "with")
-    history = train(tmp_path / "without", validation_rows=[])
+    history = train(tmp_path / "without", validation_rows=[(90, 90)])
     assert [record.validation_bound for record in history.records] == [None] * 3
     assert final_files(tmp_path / "with") == final_files(tmp_path / "without")
 

@@ -44,7 +44,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 def test_a_file_in_place_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with (
-        pytest.raises(CheckpointError, match="The run folder could not be made"),
+        pytest.raises(CheckpointError, match="The run folder cannot be written to"),
         open_run(tmp_path / "run", resume=True),
     ):
         pass
