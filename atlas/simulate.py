@@ -4,8 +4,8 @@ The truth, in the order in which it is drawn:
 
 1. A cell type is a curve in a latent space of 10 dimensions, a centre and a direction; a *state* is
    one of 16 points spread evenly along it. A cell is in one state of its type, each as likely.
-2. Gene g has log expression ``baseline_g + loadings_g · z``. One gene in five has loadings. The
-   softmax over all genes is the state's ``rho``.
+2. Gene g has log expression ``min(baseline_g + loadings_g · z, 5.5)``. One gene in five has
+   loadings. The softmax over all genes is the state's ``rho``.
 3. A batch multiplies rho by a log-normal factor per gene (the study's times the batch's own) and
    rho is normalised again. A cell's library is log-normal around its batch's location.
 4. The count of gene g is zero with probability ``1 / (1 + exp(-dropout_logit_g))`` and otherwise
@@ -157,8 +157,8 @@ def simulate(
     genes, types
         Genes and cell types of all studies together.
     library
-        Median expected total of a cell's counts. At the default some 1,000 of 20,000 genes, or some
-        500 of 2,000, are not zero.
+        Median expected total of a cell's counts. At the default some 1,100 of 20,000 genes, or some
+        400 of 2,000, are not zero.
     missing_genes
         Share of the genes that the last study has not measured.
     threads
@@ -247,14 +247,15 @@ def draw_truth(
 ) -> Truth:
     """Draw the truth alone; arguments as of :func:`simulate`."""
     rng = np.random.default_rng([seed, 0])
-    baseline = rng.normal(0.0, 2.0, genes)
+    baseline = rng.normal(0.0, 2.2, genes)
     loaded = rng.random(genes) < 0.2
     loadings = loaded[:, None] * rng.normal(0.0, 1.0 / np.sqrt(N_LATENT), (genes, N_LATENT))
     centres = rng.normal(0.0, 1.0, (types, 1, N_LATENT))
     directions = rng.normal(0.0, 0.4, (types, 1, N_LATENT))
     along = np.linspace(-1.0, 1.0, STATES_PER_TYPE)[:, None]
     latent = (centres + along * directions).reshape(-1, N_LATENT).astype(np.float32)
-    logits = baseline + latent @ loadings.T
+    # Capped, so that no gene takes a large part of a cell.
+    logits = np.minimum(baseline + latent @ loadings.T, 5.5)
     rho = np.exp(logits - logits.max(axis=1, keepdims=True))
     rho /= rho.sum(axis=1, keepdims=True)
 
