@@ -342,7 +342,9 @@ class CountsSource:
                 UserWarning,
                 stacklevel=4,
             )
-            self.var.index = make_index_unique(self.var.index)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ours says it, for the file at hand
+                self.var.index = make_index_unique(self.var.index)
 
 
 def obsm_array(value: Any) -> npt.NDArray[Any]:
@@ -408,8 +410,9 @@ def elsewhere(
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy with its index as str; the caller's table stays as it is."""
+    """A copy with names of rows and columns as str; the caller's table stays as it is."""
     table = table.copy()
+    table.columns = pd.Index(table.columns.astype(str), dtype=object)
     table.index = pd.Index(table.index.astype(str), dtype=object, name=table.index.name)
     return table
 

@@ -194,31 +194,39 @@ def align(
             columns[gene] = by_id[gene_id]
             taken.add(by_id[gene_id])
     n_by_id = len(taken)
-    for gene, (name, gene_id) in enumerate(zip(names, ids, strict=True)):
+    for gene, name in enumerate(names):
         position = by_name.get(name)
         if columns[gene] >= 0 or position is None or position in taken:
             continue
-        if table_ids[position] is None or gene_id is None:
+        if table_ids[position] is None or found.ids[gene] is None:
             columns[gene] = position
             taken.add(position)
-            table_ids[position] = table_ids[position] or gene_id
+            table_ids[position] = table_ids[position] or ids[gene]
+
+    # What is left is new, or was given another name when it came with an earlier study.
+    renamed = []
+    reserved = {*table_names, *names}
+    for gene in np.flatnonzero(columns < 0).tolist():
+        name, number = names[gene], 0
+        while name in by_name or (number and name in reserved):
+            position = by_name.get(name, -1)
+            anonymous = position >= 0 and ids[gene] is None and table_ids[position] is None
+            if number and anonymous and position not in taken:
+                columns[gene] = position
+                taken.add(position)
+                break
+            number += 1
+            name = f"{names[gene]}-{number}"
+        if columns[gene] >= 0 or mode == "fixed":
+            continue
+        if number:
+            renamed.append((names[gene], name))
+        reserved.add(name)
+        columns[gene] = len(table_names)
+        table_names.append(name)
+        table_ids.append(ids[gene])
     if (len(table) or mode == "fixed") and not taken:
         raise _nothing_in_common(table, names)
-
-    n_new = 0
-    renamed = []
-    if mode == "union":
-        reserved = {*table_names, *names}
-        for gene in np.flatnonzero(columns < 0).tolist():
-            name = names[gene]
-            if name in by_name:
-                name = _free_name(name, reserved)
-                reserved.add(name)
-                renamed.append((names[gene], name))
-            columns[gene] = len(table_names)
-            table_names.append(name)
-            table_ids.append(ids[gene])
-            n_new += 1
     if renamed:
         shown = ", ".join(f"{symbol} as {name}" for symbol, name in renamed[:5])
         warnings.warn(
@@ -228,7 +236,11 @@ def align(
             stacklevel=2,
         )
     report = AlignmentReport(
-        n_by_id, len(taken) - n_by_id, n_new, int((columns < 0).sum()), tuple(renamed)
+        n_by_id,
+        len(taken) - n_by_id,
+        len(table_names) - len(table),
+        int((columns < 0).sum()),
+        tuple(renamed),
     )
     return GeneTable(tuple(table_names), tuple(table_ids)), columns, report
 
@@ -277,13 +289,6 @@ def _without_duplicates(found: GeneIdentity) -> tuple[list[str], list[str | None
             stacklevel=3,
         )
     return make_index_unique(index).tolist(), ids
-
-
-def _free_name(name: str, reserved: set[str]) -> str:
-    number = 1
-    while f"{name}-{number}" in reserved:
-        number += 1
-    return f"{name}-{number}"
 
 
 def _nothing_in_common(table: GeneTable, names: list[str]) -> InputError:
