@@ -105,6 +105,7 @@ def fit(
             do="raise --validation-share, or train without --early-stopping",
         )
     device = resolve_device(config.device)
+    loader = _training_loader(model, source, train_rows, config)
     run = identity(config, source, train_rows, validation_rows, presence, describe)
     with open_run(out, resume=resume):
         found = load_checkpoint(out)
@@ -113,7 +114,6 @@ def fit(
             check_environment(found.environment, device, out)
         recorded_threads = None if found is None else found.environment.threads
         with torch_threads(config.threads, recorded_threads, out):
-            loader = _training_loader(model, source, train_rows, config)
             state = TrainingState.start(model, loader, config, device)
             if found is not None:
                 state.restore(found, out)

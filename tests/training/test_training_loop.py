@@ -390,6 +390,7 @@ def test_batch_norm_never_meets_a_minibatch_of_one(tmp_path: Path) -> None:
     assert {len(inputs.batch) for inputs in model.inputs} == {64}
     with pytest.raises(ConfigError, match="too few cells to train on"):
         train(tmp_path / "one", make_model(norm="batch"), train_rows=[(0, 1)])
+    assert not (tmp_path / "one").exists()
     train(tmp_path / "layer", train_rows=[(0, 1)])
 
 
