@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from loaders import RowBlock
 
 CODES = ("study", "batch", "label")
 """Names of the integer codes of every row."""
+
+_VERIFY_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +370,28 @@ class CountStore:
         state, report = append_study(self.path, source, request)
         self.see(state)
         return report
+
+    def verify(self) -> None:
+        """Read all there is and compare it with its checksums.
+
+        Raises
+        ------
+        CorruptStoreError
+            The first file or chunk that is missing or is not what was written.
+        """
+        _ = self.gene_table
+        for name in self.embeddings:
+            self.embedding_details(name)
+        for study, (start, stop) in zip(self._studies, pairwise(self.segments), strict=True):
+            for what in ("metadata", "obs", "indptr"):
+                study.check(what)
+            for part in study.entry.parts.values():
+                for file in part.files:
+                    read_array(self.path, part, file.removesuffix(".npy"))
+            for row in range(start, stop, _VERIFY_ROWS):
+                self.read_rows(row, min(stop, row + _VERIFY_ROWS))
+            for layer in study.layers:
+                study.layer(layer).read(0, study.entry.n_obs)
 
     def see(self, state: Manifest) -> None:
         """Look at another state of the same store."""
