@@ -179,13 +179,9 @@ def _replace_positive(
     log_theta: Tensor,
     dropout_logits: Tensor | None,
 ) -> None:
-    """Put loss and derivatives of the counts above zero in place of those of zeros.
-
-    On a CPU the few elements are gathered. On a GPU their number would have to be read back, which
-    makes the host wait, so there all elements are computed and the right ones chosen.
-    """
+    """Put loss and derivatives of the counts above zero in place of those of zeros."""
     positive = counts > 0
-    at = positive.flatten().nonzero().squeeze(-1) if counts.device.type == "cpu" else None
+    at = positive.flatten().nonzero().squeeze(-1) if _gathers(counts.device) else None
     gene = None if at is None else at % counts.shape[-1]
 
     def pick(values: Tensor) -> Tensor:
@@ -220,6 +216,14 @@ def _replace_positive(
     put(elements.loss, loss)
     put(elements.by_mean, by_mean)
     put(elements.by_theta, by_theta)
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether to gather the few positive counts, or compute all elements and choose.
+
+    A GPU would have to report how many they are, which makes the host wait at every step.
+    """
+    return device.type == "cpu"
 
 
 def _softplus(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from scipy import stats
 from scipy.special import expit
 from torch import Tensor
 
-from atlas.models import nb_loss, zinb_loss
+from atlas.models import likelihood, nb_loss, zinb_loss
 
 
 def _minibatch(seed: int, n_cells: int = 6, n_genes: int = 9) -> dict[str, Tensor]:
@@ -192,6 +192,45 @@ def test_absent_genes_do_not_exist() -> None:
         absent = torch.ones(9, dtype=torch.bool)
         absent[genes] = False
         assert (found[..., absent] == 0).all()
+
+
+def _loss_and_gradients(arguments: dict[str, Tensor], present: Tensor | None) -> list[Tensor]:
+    leaves = {name: value.clone().requires_grad_() for name, value in arguments.items()}
+    loss = (zinb_loss if "dropout_logits" in leaves else nb_loss)(**leaves, present=present)
+    loss.sum().backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("zero_inflated", [False, True])
+@pytest.mark.parametrize("per_cell", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_computing_all_elements_gives_what_gathering_gives(
+    monkeypatch: pytest.MonkeyPatch, zero_inflated: bool, per_cell: bool, masked: bool
+) -> None:
+    """GPUs take the first way, CPUs the second."""
+    arguments = _minibatch(8)
+    if not zero_inflated:
+        arguments = _without_dropout(arguments)
+    if per_cell:
+        arguments["log_inverse_dispersion"] = arguments["log_inverse_dispersion"].repeat(6, 1)
+    present = arguments["counts"] < 4 if masked else None
+    gathered = _loss_and_gradients(arguments, present)
+    monkeypatch.setattr(likelihood, "_gathers", lambda device: False)
+    computed = _loss_and_gradients(arguments, present)
+    assert len(gathered) == len(arguments)
+    for found, expected in zip(computed, gathered, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    arguments = _minibatch(9)
+    on_gpu = {name: value.cuda() for name, value in arguments.items()}
+    for found, expected in zip(
+        _loss_and_gradients(on_gpu, None), _loss_and_gradients(arguments, None), strict=True
+    ):
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_bfloat16_arguments_are_widened() -> None:
