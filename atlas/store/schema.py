@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import jsonschema
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
 
 from atlas.errors import CorruptStoreError, FormatError
 
@@ -103,6 +104,8 @@ SCHEMA: dict[str, Any] = {
         },
     },
 }
+
+_VALIDATOR = Draft202012Validator(SCHEMA)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,16 +256,14 @@ class Manifest:
                 do="install a newer atlas-trainer",
                 path=path,
             )
-        try:
-            jsonschema.validate(values, SCHEMA)
-        except jsonschema.ValidationError as error:
+        if error := best_match(_VALIDATOR.iter_errors(values)):
             raise CorruptStoreError(
                 "The manifest does not follow its schema",
                 found=f"{error.json_path}: {error.message[:200]}",
                 expected=f"{FORMAT} version {VERSION}",
                 do="restore it from a copy; older manifests of the store are still whole",
                 path=path,
-            ) from None
+            )
         del values["format"], values["version"]
         values["genes"] = GenesFile(**values["genes"])
         values["studies"] = tuple(
