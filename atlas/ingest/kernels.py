@@ -19,6 +19,20 @@ def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @kernel
+def _reason(value, rounded):  # type: ignore[no-untyped-def]
+    """Why a value is not a count, or FINE."""
+    if not np.isfinite(value):
+        return NOT_FINITE
+    if value < 0:
+        return NEGATIVE
+    if np.rint(value) > _LARGEST:
+        return TOO_LARGE
+    if value != np.rint(value) and not rounded:
+        return FRACTION
+    return FINE
+
+
+@kernel
 def clean_rows(  # type: ignore[no-untyped-def]
     indptr, indices, data, rounded, out_indptr, out_indices, out_data
 ):
@@ -26,49 +40,44 @@ def clean_rows(  # type: ignore[no-untyped-def]
 
     Returns ``(status, entry)``: the first entry that is not a count, and why.
     """
-    filled = 0
+    filled = np.int64(0)
     out_indptr[0] = 0
     for row in range(len(indptr) - 1):
-        start, stop = indptr[row], indptr[row + 1]
-        rising = True
-        previous = np.int64(-1)
-        for k in range(start, stop):
-            value = np.float64(data[k])
-            if not np.isfinite(value):
-                return NOT_FINITE, k
-            if value < 0:
-                return NEGATIVE, k
-            if value != np.rint(value) and not rounded:
-                return FRACTION, k
-            if np.rint(value) > _LARGEST:
-                return TOO_LARGE, k
-            column = np.int64(indices[k])
-            if column <= previous:
-                rising = False
-            previous = column
-        if rising:
-            for k in range(start, stop):
-                value = np.rint(np.float64(data[k]))
-                if value != 0:
-                    out_indices[filled] = indices[k]
-                    out_data[filled] = np.uint32(value)
-                    filled += 1
+        # Slices that start at 0, and loops without a way out, are what compiles to vectors.
+        columns, values = (
+            indices[indptr[row] : indptr[row + 1]],
+            data[indptr[row] : indptr[row + 1]],
+        )
+        bad = False
+        for k in range(len(values)):
+            bad |= _reason(np.float64(values[k]), rounded) != FINE
+        if bad:
+            for k in range(len(values)):
+                reason = _reason(np.float64(values[k]), rounded)
+                if reason != FINE:
+                    return reason, indptr[row] + k
+        falls = False
+        for k in range(1, len(columns)):
+            falls |= columns[k] <= columns[k - 1]
+        if not falls:
+            for k in range(len(values)):
+                count = np.uint32(np.rint(np.float64(values[k])))
+                out_indices[filled] = columns[k]
+                out_data[filled] = count
+                filled += count != 0  # a zero is overwritten by what follows
         else:
-            order = np.argsort(indices[start:stop])
+            order = np.argsort(columns)
             k = 0
-            while k < stop - start:
-                column = np.int64(indices[start + order[k]])
-                total = 0.0
-                while k < stop - start and np.int64(indices[start + order[k]]) == column:
-                    total += np.float64(data[start + order[k]])
+            while k < len(columns):
+                column, total = columns[order[k]], 0.0
+                while k < len(columns) and columns[order[k]] == column:
+                    total += np.float64(values[order[k]])
                     k += 1
-                total = np.rint(total)
-                if total > _LARGEST:
-                    return TOO_LARGE, start + order[k - 1]
-                if total != 0:
-                    out_indices[filled] = column
-                    out_data[filled] = np.uint32(total)
-                    filled += 1
+                if np.rint(total) > _LARGEST:
+                    return TOO_LARGE, indptr[row] + order[k - 1]
+                out_indices[filled] = column
+                out_data[filled] = np.uint32(np.rint(total))
+                filled += out_data[filled] != 0
         out_indptr[row + 1] = filled
     return FINE, filled
 
@@ -162,8 +171,8 @@ def gather_rows(  # type: ignore[no-untyped-def]
     out_indptr[0] = 0
     for row in range(len(order)):
         start, stop = indptr[order[row]], indptr[order[row] + 1]
-        for k in range(start, stop):
-            out_indices[filled] = indices[k]
-            out_data[filled] = data[k]
-            filled += 1
+        end = filled + stop - start
+        out_indices[filled:end] = indices[start:stop]
+        out_data[filled:end] = data[start:stop]
+        filled = end
         out_indptr[row + 1] = filled

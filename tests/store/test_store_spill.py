@@ -56,7 +56,7 @@ def sorted_rows(sorter: RowSorter) -> Iterator[tuple[list[int], list[int]]]:
             yield block.indices[inside].tolist(), block.data[inside].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_rows=st.integers(1, 300),
