@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas.evaluation import Metrics
+    from atlas.evaluation.metrics import Metrics
     from atlas.models import TrainedModel, load_model
     from atlas.simulate import simulate
     from atlas.store import CountStore, create_store, open_store, to_anndata
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CountStore": "atlas.store",
-    "Metrics": "atlas.evaluation",
+    "Metrics": "atlas.evaluation.metrics",
     "TrainedModel": "atlas.models",
     "create_store": "atlas.store",
     "embed": "atlas.workflows",

@@ -188,9 +188,9 @@ def _ingest(options: argparse.Namespace) -> None:
 
 
 def _info(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
-    info = workflows.info(workflows.open_store(options.store))
+    info = workflows.info(open_store(options.store))
     if options.json:
         print(json.dumps(dataclasses.asdict(info), indent=1))
         return
@@ -212,20 +212,20 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _genes(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
-    store = workflows.open_store(options.store)
+    store = open_store(options.store)
     genes = workflows.select_genes(store, options.n, flavour=options.flavour)
     print("\n".join(genes) if options.list else f"{len(genes):,} genes chosen and recorded")
 
 
 def _train(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
     values = vars(options)
     names = {f.name for kind in (ScviConfig, TrainConfig) for f in dataclasses.fields(kind)}
     model = workflows.train(
-        workflows.open_store(options.store),
+        open_store(options.store),
         options.model,
         out=options.out,
         resume=options.resume,
@@ -242,19 +242,19 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _embed(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import load_model, open_store, workflows
 
-    store = workflows.open_store(options.store)
-    model = workflows.load_model(options.model)
+    store = open_store(options.store)
+    model = load_model(options.model)
     z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
     print(f"embedding {options.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
     metrics = workflows.evaluate(
-        workflows.open_store(options.store),
+        open_store(options.store),
         embedding=options.embedding,
         reference=options.reference,
         query=options.query,
@@ -269,10 +269,10 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
     path = workflows.report(
-        workflows.open_store(options.store),
+        open_store(options.store),
         embedding=options.embedding,
         out=options.out,
         reference=options.reference,
@@ -283,10 +283,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
     adata = workflows.export(
-        workflows.open_store(options.store),
+        open_store(options.store),
         options.out,
         embedding=options.embedding,
         rows=options.rows,

@@ -15,6 +15,7 @@
     ├── ModelError                 a model that does not fit the store or the request
     ├── CheckpointError            a run folder that cannot be resumed or loaded
     ├── TrainingError              a training that cannot go on
+    ├── OutputError                a file asked for that cannot be written
     └── ConfigError                an option out of range, or options that contradict
 
 The command line prints the message and leaves with code 2.
@@ -114,6 +115,10 @@ class CheckpointError(AtlasError):
 
 class TrainingError(AtlasError):
     """A training that cannot go on, for instance because the loss is not finite."""
+
+
+class OutputError(AtlasError):
+    """A file asked for that cannot be written."""
 
 
 class ConfigError(AtlasError):

@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ import filelock
 from atlas import files
 from atlas.errors import CorruptStoreError, LockedError, NotAStoreError, StoreError
 from atlas.ingest.genes import GeneTable
+from atlas.provenance import command
 from atlas.store.schema import GenesFile, Manifest
 
 SCRATCH = "scratch"
@@ -113,6 +113,7 @@ def commit(root: Path, newest: Manifest, action: str, **changes: Any) -> Manifes
         created=now(),
         written_by=version("atlas-trainer"),
         action=action,
+        command=command(),
         **changes,
     )
     path = manifest_path(root, state.number)
@@ -146,7 +147,7 @@ def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manife
         )
     for folder in ("manifests", "genes", "studies", "parts"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    void = Manifest(0, now(), "", "", backend, gene_mode, GenesFile("", "", 0))
+    void = Manifest(0, now(), "", "", "", backend, gene_mode, GenesFile("", "", 0))
     state = commit(root, void, "create", genes=write_gene_table(root, 1, table))
     files.sync_tree(root)
     files.sync_folder(root.absolute().parent)
@@ -159,6 +160,11 @@ def write_gene_table(root: Path, number: int, table: GeneTable) -> GenesFile:
     files.write_bytes(path, json.dumps(table.to_json()).encode())
     files.sync_folder(path.parent)
     return GenesFile(path.relative_to(root).as_posix(), files.digest_file(path), len(table.names))
+
+
+def history(root: Path) -> list[Manifest]:
+    """All states the store has had, the oldest first."""
+    return [read(root, number) for number in numbers(root)]
 
 
 def read_gene_table(root: Path, manifest: Manifest) -> GeneTable:
@@ -204,7 +210,7 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
         ) from None
     try:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "action": action}
-        owner.write_text(json.dumps({**who, "command": " ".join(sys.argv)[:500]}))
+        owner.write_text(json.dumps({**who, "command": command()}))
         remove_leftovers(root)
         (root / SCRATCH).mkdir()
         yield read(root)
@@ -226,8 +232,7 @@ def remove_leftovers(root: Path) -> list[Path]:
     studies: set[str] = set()
     parts: set[str] = set()
     genes: set[str] = set()
-    for number in numbers(root):
-        manifest = read(root, number)
+    for manifest in history(root):
         genes.add(manifest.genes.path)
         parts.update(entry.details.path for entry in manifest.embeddings.values())
         for study in manifest.studies:

@@ -38,6 +38,7 @@ SCHEMA: dict[str, Any] = {
         "created",
         "written_by",
         "action",
+        "command",
         "backend",
         "gene_mode",
         "genes",
@@ -55,6 +56,7 @@ SCHEMA: dict[str, Any] = {
         "created": {"type": "string"},
         "written_by": {"type": "string"},
         "action": {"type": "string"},
+        "command": {"type": "string"},
         "backend": {"type": "string"},
         "gene_mode": {"enum": ["union", "first", "given"]},
         "genes": {
@@ -192,8 +194,8 @@ class Manifest:
         UTC, ISO 8601.
     written_by
         Version of Atlas.
-    action
-        What the commit did, for the history.
+    action, command
+        What the commit did, and the command line that did it, for the history.
     backend
         ``"zarr"``.
     gene_mode
@@ -208,6 +210,7 @@ class Manifest:
     created: str
     written_by: str
     action: str
+    command: str
     backend: str
     gene_mode: str
     genes: GenesFile
@@ -256,10 +259,10 @@ class Manifest:
                 do="install a newer atlas-trainer",
                 path=path,
             )
-        if error := best_match(_VALIDATOR.iter_errors(values)):
+        if wrong := best_match(_VALIDATOR.iter_errors(values)):
             raise CorruptStoreError(
                 "The manifest does not follow its schema",
-                found=f"{error.json_path}: {error.message[:200]}",
+                found=f"{wrong.json_path}: {wrong.message[:200]}",
                 expected=f"{FORMAT} version {VERSION}",
                 do="restore it from a copy; older manifests of the store are still whole",
                 path=path,

@@ -1,18 +1,10 @@
-"""The steps of the main job, each a function from stores and folders to stores and folders.
-
-This is the only place where stores, models, training and evaluation are wired together.
-"""
+"""From a store to a trained model, and from a model to an embedding."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
-import shutil
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -23,85 +15,21 @@ import torch
 from tqdm import tqdm
 
 from atlas.config import ScviConfig, TrainConfig
-from atlas.errors import ConfigError, MissingColumnError, ModelError
+from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
-from atlas.evaluation.measures import evaluate_embedding
-from atlas.evaluation.metrics import Metrics
-from atlas.models import TrainedModel, build_model, load_model
-from atlas.store import AppendReport, CountStore, CountView, create_store, open_store
-from atlas.store.selection import Flavour, select_from_statistics
-from atlas.store.statistics import GeneStatistics
+from atlas.models import TrainedModel, build_model
+from atlas.provenance import command, versions
+from atlas.store import (
+    CountStore,
+    CountView,
+)
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from loaders import SequentialLoader
 
-Rows = str | Mapping[str, Sequence[str]]
-"""Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""
-
 _EMBED_MINIBATCH = 512
-
-
-def ingest(path: str | PathLike[str], source: str | PathLike[str], **options: Any) -> AppendReport:
-    """Append a study to a store, which is made where there is none yet.
-
-    Parameters
-    ----------
-    path
-        The store.
-    source
-        The file; see :meth:`atlas.store.CountStore.append` for the options. A store made for a
-        study that turns out bad is removed again.
-    """
-    root = Path(path)
-    if root.exists():
-        return open_store(root).append(source, **options)
-    store = create_store(root)
-    try:
-        return store.append(source, **options)
-    except BaseException:
-        shutil.rmtree(root)
-        raise
-
-
-def select_genes(
-    store: CountStore, n: int = 2000, *, flavour: Flavour = "seurat_v3", record: bool = True
-) -> list[str]:
-    """Choose the genes to model from the statistics kept with the store.
-
-    Parameters
-    ----------
-    store
-        An open store with at least one study.
-    n
-        How many; see :func:`atlas.store.selection.select_from_statistics` for the flavours, the
-        ties, and when there are more or fewer.
-    flavour
-        ``"seurat_v3"`` (as scanpy's, by batch) or ``"dispersion"`` (as in the scANVI paper).
-    record
-        Keep the choice with the store, as :attr:`atlas.store.CountStore.genes`.
-
-    Returns
-    -------
-    list of str
-        Gene names in the order of the gene table.
-    """
-    if not store.n_obs:
-        raise ConfigError(
-            "There are no cells to choose genes by", do="ingest a study first", path=store.path
-        )
-    studies = []
-    for entry in store.manifest.studies:
-        names = [field.name for field in dataclasses.fields(GeneStatistics)]
-        arrays = {name: store.part_array(entry, "statistics", name) for name in names}
-        columns = store.part_array(entry, "index", "genes")
-        studies.append((GeneStatistics.from_arrays(arrays), columns))
-    positions = select_from_statistics(studies, store.n_vars, n, flavour)
-    genes = [store.gene_table.names[i] for i in positions]
-    if record:
-        store.record_genes(genes, flavour, n)
-    return genes
 
 
 def default_epochs(n_obs: int) -> int:
@@ -182,7 +110,7 @@ def train(
     )
     presence = view.presence
     split = store.split(training.validation_share)
-    history = fit(
+    epochs = fit(
         module,
         view,
         train_rows=split.train,
@@ -210,7 +138,7 @@ def train(
         ),
         training={
             "config": training.to_json(),
-            "history": history.to_json(),
+            "history": epochs.to_json(),
             "store": str(store.path),
             "manifest": store.manifest.number,
             "versions": versions(),
@@ -346,148 +274,3 @@ def _batch_codes(model: TrainedModel, store: CountStore) -> npt.NDArray[np.int64
             path=store.path,
         )
     return np.array([code[name] for name in store.batches], np.int64)
-
-
-def rows_where(store: CountStore, rows: Rows) -> npt.NDArray[np.bool_]:
-    """Cells whose obs column has one of some values: bool (n_obs,).
-
-    ``study``, ``batch`` and ``label`` fall back to the store's own where no input has such a
-    column.
-
-    Raises
-    ------
-    ConfigError, MissingColumnError
-        The text is not ``column=value,value``; there is no such column; no cell has the value.
-    """
-    if isinstance(rows, str):
-        column, equals, text = rows.partition("=")
-        if not equals or not text:
-            raise ConfigError(
-                "Cells are chosen by an obs column",
-                found=repr(rows),
-                expected="column=value or column=value,value",
-            )
-        chosen: dict[str, Sequence[str]] = {column: text.split(",")}
-    else:
-        chosen = dict(rows)
-    out = np.ones(store.n_obs, bool)
-    for column, values in chosen.items():
-        try:
-            found = store.obs([column])[column]
-        except MissingColumnError:
-            if column not in ("study", "batch", "label"):
-                raise
-            found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
-        text_values = found.astype(str)
-        there = set(text_values)
-        if absent := [value for value in values if value not in there]:
-            raise ConfigError(
-                f"No cell has this value in obs column {column!r}",
-                found=", ".join(absent),
-                expected="some of " + ", ".join(sorted(there)[:20]),
-                path=store.path,
-            )
-        out &= text_values.isin(list(values)).to_numpy()
-    return out
-
-
-def evaluate(
-    store: CountStore,
-    *,
-    embedding: str,
-    reference: Rows | None = None,
-    query: Rows | None = None,
-    seed: int = 0,
-) -> Metrics:
-    """Measure an embedding: mixing of batches, label transfer, silhouettes.
-
-    Parameters
-    ----------
-    store
-        An open store.
-    embedding
-        Name of an embedding kept with it.
-    reference, query
-        Cells whose labels are carried over, and to which, by an obs column; without them each
-        labeled cell is predicted from all others.
-    seed
-        Of the samples.
-    """
-    return evaluate_embedding(
-        store.embedding(embedding),
-        Categories(store.obs_codes["batch"], store.batches),
-        Categories(store.obs_codes["label"], store.labels) if store.labels else None,
-        reference=None if reference is None else rows_where(store, reference),
-        query=None if query is None else rows_where(store, query),
-        seed=seed,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class StoreInfo:
-    """What `atlas info` shows of a store."""
-
-    path: str
-    manifest: int
-    n_obs: int
-    n_vars: int
-    nnz: int
-    bytes_on_disk: int
-    studies: list[dict[str, Any]]
-    batches: list[dict[str, Any]]
-    labels: list[dict[str, Any]]
-    unlabeled: int
-    genes_chosen: int | None
-    embeddings: list[dict[str, Any]]
-    history: list[str]
-
-
-def info(store: CountStore) -> StoreInfo:
-    """Summarise a store."""
-    from atlas.store.manifest import numbers, read
-
-    codes = store.obs_codes
-    states = [read(store.path, number) for number in numbers(store.path)]
-
-    def counted(name: str, names: Sequence[str]) -> list[dict[str, Any]]:
-        cells = np.bincount(codes[name][codes[name] >= 0], minlength=len(names))
-        return [{"name": n, "cells": int(c)} for n, c in zip(names, cells, strict=True)]
-
-    return StoreInfo(
-        path=str(store.path),
-        manifest=store.manifest.number,
-        n_obs=store.n_obs,
-        n_vars=store.n_vars,
-        nnz=sum(study.nnz for study in store.manifest.studies),
-        bytes_on_disk=sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file()),
-        studies=[
-            {
-                "name": s.name,
-                "cells": s.n_obs,
-                "nnz": s.nnz,
-                "source": s.source,
-                "profile": s.profile,
-            }
-            for s in store.manifest.studies
-        ],
-        batches=counted("batch", store.batches),
-        labels=counted("label", store.labels),
-        unlabeled=int((codes["label"] < 0).sum()),
-        genes_chosen=None if store.genes is None else len(store.genes),
-        embeddings=[
-            {"name": name, "n_latent": entry.n_latent}
-            for name, entry in store.manifest.embeddings.items()
-        ],
-        history=[f"{s.number} {s.created} {s.action}" for s in states],
-    )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of what computes."""
-    names = ("atlas-trainer", "torch", "numpy", "scipy", "anndata", "zarr")
-    return {"python": sys.version.split()[0], **{name: version(name) for name in names}}
-
-
-def command() -> str:
-    """The command that runs, as it could be typed again."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

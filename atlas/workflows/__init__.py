@@ -1,0 +1,22 @@
+"""The steps of the main job, each a function from stores and folders to stores and folders.
+
+This is the only place where stores, models, training and evaluation are wired together.
+"""
+
+from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
+from atlas.workflows.modelling import embed, train
+from atlas.workflows.output import write_json
+from atlas.workflows.results import evaluate, report
+
+__all__ = [
+    "StoreInfo",
+    "embed",
+    "evaluate",
+    "export",
+    "info",
+    "ingest",
+    "report",
+    "select_genes",
+    "train",
+    "write_json",
+]

@@ -1,0 +1,165 @@
+"""Counts in and out: ingest, choose genes, look, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from anndata import AnnData
+
+from atlas.errors import ConfigError
+from atlas.store import (
+    AppendReport,
+    CountStore,
+    create_store,
+    open_store,
+    to_anndata,
+)
+from atlas.store.manifest import history
+from atlas.store.selection import Flavour, select_from_statistics
+from atlas.store.statistics import GeneStatistics
+from atlas.workflows.output import replacing
+from atlas.workflows.rows import Rows, rows_where
+
+
+def ingest(path: str | PathLike[str], source: str | PathLike[str], **options: Any) -> AppendReport:
+    """Append a study to a store, which is made where there is none yet.
+
+    Parameters
+    ----------
+    path
+        The store.
+    source
+        The file; see :meth:`atlas.store.CountStore.append` for the options. A store made for a
+        study that turns out bad is removed again.
+    """
+    root = Path(path)
+    if root.exists():
+        return open_store(root).append(source, **options)
+    store = create_store(root)
+    try:
+        return store.append(source, **options)
+    except BaseException:
+        shutil.rmtree(root)
+        raise
+
+
+def select_genes(
+    store: CountStore, n: int = 2000, *, flavour: Flavour = "seurat_v3", record: bool = True
+) -> list[str]:
+    """Choose the genes to model from the statistics kept with the store.
+
+    Parameters
+    ----------
+    store
+        An open store with at least one study.
+    n
+        How many; see :func:`atlas.store.selection.select_from_statistics` for the flavours, the
+        ties, and when there are more or fewer.
+    flavour
+        ``"seurat_v3"`` (as scanpy's, by batch) or ``"dispersion"`` (as in the scANVI paper).
+    record
+        Keep the choice with the store, as :attr:`atlas.store.CountStore.genes`.
+
+    Returns
+    -------
+    list of str
+        Gene names in the order of the gene table.
+    """
+    if not store.n_obs:
+        raise ConfigError(
+            "There are no cells to choose genes by", do="ingest a study first", path=store.path
+        )
+    studies = []
+    for entry in store.manifest.studies:
+        names = [field.name for field in dataclasses.fields(GeneStatistics)]
+        arrays = {name: store.part_array(entry, "statistics", name) for name in names}
+        columns = store.part_array(entry, "index", "genes")
+        studies.append((GeneStatistics.from_arrays(arrays), columns))
+    positions = select_from_statistics(studies, store.n_vars, n, flavour)
+    genes = [store.gene_table.names[i] for i in positions]
+    if record:
+        store.record_genes(genes, flavour, n)
+    return genes
+
+
+def export(
+    store: CountStore,
+    out: str | PathLike[str],
+    *,
+    embedding: str | None = None,
+    rows: Rows | None = None,
+    order: Literal["store", "input"] = "store",
+) -> AnnData:
+    """Write cells of a store as an h5ad file, whole or not at all; see :func:`to_anndata`.
+
+    ``rows`` chooses cells by an obs column.
+    """
+    chosen = None if rows is None else rows_where(store, rows)
+    adata = to_anndata(store, embedding=embedding, rows=chosen, order=order)
+    path = Path(out)
+    with replacing(path) as partial:
+        adata.write_h5ad(partial, compression="gzip")
+    return adata
+
+
+@dataclass(frozen=True, slots=True)
+class StoreInfo:
+    """What `atlas info` shows of a store."""
+
+    path: str
+    manifest: int
+    n_obs: int
+    n_vars: int
+    nnz: int
+    bytes_on_disk: int
+    studies: list[dict[str, Any]]
+    batches: list[dict[str, Any]]
+    labels: list[dict[str, Any]]
+    unlabeled: int
+    genes_chosen: int | None
+    embeddings: list[dict[str, Any]]
+    history: list[str]
+
+
+def info(store: CountStore) -> StoreInfo:
+    """Summarise a store."""
+    codes = store.obs_codes
+
+    def counted(name: str, names: Sequence[str]) -> list[dict[str, Any]]:
+        cells = np.bincount(codes[name][codes[name] >= 0], minlength=len(names))
+        return [{"name": n, "cells": int(c)} for n, c in zip(names, cells, strict=True)]
+
+    return StoreInfo(
+        path=str(store.path),
+        manifest=store.manifest.number,
+        n_obs=store.n_obs,
+        n_vars=store.n_vars,
+        nnz=sum(study.nnz for study in store.manifest.studies),
+        bytes_on_disk=sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file()),
+        studies=[
+            {
+                "name": s.name,
+                "cells": s.n_obs,
+                "nnz": s.nnz,
+                "source": s.source,
+                "profile": s.profile,
+            }
+            for s in store.manifest.studies
+        ],
+        batches=counted("batch", store.batches),
+        labels=counted("label", store.labels),
+        unlabeled=int((codes["label"] < 0).sum()),
+        genes_chosen=None if store.genes is None else len(store.genes),
+        embeddings=[
+            {"name": name, "n_latent": entry.n_latent}
+            for name, entry in store.manifest.embeddings.items()
+        ],
+        history=[f"{s.number} {s.created} {s.action}" for s in history(store.path)],
+    )
