@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from atlas import files
 from atlas.config import ScviConfig
 from atlas.errors import CheckpointError, ConfigError, ModelError
 from atlas.models.base import Inputs
@@ -342,13 +342,6 @@ def _damaged(path: Path, found: str) -> CheckpointError:
 def _write(path: Path, content: bytes) -> None:
     """Write a file so that its name stands for all of the content or for the file before."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    files.write_bytes(partial, content)
     partial.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    files.sync_folder(path.parent)
