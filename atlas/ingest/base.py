@@ -20,6 +20,7 @@ from atlas.ingest import kernels
 from atlas.ingest.matrix import Budget, Matrix, Rows
 
 DEFAULT_MEMORY = 256 << 20
+OpenMatrix = Callable[[], Matrix]
 
 _REASONS = {
     kernels.NOT_FINITE: "holds values that are not finite",
@@ -113,9 +114,9 @@ class Content:
     counts
         The matrix that is to hold raw counts.
     layers
-        All layers that have the genes of ``var``.
+        All layers that have the genes of ``var``, each opened when it is needed.
     elsewhere
-        Other matrices of the input that may hold the counts, by what selects them.
+        Other matrices of the input that may hold the counts, by the advice that selects them.
     notes
         What the user should know about the choice.
     close
@@ -129,8 +130,8 @@ class Content:
     obsm: Mapping[str, npt.NDArray[Any]]
     uns: Mapping[str, Any]
     counts: Matrix
-    layers: Mapping[str, Matrix]
-    elsewhere: Mapping[str, Matrix]
+    layers: Mapping[str, OpenMatrix]
+    elsewhere: Mapping[str, OpenMatrix]
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = lambda: None
 
@@ -171,7 +172,8 @@ class CountsSource:
         self._content = content
         self._round_counts = round_counts
         self._budget = Budget(memory, folder=folder)
-        self._check_shape()
+        self._check_shape(content.counts)
+        self._check_size()
         self.obs: pd.DataFrame = _named(content.obs)
         self.var: pd.DataFrame = _named(content.var)
         self._check_row_names()
@@ -245,10 +247,13 @@ class CountsSource:
         ------
         MissingColumnError
             Where there is no such layer.
+        InputError
+            Where the layer is damaged.
         """
         if name not in self._content.layers:
             raise missing_layer(name, self._content.layers, self.name, self.path)
-        matrix = self._content.layers[name]
+        matrix = self._content.layers[name]()
+        self._check_shape(matrix)
         for rows in matrix.row_blocks(self._budget._replace(rows=rows_per_block)):
             dtype: np.dtype[Any] = rows.data.dtype
             if dtype.kind in "fb":
@@ -283,9 +288,8 @@ class CountsSource:
     def _not_counts(self, status: int, rows: Rows, entry: int) -> CountsError:
         row = rows.first + int(np.searchsorted(rows.indptr, entry, side="right")) - 1
         gene = self.var.index[int(rows.indices[entry])]
-        others = [
-            hint for hint, matrix in self._content.elsewhere.items() if looks_like_counts(matrix)
-        ]
+        elsewhere = self._content.elsewhere
+        others = [advice for advice, matrix in elsewhere.items() if looks_like_counts(matrix)]
         if others:
             do = "; ".join(others)
         elif status == kernels.FRACTION:
@@ -300,17 +304,19 @@ class CountsSource:
             path=self.path,
         )
 
-    def _check_shape(self) -> None:
-        content = self._content
-        n_obs, n_vars = len(content.obs), len(content.var)
-        if content.counts.shape != (n_obs, n_vars):
+    def _check_shape(self, matrix: Matrix) -> None:
+        n_obs, n_vars = len(self._content.obs), len(self._content.var)
+        if matrix.shape != (n_obs, n_vars):
             raise InputError(
-                f"{content.counts.place.what} and the tables of {self.name} disagree in shape",
-                found=f"{content.counts.shape[0]:,} × {content.counts.shape[1]:,} values",
+                f"{matrix.place.what} and the tables of {self.name} disagree in shape",
+                found=f"{matrix.shape[0]:,} × {matrix.shape[1]:,} values",
                 expected=f"{n_obs:,} rows (obs) × {n_vars:,} genes (var)",
                 do="write the file again from its source",
                 path=self.path,
             )
+
+    def _check_size(self) -> None:
+        n_obs, n_vars = len(self._content.obs), len(self._content.var)
         if n_obs == 0 or n_vars == 0:
             raise InputError(
                 f"{self.name} is empty",
@@ -357,9 +363,12 @@ def obsm_array(value: Any) -> npt.NDArray[Any]:
     return np.asarray(value)
 
 
-def looks_like_counts(matrix: Matrix) -> bool:
+def looks_like_counts(matrix: OpenMatrix) -> bool:
     """Whether a sample of the values could be raw counts."""
-    values = matrix.sample().astype(np.float64)
+    try:
+        values = matrix().sample().astype(np.float64)
+    except InputError:  # damaged, or no numbers; and not what was asked for
+        return False
     return bool(
         values.any()
         and np.isfinite(values).all()
@@ -394,19 +403,21 @@ def missing_raw(name: str, path: Path | None) -> InputError:
 
 
 def elsewhere(
-    layers: Mapping[str, Matrix], x: Matrix | None, raw: Matrix | None, chosen: Matrix
-) -> dict[str, Matrix]:
+    layers: Mapping[str, OpenMatrix],
+    x: OpenMatrix | None,
+    raw: OpenMatrix | None,
+    chosen: OpenMatrix,
+) -> dict[str, OpenMatrix]:
     """Matrices beside the chosen one, by the advice that selects them."""
-    hints: dict[str, Matrix] = {}
+    advice: dict[str, OpenMatrix] = {}
     if raw is not None:
-        hints["raw.X holds counts: add --use-raw (use_raw=True in Python)"] = raw
-    for name, matrix in layers.items():
-        hints[f"layers[{name!r}] holds counts: add --layer {name} (layer={name!r} in Python)"] = (
-            matrix
-        )
+        advice["raw.X holds counts: add --use-raw (use_raw=True in Python)"] = raw
+    for name, layer in layers.items():
+        selects = f"add --layer {name} (layer={name!r} in Python)"
+        advice[f"layers[{name!r}] holds counts: {selects}"] = layer
     if x is not None:
-        hints["X holds counts: leave out --layer and --use-raw"] = x
-    return {hint: matrix for hint, matrix in hints.items() if matrix is not chosen}
+        advice["X holds counts: leave out --layer and --use-raw"] = x
+    return {text: matrix for text, matrix in advice.items() if matrix is not chosen}
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:

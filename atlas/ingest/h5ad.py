@@ -16,6 +16,7 @@ from atlas.errors import InputError
 from atlas.ingest.base import (
     Content,
     LazyArrays,
+    OpenMatrix,
     elsewhere,
     missing_layer,
     missing_raw,
@@ -47,11 +48,11 @@ def read_h5ad(file: h5py.File, path: Path, *, layer: str | None, use_raw: bool) 
     if use_raw and raw_x not in file:
         raise missing_raw(str(path), path)
 
-    x = stored_matrix(file["X"], Place("X", path)) if _has_values(file, "X") else None
-    raw = stored_matrix(file[raw_x], Place("raw.X", path)) if _has_values(file, raw_x) else None
+    x, raw = _matrix(file, "X", "X", path), _matrix(file, raw_x, "raw.X", path)
     layers = {
-        name: stored_matrix(file["layers"][name], Place(f"layers[{name!r}]", path))
+        name: matrix
         for name in names
+        if (matrix := _matrix(file, f"layers/{name}", f"layers[{name!r}]", path)) is not None
     }
     chosen = raw if use_raw else x if layer is None else layers[layer]
     if chosen is None:
@@ -69,7 +70,7 @@ def read_h5ad(file: h5py.File, path: Path, *, layer: str | None, use_raw: bool) 
         var=_table(file, raw_var if use_raw else "var", path),
         obsm=_obsm(file, path),
         uns={"spatial": _element(file, "uns/spatial", path)} if "uns/spatial" in file else {},
-        counts=chosen,
+        counts=chosen(),
         layers={} if use_raw else layers,
         elsewhere=elsewhere(layers, x, raw, chosen),
         close=file.close,
@@ -111,8 +112,10 @@ def stored_matrix(element: Any, place: Place) -> Matrix:
     )
 
 
-def _has_values(file: h5py.File, key: str) -> bool:
-    return key in file and file[key].attrs.get("encoding-type") != "null"
+def _matrix(file: h5py.File, key: str, what: str, path: Path) -> OpenMatrix | None:
+    if key not in file or file[key].attrs.get("encoding-type") == "null":
+        return None
+    return functools.partial(stored_matrix, file[key], Place(what, path))
 
 
 def _element(file: h5py.File, key: str, path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import h5py
@@ -43,9 +44,12 @@ def read_anndata(adata: Any, *, layer: str | None, use_raw: bool) -> Content:
     if use_raw and adata.raw is None:
         raise missing_raw(NAME, None)
 
-    x = None if adata.X is None else _part(adata, "X")
-    raw = None if adata.raw is None else _matrix(adata.raw.X, Place("raw.X", None))
-    layers = {str(name): _part(adata, f"layers[{str(name)!r}]", name) for name in adata.layers}
+    x = None if adata.X is None else functools.partial(_part, adata, "X")
+    raw = None if adata.raw is None else lambda: _matrix(adata.raw.X, Place("raw.X", None))
+    layers = {
+        str(name): functools.partial(_part, adata, f"layers[{str(name)!r}]", name)
+        for name in adata.layers
+    }
     chosen = raw if use_raw else x if layer is None else layers[layer]
     if chosen is None:
         raise InputError(
@@ -61,7 +65,7 @@ def read_anndata(adata: Any, *, layer: str | None, use_raw: bool) -> Content:
         var=adata.raw.var if use_raw else adata.var,
         obsm=LazyArrays({str(key): _reader(adata, key) for key in adata.obsm}),
         uns={"spatial": adata.uns["spatial"]} if "spatial" in adata.uns else {},
-        counts=chosen,
+        counts=chosen(),
         layers={} if use_raw else layers,
         elsewhere=elsewhere(layers, x, raw, chosen),
     )

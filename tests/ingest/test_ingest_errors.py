@@ -292,6 +292,25 @@ def test_a_damaged_table(tmp_path: Path) -> None:
         open_counts(write(tmp_path / "x.h5ad", change))
 
 
+def test_a_damaged_layer_only_matters_where_it_is_read(tmp_path: Path) -> None:
+    adata = small_study()
+    adata.layers["short"] = adata.X
+    adata.layers["text"] = adata.X
+    adata.write_h5ad(tmp_path / "x.h5ad")
+    with h5py.File(tmp_path / "x.h5ad", "r+") as file:
+        replace("layers/text/data", lambda x: x.astype("S4"))(file)
+        file["layers/short"].attrs["shape"] = np.array([40, 13])
+        file["X/data"][0] = 0.5
+    with open_counts(tmp_path / "x.h5ad", round_counts=True) as source:
+        assert read_counts(source).shape == adata.shape
+        with pytest.raises(InputError, match=r"layers\['short'\] and the tables .* disagree"):
+            next(source.layer_blocks("short"))
+        with pytest.raises(InputError, match=r"layers\['text'\] does not hold numbers"):
+            next(source.layer_blocks("text"))
+    with pytest.raises(CountsError, match=r"value 0\.5 at row"):
+        read_all(tmp_path / "x.h5ad")
+
+
 def test_values_that_are_not_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "x.h5ad", replace("X/data", lambda x: x.astype("S4")))
     with pytest.raises(InputError, match=r"X does not hold numbers\n  found: \|S4"):
