@@ -13,8 +13,8 @@ import pytest
 from loaders_helpers import Recording, counts, loader_threads, source
 
 from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
-from loaders.pipeline import MAX_WAITING
-from loaders.reader import WindowReader
+from loaders.pipeline import MAX_WAITING, Handover
+from loaders.reader import Stopped, WindowReader
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -196,6 +196,16 @@ def test_interrupt_while_waiting_for_a_minibatch():
     assert len(rest) == len(loader) - step
 
 
+def test_nothing_is_taken_in_after_the_stop():
+    minibatch = next(iter(SequentialLoader(source(), 5)))
+    handover = Handover()
+    handover.put(minibatch)
+    handover.stop()
+    with pytest.raises(Stopped):
+        handover.put(minibatch)
+    assert handover.get() is None
+
+
 def run(script: str) -> subprocess.CompletedProcess[str]:
     prelude = (
         "import os, sys, threading\n"
@@ -237,6 +247,14 @@ def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
         "loader = MinibatchLoader(source(), 5, block_size=8, buffer_size=64)\n"
         "iterator = iter(loader)\n"
         "next(iterator)\n"
+        # At the moment of the fork another thread holds the lock, which the child never gets.
+        "held, release = threading.Event(), threading.Event()\n"
+        "def hold():\n"
+        "    with loader._pipeline._handover._changed:\n"
+        "        held.set()\n"
+        "        release.wait()\n"
+        "threading.Thread(target=hold).start()\n"
+        "held.wait()\n"
         "pid = os.fork()\n"
         "if pid == 0:\n"
         "    try:\n"
@@ -245,6 +263,7 @@ def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
         "        print(error.what, flush=True)\n"
         "    print(len(list(loader)), flush=True)\n"
         "    os._exit(0)\n"
+        "release.set()\n"
         "status = os.waitpid(pid, 0)[1]\n"
         "print(status, len(list(iterator)), flush=True)\n"
     )

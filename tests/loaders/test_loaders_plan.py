@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import weakref
 from itertools import chain
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from loaders import EpochPlan, LoaderError
 from loaders.blocks import default_block_size
+from loaders.windows import walk
 
 # --- a slow reference, written from the description of the order -------------------------------
 
@@ -219,6 +221,32 @@ def test_lanes_differ_by_one_block_at_most(args):
     for window in plan.windows():
         filled[window.lane] += window.n_rows
     assert max(filled) - min(filled) <= args["block_size"]
+
+
+class Content:
+    """Something that a weak reference can watch."""
+
+
+@settings(deadline=None, max_examples=100)
+@given(parameters())
+def test_windows_that_have_ended_are_let_go(args):
+    plan = EpochPlan(**args)
+    _, pool = first_needs(plan, 0)
+    alive: weakref.WeakSet[Content] = weakref.WeakSet()
+
+    def opened():
+        for window in plan.windows():
+            content = Content()
+            alive.add(content)
+            yield window, content
+            del content
+
+    parts = walk(plan, 0, opened())
+    for step, contents in enumerate(parts):
+        contents.clear()
+        if step < pool:  # One is still held by the generator above.
+            assert len(alive) <= args["lanes"] + 1
+    assert len(alive) == 0
 
 
 # --- seeds, epochs, golden orders ----------------------------------------------------------------
