@@ -36,8 +36,8 @@ def brute_force(
 @pytest.mark.parametrize("d", [1, 2, 10, 64])
 def test_equals_brute_force_in_float64(backend: Backend, offset: float, d: int) -> None:
     rng = np.random.default_rng(d)
-    database = (rng.standard_normal((3000, d)) + offset).astype(np.float32)
-    ids = rng.permutation(3000)[:200]
+    database = (rng.standard_normal((1500, d)) + offset).astype(np.float32)
+    ids = rng.permutation(1500)[:60]
     found = nearest(database, database[ids], 25, ids, backend=backend)
     indices, distances = brute_force(database, database[ids], 25, ids)
     np.testing.assert_array_equal(found.indices, indices)
