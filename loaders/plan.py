@@ -310,7 +310,7 @@ def _sizes(
             expected=f"buffer_size of at least {lanes * block_size}",
             do="raise buffer_size, or take smaller blocks or fewer lanes",
         )
-    return block_size, buffer_size
+    return block_size, operator.index(buffer_size)
 
 
 def _word(name: str, value: int) -> int:

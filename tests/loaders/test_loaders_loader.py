@@ -149,6 +149,15 @@ def test_resuming_at_every_step_gives_the_same_minibatches():
         assert len(following) >= len(minibatches[step:])
 
 
+def test_a_state_is_json_also_where_parameters_are_numpy_numbers():
+    one = np.int64(1)
+    loader = MinibatchLoader(
+        source(), 8 * one, 3 * one, block_size=8 * one, buffer_size=64 * one, lanes=4 * one
+    )
+    state = json.loads(json.dumps(loader.state_dict()))
+    MinibatchLoader(source(), 8, 3, block_size=8, buffer_size=64, lanes=4).load_state_dict(state)
+
+
 def test_step_counts_what_was_handed_out_not_what_was_prepared():
     loader = MinibatchLoader(source(), 10, **SMALL)
     iterator = iter(loader)
