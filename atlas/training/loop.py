@@ -152,8 +152,8 @@ class _Trainer:
         self.out = out
         self.device = state.sums.device
         self.environment = current_environment(self.device)
-        self.steps_per_epoch = state.loader.steps_per_epoch
-        self.schedule = KlSchedule(config.max_epochs * self.steps_per_epoch, config.warmup_share)
+        total_steps = config.max_epochs * state.loader.steps_per_epoch
+        self.schedule = KlSchedule(total_steps, config.warmup_share)
         # Objectives of the steps since the device was last read: no step waits for it.
         self.unread: list[Tensor] = []
         self.ticked_at = self.read_at = self.saved_at = time.monotonic()
@@ -170,12 +170,11 @@ class _Trainer:
                     if self.ticked_at - self.read_at >= _READ_SECONDS:
                         loss, *_ = self.read_losses()
                         line.describe(self.epoch, state.step, loss)
-                    # The last step of an epoch is saved together with its validation.
-                    within_epoch = state.step % self.steps_per_epoch != 0
-                    if within_epoch and (interrupted() or self.save_is_due()):
+                    stopping = interrupted()
+                    if stopping or self.save_is_due():
                         self.save()
-                        if interrupted():
-                            self.stop()
+                    if stopping:
+                        self.stop()
                 self.end_epoch()
                 if interrupted():
                     self.stop()

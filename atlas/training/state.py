@@ -156,7 +156,7 @@ class TrainingState:
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             moment, name = key.split("/", maxsplit=1)
-            # A copy, because tensors read from a file are not aligned as torch's own are.
+            # A copy, because Adam writes in place, and what was read from a file shares a buffer.
             state.setdefault(number[name], {})[moment] = value.clone()
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -160,7 +160,7 @@ def main(folder: Path, seed: int, kills: int) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, seed: int) -> None:
-    command = [sys.executable, __file__, str(tmp_path), str(seed), "15"]
+    command = [sys.executable, __file__, str(tmp_path), str(seed), "10"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert found.returncode == 0, found.stderr
