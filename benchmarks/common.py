@@ -65,8 +65,8 @@ class Phase:
     ----------
     name
         As given to :meth:`Phases.begin`.
-    seconds
-        Wall clock.
+    seconds, cpu_seconds
+        Wall clock, and time on all cores together, which a busy machine changes less.
     private_start, private_peak
         Private memory, bytes.
     resident_start, resident_peak
@@ -75,6 +75,7 @@ class Phase:
 
     name: str
     seconds: float
+    cpu_seconds: float
     private_start: int
     private_peak: int
     resident_start: int
@@ -99,6 +100,7 @@ class Phases:
             {
                 "name": name,
                 "begin": time.monotonic(),
+                "cpu_begin": time.process_time(),
                 "private_start": status["RssAnon"] + status["RssShmem"],
                 "resident_start": status["VmRSS"],
             }
@@ -113,6 +115,7 @@ class Phases:
             status = _status("self")
             self.records[-1] |= {
                 "end": time.monotonic(),
+                "cpu_end": time.process_time(),
                 "resident_peak": status["VmHWM"],
                 "private_end": status["RssAnon"] + status["RssShmem"],
             }
@@ -180,6 +183,7 @@ def run_worker(script: str, work: str, arguments: Json, folder: Path) -> Outcome
         phases[record["name"]] = Phase(
             name=record["name"],
             seconds=record["end"] - record["begin"],
+            cpu_seconds=record["cpu_end"] - record["cpu_begin"],
             private_start=record["private_start"],
             private_peak=max([*seen, record["private_start"], record["private_end"]]),
             resident_start=record["resident_start"],
