@@ -3,7 +3,10 @@
 The order of an epoch, :class:`EpochPlan`, is built so that any step of it can be computed without
 the steps before, and so that rows are read in blocks and mixed in a bounded buffer:
 
-1. Rows are cut into blocks, and all blocks are permuted.
+1. Rows are cut into blocks. Each segment's blocks are permuted and spread evenly over the epoch,
+   one at a random place in each of as many equal stretches as there are blocks; all blocks are
+   taken in the order of these places. So every segment (a study) has its share of every part of
+   the epoch, which a plain permutation of the blocks leaves to chance.
 2. The blocks are dealt one by one to ``lanes``, each to the lane that has the fewest rows so far.
    Lanes therefore differ by at most one block.
 3. Blocks that follow each other in a lane make a window, whose rows are mixed by a permutation of
@@ -40,7 +43,7 @@ from loaders.windows import Ints, Take, Window, walk
 DEFAULT_BUFFER: Final = 16 * 1024
 
 # The second word of the key: what a permutation is for.
-_BLOCKS, _WINDOW, _POOL = 0, 1, 2
+_BLOCKS, _WINDOW, _POOL, _PLACES = 0, 1, 2, 3
 
 
 class EpochPlan:
@@ -114,7 +117,7 @@ class EpochPlan:
             )
         starts, stops = cut(pieces, self.block_size)
         self._blocks_digest = hashlib.sha256(starts.tobytes() + stops.tobytes()).hexdigest()[:16]
-        order = _permutation(len(starts), seed, _BLOCKS, epoch)
+        order = _spread(np.searchsorted(segments, starts, side="right"), seed, epoch)
         starts, stops = starts[order], stops[order]
         dealt = _deal(stops - starts, lanes)
         blocks = self.buffer_size // (lanes * self.block_size)
@@ -262,15 +265,36 @@ class _Lane:
 def _permutation(
     n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
 ) -> Ints:
-    """A permutation of ``range(n)``: int64, (n,). Equal keys, if ever, stay in order.
+    """A permutation of ``range(n)``: int64, (n,). Equal keys, if ever, stay in order."""
+    return np.argsort(_words(n, seed, purpose, epoch, lane, window), kind="stable")
 
-    Philox counts up in the first word of its counter, so the streams never overlap.
-    """
+
+def _words(
+    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
+) -> npt.NDArray[np.uint64]:
+    """Random words, (n,). Philox counts up in the first word of its counter: no streams overlap."""
     bits = np.random.Philox(
         key=np.array([seed, purpose], dtype=np.uint64),
         counter=np.array([0, epoch, lane, window], dtype=np.uint64),
     )
-    return np.argsort(bits.random_raw(n), kind="stable")
+    return bits.random_raw(n)
+
+
+def _spread(segment: Ints, seed: int, epoch: int) -> Ints:
+    """The order of blocks, given the segment of each: int64 permutation, (n_blocks,).
+
+    The j-th of a segment's n permuted blocks is placed at random between j/n and (j+1)/n of the
+    epoch.
+    """
+    n_blocks = len(segment)
+    order = _permutation(n_blocks, seed, _BLOCKS, epoch)
+    # by segment, and within one in the permuted order
+    order = order[np.argsort(segment[order], kind="stable")]
+    _, first, size = np.unique(segment[order], return_index=True, return_counts=True)
+    rank = np.arange(n_blocks) - np.repeat(first, size)
+    within = _words(n_blocks, seed, _PLACES, epoch) / 2.0**64
+    places = (rank + within) / np.repeat(size, size)
+    return order[np.argsort(places, kind="stable")]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
