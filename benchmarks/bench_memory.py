@@ -72,6 +72,7 @@ def simulated(arguments: Json, phases: Phases) -> Json:
 
 def ingest(arguments: Json, phases: Phases) -> Json:
     """From the file to the store, and choose the genes."""
+    import atlas
     from atlas import workflows
 
     for phase in ("warm", "work"):
@@ -81,7 +82,7 @@ def ingest(arguments: Json, phases: Phases) -> Json:
         workflows.ingest(
             here["store"], here["file"], study="one", batch_key="batch", label_key="cell_type"
         )
-        workflows.select_genes(workflows.open_store(here["store"]), arguments["n_genes"])
+        atlas.select_genes(atlas.open_store(here["store"]), arguments["n_genes"])
     phases.begin("rest")
     return {}
 
