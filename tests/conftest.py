@@ -11,6 +11,8 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
+import atlas  # noqa: F401  (before torch: it asks OpenMP's waiting threads to sleep)
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from atlas.evaluation.codes import sample_rows
 from atlas.evaluation.neighbours import Embedding, nearest
@@ -83,5 +84,8 @@ def _umap(values: Embedding, seed: int) -> npt.NDArray[np.float32]:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="precomputed_knn", category=UserWarning)
+        # numba's OpenMP layer sets the number of threads of the whole process
+        threads = torch.get_num_threads()
         xy = layout.fit_transform(values)
+        torch.set_num_threads(threads)
     return np.asarray(xy, dtype=np.float32)
