@@ -49,9 +49,10 @@ from common import (
 
 STEPS = ("ingest", "train", "embed")
 LIMIT_BYTES = 10**9
-FLAT_BYTES_A_CELL = 200
-"""Growth from the second largest to the largest size that passes as flat: codes, hashes, names and
-latent coordinates of a cell, which are held for all cells, but no counts (some 4 kB a cell)."""
+FLAT_BYTES_A_CELL = 256
+"""Growth from the second largest to the largest size that passes as flat: about what a cell's name,
+annotations, hashes, codes and latent coordinates take, which are held for all cells of a study; its
+counts would take some 8,000."""
 COPIES_OF_THE_PEER = 3
 
 FULL = {"genes": 20_000, "n_genes": 2000, "minibatch_size": 128, "warm_cells": 512}
