@@ -47,20 +47,55 @@ def join_obs(
         if column in own:
             values[column] = own[column]
         else:
-            parts = [f[column] if column in f else pd.Series(pd.NA, f.index) for f in frames]
-            values[column] = _stack(parts)
+            values[column] = _stack([f.get(column) for f in frames], [len(f) for f in frames])
     return pd.DataFrame(values, index=index, columns=wanted)
 
 
-def _stack(parts: Sequence[pd.Series[Any]]) -> Any:
-    """One column of several tables; categories are united in the order they are met."""
-    given = [part for part in parts if not part.isna().all()]
-    if given and all(isinstance(part.dtype, pd.CategoricalDtype) for part in given):
-        names = dict.fromkeys(name for part in given for name in part.cat.categories)
-        values = np.concatenate([part.astype(object).to_numpy(object) for part in parts])
-        return pd.Categorical(values, categories=list(names))
+def _stack(parts: Sequence[pd.Series[Any] | None], lengths: Sequence[int]) -> Any:
+    """One column of several tables; where a table lacks it, its rows are missing values.
+
+    Numbers and booleans stay what they are, in pandas' nullable types where rows are missing.
+    Anything else, and columns whose kinds disagree, become categories of strings, united in the
+    order they are met.
+    """
+    given = [part for part in parts if part is not None]
     if len(parts) == 1:
-        return parts[0].array
-    if given and len({part.dtype for part in given}) == 1 and len(given) < len(parts):
-        parts = [part if len(part.dropna()) else part.astype(object) for part in parts]
-    return pd.concat(parts, ignore_index=True).infer_objects().array
+        return given[0].array
+    kinds = {_kind(part) for part in given}
+    whole = len(given) == len(parts) and not any(part.isna().any() for part in given)
+    if kinds == {"float"} or kinds == {"float", "integer"}:
+        pieces = [
+            np.full(n, np.nan) if part is None else part.to_numpy(float, na_value=np.nan)
+            for part, n in zip(parts, lengths, strict=True)
+        ]
+        return np.concatenate(pieces)
+    if kinds in ({"integer"}, {"boolean"}) and whole:
+        return np.concatenate([part.to_numpy() for part in given])
+    if kinds in ({"integer"}, {"boolean"}):
+        dtype: Any = "Int64" if kinds == {"integer"} else "boolean"
+        filled = [
+            pd.Series(pd.NA, range(n), dtype=dtype) if part is None else part.astype(dtype)
+            for part, n in zip(parts, lengths, strict=True)
+        ]
+        return pd.concat(filled, ignore_index=True).array
+    names: dict[str, None] = {}
+    values = []
+    for part, n in zip(parts, lengths, strict=True):
+        if part is None:
+            values.append(np.full(n, None, object))
+            continue
+        text = part.astype(object).where(part.notna(), None).map(str, na_action="ignore")
+        if isinstance(part.dtype, pd.CategoricalDtype):
+            names.update(dict.fromkeys(map(str, part.cat.categories)))
+        else:
+            names.update(dict.fromkeys(text.dropna()))
+        values.append(text.to_numpy(object))
+    return pd.Categorical(np.concatenate(values), categories=list(names))
+
+
+def _kind(part: pd.Series[Any]) -> str:
+    if pd.api.types.is_bool_dtype(part.dtype):
+        return "boolean"
+    if pd.api.types.is_integer_dtype(part.dtype):
+        return "integer"
+    return "float" if pd.api.types.is_float_dtype(part.dtype) else "other"

@@ -160,7 +160,7 @@ def test_rows_and_input_order_of_an_export(tmp_path: Path, make_study: MakeStudy
     store.append(two, study="two")
     both = to_anndata(store, order="input")
     assert list(both.obs_names) == [*one.obs_names, *two.obs_names]
-    assert (both.X != sp.vstack([one.X, two.X])).nnz == 0
+    assert abs(both.X - sp.vstack([one.X, two.X])).nnz == 0
     assert both.X.dtype == np.float32
     assert both.X.indices.dtype == np.int32
     np.testing.assert_array_equal(both.obsm["X_pca"][:60], one.obsm["X_pca"])
@@ -205,7 +205,7 @@ def test_the_gene_table_grows_only_where_asked(tmp_path: Path, make_study: MakeS
     counts = to_anndata(given)[adata.obs_names].X.toarray()
     np.testing.assert_array_equal(counts[:, :2], adata[:, ["gene5", "gene2"]].X.toarray())
     assert not counts[:, 2].any()
-    with pytest.raises(InputError, match="(?i)gene"):
+    with pytest.raises(InputError, match=r"(?i)gene"):
         given.append(make_study(genes=["A", "B"], prefix="o"), study="two")
     assert given.studies == ("one",)
 
@@ -242,7 +242,7 @@ def test_more_than_one_shard_and_chunk(tmp_path: Path, monkeypatch: pytest.Monke
     store.append(adata, study="one")
     assert len(list((tmp_path / "s.atlas/studies/one/X/data/c").iterdir())) == -(-counts.nnz // 256)
     back = to_anndata(store, order="input")
-    assert (back.X != counts).nnz == 0
+    assert abs(back.X - counts).nnz == 0
 
 
 def test_names_and_columns_are_checked_before_anything_is_written(
@@ -274,5 +274,5 @@ def test_names_and_columns_are_checked_before_anything_is_written(
         create_store(tmp_path / "s.atlas")
     with pytest.raises(StoreError, match="no such study"):
         store.study("two")
-    with pytest.raises(StoreError, match="1 of 2 are not in the store, e.g. nope"):
+    with pytest.raises(StoreError, match=r"1 of 2 are not in the store, e\.g\. nope"):
         store.select(["gene1", "nope"])

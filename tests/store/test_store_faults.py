@@ -96,7 +96,8 @@ def test_a_full_disk_at_any_write_leaves_the_store_as_it_was(
                 run(store)
                 break
             except StoreError as error:
-                assert "the store is as it was\n  found: [Errno 28] No space left" in str(error)
+                message = str(error)
+        assert "the store is as it was\n  found: [Errno 28] No space left" in message
         assert _content(store.path) == before, f"write {n} failed"
         n += stride
     assert n >= {"append": 30, "embed": 3, "genes": 1}[step]
@@ -289,9 +290,9 @@ def test_embeddings_keep_their_history_and_say_when_they_are_old(
     store.append(make_study(prefix="o"), study="two")
     with pytest.raises(StoreError, match=r"does not cover study 'two'(?s:.*)run `atlas embed`"):
         store.embedding("scvi")
-    with pytest.raises(StoreError, match=r"no such embedding\n  found: pca\n  expected: one of scvi"):
+    with pytest.raises(
+        StoreError, match=r"no such embedding\n  found: pca\n  expected: one of scvi"
+    ):
         store.embedding("pca")
     with pytest.raises(StoreError, match=r"does not fit the store\n  found: shape \(60, 3\)"):
         store.write_embedding("scvi", z, {})
-
-
