@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,8 @@ from atlas.store.manifest import SCRATCH
 from atlas.store.schema import Manifest, StudyEntry
 from atlas.store.study_writer import StudyWriter
 from atlas.store.zarr_study import digests
+
+Codes: TypeAlias = npt.NDArray[np.int64]
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
 
@@ -114,8 +116,8 @@ def append_study(
 def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifest, AppendReport]:
     started = time.monotonic()
     study = request.study
-    batch_names = _batches(counts, request.batch_keys, study)
-    label_names = _labels(counts, request.label_key, request.unlabeled)
+    own_batches = _batches(counts, request.batch_keys, study)
+    own_labels = _labels(counts, request.label_key, request.unlabeled)
     _check_layers(counts, request.keep_layers)
     with manifests.writer(root, f"append {study}") as newest:
         if study in (entry.name for entry in newest.studies):
@@ -129,8 +131,8 @@ def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifes
         fixed = newest.gene_mode == "given" or (newest.gene_mode == "first" and newest.studies)
         old_table = manifests.read_gene_table(root, newest)
         table, columns, _ = align(old_table, counts.var, mode="fixed" if fixed else "union")
-        batches, batch_codes = _extend(newest.batches, batch_names)
-        labels, label_codes = _extend(newest.labels, label_names)
+        batches, batch_codes = _extend(newest.batches, *own_batches)
+        labels, label_codes = _extend(newest.labels, *own_labels)
 
         writer = StudyWriter(root, study, counts, columns, request.profile, request.progress)
         index = writer.write(request.keep_layers)
@@ -180,7 +182,7 @@ def _check_layers(counts: CountsSource, names: tuple[str, ...]) -> None:
             "There is no such layer to keep",
             found=", ".join(unknown),
             expected="one of " + (", ".join(counts.layers) or "(there are none)"),
-            path=counts.name,
+            path=counts.path,
         )
 
 
@@ -191,51 +193,65 @@ def _column(counts: CountsSource, key: str, what: str) -> pd.Series[Any]:
             found=repr(key),
             expected="one of " + (", ".join(map(str, counts.obs.columns)) or "(there are none)"),
             do=f"name the column with --{what}-key, or leave it out",
-            path=counts.name,
+            path=counts.path,
         )
     return counts.obs[key]
 
 
-def _batches(counts: CountsSource, keys: tuple[str, ...], study: str) -> list[str]:
-    """Name of each row's batch, in input order."""
-    if not keys:
-        return [study] * counts.n_obs
-    columns = [_column(counts, key, "batch") for key in keys]
-    for key, column in zip(keys, columns, strict=True):
-        if missing := int(column.isna().sum()):
+def _batches(
+    counts: CountsSource, keys: tuple[str, ...], study: str
+) -> tuple[list[str | None], Codes]:
+    """Names of the batches of a study, and which of them each row is in, in input order."""
+    codes = np.zeros(counts.n_obs, np.int64)
+    combined: list[str] = []
+    for key in keys:
+        column = _column(counts, key, "batch")
+        own, values = pd.factorize(column)
+        if missing := int((own < 0).sum()):
             raise InputError(
                 "Some cells have no batch",
                 found=f"{missing} missing values in obs column {key!r}",
                 expected="a batch for every cell",
                 do="fill the column in, or drop these cells",
-                path=counts.name,
+                path=counts.path,
             )
-    values = zip(*(column.astype(str) for column in columns), strict=True)
-    return [f"{study}/{'|'.join(value)}" for value in values]
+        codes = codes * len(values) + own
+        combined = [f"{a}|{v}" for a in combined for v in values] or [str(v) for v in values]
+        # only combinations that occur, so that many keys do not multiply
+        occurring, codes = np.unique(codes, return_inverse=True)
+        combined = [combined[i] for i in occurring]
+    return [f"{study}/{name}" for name in combined] or [study], codes
 
 
-def _labels(counts: CountsSource, key: str | None, unlabeled: str) -> list[str | None]:
-    """Label of each row in input order, None where it has none."""
+def _labels(
+    counts: CountsSource, key: str | None, unlabeled: str
+) -> tuple[list[str | None], Codes]:
+    """Names of the labels of a study, None for unlabeled ones, and that of each row."""
     if key is None:
-        return [None] * counts.n_obs
-    column = _column(counts, key, "label")
-    missing = column.isna().to_numpy()
-    values = column.astype(str)
-    return [
-        None if gone or value.strip() == "" or value == unlabeled else value
-        for value, gone in zip(values, missing, strict=True)
-    ]
+        return [None], np.zeros(counts.n_obs, np.int64)
+    codes, values = pd.factorize(_column(counts, key, "label"))
+    texts = [str(value) for value in values]
+    names = [None if text.strip() in ("", unlabeled) else text for text in texts]
+    return [*names, None], codes.astype(np.int64)  # -1, a missing value, is the last
 
 
 def _extend(
-    names: tuple[str, ...], values: Sequence[str | None]
+    names: tuple[str, ...], own: Sequence[str | None], codes: Codes
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
-    """Codes of values by append-only names; new names in alphabetical order, None is -1."""
-    new = sorted({value for value in values if value is not None} - set(names))
-    names = (*names, *new)
-    code: dict[str | None, int] = {None: -1}
-    code |= {name: i for i, name in enumerate(names)}
-    return names, np.fromiter((code[value] for value in values), np.int32, len(values))
+    """Codes by append-only names; new names come in alphabetical order, None is -1.
+
+    Parameters
+    ----------
+    names
+        Names so far.
+    own, codes
+        Names in this study, and which of them each row has.
+    """
+    new = {name for name in own if name is not None} - set(names)
+    names = (*names, *sorted(new))
+    code = {name: i for i, name in enumerate(names)}
+    table = np.array([-1 if name is None else code[name] for name in own], np.int32)
+    return names, table[codes]
 
 
 def _common(

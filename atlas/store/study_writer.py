@@ -38,6 +38,14 @@ def _hash64(prefix: str, names: pd.Index[Any]) -> npt.NDArray[np.uint64]:
     return np.frombuffer(bytes(out), "<u8").astype(np.uint64)
 
 
+def _order(hashes: npt.NDArray[np.uint64], names: pd.Index[Any]) -> npt.NDArray[np.int64]:
+    """Rows by rising hash, equal hashes (hardly ever) by name: int64 positions."""
+    order = np.argsort(hashes, kind="stable")
+    if (np.diff(hashes[order]) == 0).any():
+        order = np.lexsort((names.to_numpy(str), hashes))
+    return order.astype(np.int64, copy=False)
+
+
 class StudyWriter:
     """Writes one study's folder; a crash in it leaves what no manifest names."""
 
@@ -63,7 +71,7 @@ class StudyWriter:
         """Sort and write everything; returns the arrays of the index part that follow from it."""
         counts = self.counts
         row_hash = _hash64(self.study, counts.obs.index)
-        order = np.lexsort((counts.obs.index.to_numpy(str), row_hash))
+        order = _order(row_hash, counts.obs.index)
         destination = np.empty(counts.n_obs, np.int64)
         destination[order] = np.arange(counts.n_obs)
         self.folder.mkdir(parents=True)
