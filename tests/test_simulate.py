@@ -10,7 +10,8 @@ import scipy.sparse as sp
 from scipy import stats
 
 from atlas.errors import AtlasError, ConfigError
-from atlas.simulate import Truth, _draw_counts, draw_truth, simulate
+from atlas.simulate import Truth, draw_truth, simulate
+from atlas.zinb_draws import draw_counts
 
 SMALL = {"cells": 1500, "studies": 3, "genes": 300, "types": 5, "library": 400.0, "progress": False}
 
@@ -110,7 +111,7 @@ def _raw_moments(theta, mean):
 def test_counts_follow_the_zero_inflated_negative_binomial(mean, theta, kept):
     n = 40_000
     zeros = np.zeros(n, dtype=np.int64)
-    lengths, _, data = _draw_counts(
+    lengths, _, data = draw_counts(
         np.uint64(11), 0, np.full(n, mean), zeros, zeros, np.ones((1, 1, 1), np.float32),
         np.array([kept]), np.array([theta]), np.array([0]),
     )  # fmt: skip
@@ -131,7 +132,7 @@ def test_counts_follow_the_zero_inflated_negative_binomial(mean, theta, kept):
 def test_draws_of_cells_and_genes_are_uncorrelated():
     n, g = 400, 300
     zeros = np.zeros(n, dtype=np.int64)
-    lengths, indices, data = _draw_counts(
+    lengths, indices, data = draw_counts(
         np.uint64(5), 0, np.full(n, float(g)), zeros, zeros,
         np.full((1, 1, g), 1 / g, np.float32), np.ones(g), np.full(g, 2.0), np.arange(g),
     )  # fmt: skip

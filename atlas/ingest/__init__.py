@@ -1,6 +1,7 @@
 """Readers of foreign files: raw counts in blocks, tables, and the alignment of genes."""
 
-from atlas.ingest.base import CountsBlock, CountsSource, LayerBlock
+from atlas.ingest.base import CountsSource
+from atlas.ingest.content import CountsBlock, LayerBlock
 from atlas.ingest.files import open_counts
 from atlas.ingest.genes import AlignmentReport, GeneIdentity, GeneTable, align
 

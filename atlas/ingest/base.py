@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,10 +16,10 @@ from anndata.utils import make_index_unique
 
 from atlas.errors import CountsError, InputError, MissingColumnError
 from atlas.ingest import kernels
+from atlas.ingest.content import Content, CountsBlock, LayerBlock, OpenMatrix
 from atlas.ingest.matrix import Budget, Matrix, Rows
 
 DEFAULT_MEMORY = 256 << 20
-OpenMatrix = Callable[[], Matrix]
 
 _REASONS = {
     kernels.NOT_FINITE: "holds values that are not finite",
@@ -28,112 +27,6 @@ _REASONS = {
     kernels.FRACTION: "holds fractions",
     kernels.TOO_LARGE: "holds values of 2^32 or more",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class CountsBlock:
-    """Consecutive rows of raw counts in input order, as CSR without zeros.
-
-    Attributes
-    ----------
-    indptr
-        int64, (n_rows + 1,), starting at 0.
-    indices
-        Column of each count: int32, (nnz,), strictly rising within a row.
-    data
-        Counts: uint32, (nnz,), none of them zero.
-    """
-
-    indptr: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.int32]
-    data: npt.NDArray[np.uint32]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.indptr) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class LayerBlock:
-    """Consecutive rows of a layer in input order, as CSR without zeros.
-
-    Attributes
-    ----------
-    indptr
-        int64, (n_rows + 1,), starting at 0.
-    indices
-        Column of each value: int32, (nnz,), strictly rising within a row.
-    data
-        (nnz,), float32, or the integer type of the layer.
-    """
-
-    indptr: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.int32]
-    data: npt.NDArray[Any]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.indptr) - 1
-
-
-class LazyArrays(Mapping[str, npt.NDArray[Any]]):
-    """Arrays by name, each read when it is asked for and not kept."""
-
-    def __init__(self, readers: Mapping[str, Callable[[], npt.NDArray[Any]]]) -> None:
-        self._readers = dict(readers)
-
-    def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        """Read one array."""
-        return self._readers[name]()
-
-    def __iter__(self) -> Iterator[str]:
-        """Iterate over the names."""
-        return iter(self._readers)
-
-    def __len__(self) -> int:
-        """Count the names."""
-        return len(self._readers)
-
-
-@dataclass(frozen=True)
-class Content:
-    """What a reader of one format finds in a file.
-
-    Attributes
-    ----------
-    name
-        What messages call the input: its path or ``AnnData in memory``.
-    path
-        The file, if it is one.
-    obs, var
-        Tables of rows and genes.
-    obsm, uns
-        Arrays per row, and ``spatial`` where there is such a key.
-    counts
-        The matrix that is to hold raw counts.
-    layers
-        All layers that have the genes of ``var``, each opened when it is needed.
-    elsewhere
-        Other matrices of the input that may hold the counts, by the advice that selects them.
-    notes
-        What the user should know about the choice.
-    close
-        Gives the file back.
-    """
-
-    name: str
-    path: Path | None
-    obs: pd.DataFrame
-    var: pd.DataFrame
-    obsm: Mapping[str, npt.NDArray[Any]]
-    uns: Mapping[str, Any]
-    counts: Matrix
-    layers: Mapping[str, OpenMatrix]
-    elsewhere: Mapping[str, OpenMatrix]
-    notes: tuple[str, ...] = ()
-    close: Callable[[], None] = lambda: None
 
 
 class CountsSource:

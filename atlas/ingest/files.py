@@ -9,7 +9,8 @@ import h5py
 from anndata import AnnData
 
 from atlas.errors import ConfigError, InputError
-from atlas.ingest.base import DEFAULT_MEMORY, Content, CountsSource
+from atlas.ingest.base import DEFAULT_MEMORY, CountsSource
+from atlas.ingest.content import Content
 from atlas.ingest.h5ad import is_h5ad, read_h5ad
 from atlas.ingest.memory import read_anndata
 from atlas.ingest.tenx import GENES, is_tenx, read_tenx

@@ -17,7 +17,7 @@ import pandas as pd
 
 from atlas.errors import InputError
 from atlas.ingest import kernels
-from atlas.ingest.base import Content, LazyArrays
+from atlas.ingest.content import Content, LazyArrays
 from atlas.ingest.matrix import Budget, CsrMatrix, Matrix, Place, Rows
 
 _MATRIX = {"barcodes", "data", "indices", "indptr", "shape"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
@@ -28,6 +27,7 @@ from atlas.store import manifest as manifests
 from atlas.store.append import AppendReport, Request, append_study
 from atlas.store.arrays import read_array
 from atlas.store.schema import GeneSelection, Manifest, StudyEntry
+from atlas.store.split import Split, split_rows
 from atlas.store.tables import join_obs
 from atlas.store.view import CountView
 from atlas.store.zarr_study import ZarrStudy
@@ -37,15 +37,6 @@ CODES = ("study", "batch", "label")
 """Names of the integer codes of every row."""
 
 _VERIFY_ROWS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Rows for training, validation and test, each as (start, stop) ranges of the store."""
-
-    train: list[tuple[int, int]]
-    validation: list[tuple[int, int]]
-    test: list[tuple[int, int]]
 
 
 class CountStore:
@@ -238,25 +229,8 @@ class CountStore:
         validation, test
             Shares of the cells held out: the lowest and the highest hashes.
         """
-        if min(validation, test) < 0 or validation + test >= 1:
-            raise ConfigError(
-                "The shares held out are out of range",
-                found=f"validation {validation}, test {test}",
-                expected="each at least 0, together below 1",
-            )
-        out = Split([], [], [])
-        low, high = int(validation * 2**64), int((1 - test) * 2**64)
-        for start, study in zip(self.segments, self.manifest.studies, strict=False):
-            hashes = self.part_array(study, "index", "row_hash")
-            cut = start + int(np.searchsorted(hashes, np.uint64(low))) if validation else start
-            end = start + int(np.searchsorted(hashes, np.uint64(high))) if test else None
-            stop = start + study.n_obs
-            end = stop if end is None else end
-            pairs = ((out.validation, start, cut), (out.train, cut, end), (out.test, end, stop))
-            for ranges, a, b in pairs:
-                if a < b:
-                    ranges.append((a, b))
-        return out
+        hashes = [self.part_array(study, "index", "row_hash") for study in self.manifest.studies]
+        return split_rows(self.segments, hashes, validation, test)
 
     # embeddings, and the genes chosen
 
