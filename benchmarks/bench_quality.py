@@ -15,9 +15,10 @@ accuracy
 
 Each is a mean over cells of something both give for each cell, so differences are paired by cell:
 the interval is that of the mean over cells of the per-cell difference, averaged over the seeds
-first; normal, 95 %. It holds for the models trained here; what another seed would change is told
-by the standard deviation of the difference over seeds beside it. Neighbourhoods overlap, so the
-cells' entropies are not independent and their interval is somewhat too narrow.
+first; normal, 95 %. The verdict is by this interval, which holds for the models trained here. What
+other seeds would change is told by the second interval, that of the mean over seeds (Student's t):
+with three seeds it is wide. Neighbourhoods overlap, so the cells' entropies are not independent and
+their interval is somewhat too narrow.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from common import (
     table,
     write_json,
 )
+from scipy.stats import t as student
 
 Floats = npt.NDArray[np.float64]
 
@@ -329,6 +331,8 @@ class Comparison:
         Means, and the 95 % interval of the difference over cells.
     seed_deviation
         Standard deviation of the difference over seeds; None for a single one.
+    seed_half_width
+        Half the 95 % interval of the difference over seeds (Student's t).
     allowance, passed
         The loss to be excluded, and whether the interval does; None where there is no verdict.
     """
@@ -341,6 +345,7 @@ class Comparison:
     low: float
     high: float
     seed_deviation: float | None = None
+    seed_half_width: float | None = None
     allowance: float | None = None
     passed: bool | None = None
 
@@ -363,6 +368,10 @@ def compare(
         mean_and_error(a - b, groups)[0]
         for a, b in zip(values["ours"], values["peer"], strict=True)
     ]
+    deviation = float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None
+    half_width = None
+    if deviation is not None:
+        half_width = float(student.ppf(0.975, len(by_seed) - 1) * deviation / len(by_seed) ** 0.5)
     return Comparison(
         measure=measure.name,
         seed=seed,
@@ -371,7 +380,8 @@ def compare(
         difference=difference,
         low=low,
         high=difference + NORMAL_95 * error,
-        seed_deviation=float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
+        seed_deviation=deviation,
+        seed_half_width=half_width,
         allowance=allowance if seed is None else None,
         passed=None if seed is not None or allowance is None else low > -allowance,
     )
@@ -408,13 +418,16 @@ def quality_table(comparisons: list[Comparison]) -> str:
                 number(c.peer),
                 signed(c.difference),
                 f"{signed(c.low)} … {signed(c.high)}",
-                "" if c.seed_deviation is None else number(c.seed_deviation),
+                ""
+                if c.seed_half_width is None
+                else f"{signed(c.difference - c.seed_half_width)} … "
+                f"{signed(c.difference + c.seed_half_width)}",
                 "" if c.allowance is None else number(c.allowance),
                 {None: "", True: "not worse", False: "WORSE OR UNSURE"}[c.passed],
             ]
         )
     header = ["measure", "seed", "ours", "peer", "difference", "95 % over cells"]
-    return table([*header, "sd over seeds", "allowed loss", "verdict"], rows)
+    return table([*header, "95 % over seeds", "allowed loss", "verdict"], rows)
 
 
 def cost(outcomes: dict[str, list[Outcome]]) -> Json:
