@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
     from atlas.models import TrainedModel, load_model
-    from atlas.simulate import simulate
     from atlas.store import CountStore, create_store, open_store, to_anndata
-    from atlas.workflows import embed, evaluate, ingest, report, select_genes, train
+    from atlas.workflows import embed, evaluate, report, select_genes, train
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
 # the loader's threads, and whatever else runs, off the cores. Beside one other busy process on two
@@ -25,12 +24,10 @@ _HOME = {
     "create_store": "atlas.store",
     "embed": "atlas.workflows",
     "evaluate": "atlas.workflows",
-    "ingest": "atlas.workflows",
     "load_model": "atlas.models",
     "open_store": "atlas.store",
     "report": "atlas.workflows",
     "select_genes": "atlas.workflows",
-    "simulate": "atlas.simulate",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
 }
@@ -42,12 +39,10 @@ __all__ = [
     "create_store",
     "embed",
     "evaluate",
-    "ingest",
     "load_model",
     "open_store",
     "report",
     "select_genes",
-    "simulate",
     "to_anndata",
     "train",
 ]

@@ -22,8 +22,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     warnings.showwarning = _print_warning
-    warnings.filterwarnings("ignore", message=".*not in the Zarr version 3 specification.*")
-    warnings.filterwarnings("ignore", message=".*currently not part in the Zarr format 3.*")
     run: Callable[[argparse.Namespace], None] = options.run
     try:
         run(options)

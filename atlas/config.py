@@ -121,6 +121,9 @@ class TrainConfig(_Config):
         number of epochs, so that few epochs on many cells end at weight 1 too.
     validation_share
         Share of the cells, by row hash, that are held out for validation.
+    average_steps
+        Steps over which the weights are averaged; the average is what is validated and kept. With
+        0 it is the weights of the last step.
     early_stopping
         Stop when the validation bound has not improved for ``patience`` epochs; the weights of the
         best epoch are kept.
@@ -148,6 +151,7 @@ class TrainConfig(_Config):
     weight_decay: float = 1e-6
     warmup_share: float = 0.5
     validation_share: float = 0.1
+    average_steps: int = 300
     early_stopping: bool = False
     patience: int = 45
     precision: Precision = "float32"
@@ -167,6 +171,7 @@ class TrainConfig(_Config):
         self._require("weight_decay", self.weight_decay >= 0, "at least 0")
         self._require("warmup_share", 0 <= self.warmup_share <= 1, "in [0, 1]")
         self._require("validation_share", 0 <= self.validation_share < 1, "in [0, 1)")
+        self._require("average_steps", self.average_steps >= 0, "at least 0")
         self._require("patience", self.patience >= 1, "at least 1")
         self._require("threads", self.threads >= 0, "at least 0")
         self._require("checkpoint_steps", self.checkpoint_steps >= 0, "at least 0")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
+
+# Atlas reads these codecs itself, and README.md names the profile for other readers.
+warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
 
 CHUNK = 131_072
 """Elements of an inner chunk: what is decoded at once."""

@@ -5,6 +5,7 @@ A run folder holds ``checkpoints/NNNNNNNN/``, of which the highest number is the
     weights.safetensors      parameters and buffers of the model
     optimizer.safetensors    Adam's moments and step counts, "<moment>/<parameter>"
     state.safetensors        the random generator, the loss sums of the epoch in progress
+    average.safetensors      moving average of the weights, unless it is turned off
     best.safetensors         weights of the best epoch, with early stopping only
     checkpoint.json          everything else, with the SHA-256 of each file and of itself
 
@@ -61,7 +62,8 @@ _SCHEMA = _object(
         "schema": {"const": SCHEMA_NAME},
         "version": {"const": VERSION},
         "files": _object(
-            {"weights": _digest, "optimizer": _digest, "state": _digest, "best": _digest}, ("best",)
+            dict.fromkeys(("weights", "optimizer", "state", "average", "best"), _digest),
+            ("average", "best"),
         ),
         "progress": _object(
             {
@@ -138,6 +140,8 @@ class Checkpoint:
     state
         ``generator``: uint8, the state of the random generator; ``sums``: float64 (3,), the
         objective, reconstruction loss and KL divergence summed over the cells of the epoch.
+    average
+        Moving average of the weights; None where it is turned off.
     best
         Weights of the best epoch; None without early stopping or before the first validation.
     progress, history
@@ -153,6 +157,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
     best: Mapping[str, Tensor] | None
     progress: Progress
     history: History
@@ -215,6 +220,7 @@ def load_checkpoint(out: Path) -> Checkpoint | None:
         weights=parts["weights"],
         optimizer=parts["optimizer"],
         state=parts["state"],
+        average=parts.get("average"),
         best=parts.get("best"),
         progress=Progress(**document["progress"]),
         history=History.from_json(document["history"]),
@@ -248,6 +254,8 @@ def _write_parts(folder: Path, checkpoint: Checkpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "state": checkpoint.state,
     }
+    if checkpoint.average is not None:
+        parts["average"] = checkpoint.average
     if checkpoint.best is not None:
         parts["best"] = checkpoint.best
     digests = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,7 +54,8 @@ def fit(
 ) -> History:
     """Train a model, with a log and checkpoints in a run folder.
 
-    The model is trained in place. With early stopping it ends with the weights of the best epoch.
+    The model is trained in place. It ends with the average of its weights over the last steps, of
+    the best epoch with early stopping.
     A run that was stopped in any way, ``kill -9`` included, and is resumed gives the same weights
     as one that was not, bit for bit on the same processor, versions and number of threads.
 
@@ -127,8 +129,7 @@ def fit(
             done = epoch_cells * len(state.history.records) + state.epoch_cells
             with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
                 trainer.run(line)
-    if state.best is not None:
-        model.load_state_dict(state.best)
+    model.load_state_dict(state.final_weights() if state.best is None else state.best)
     return state.history
 
 
@@ -193,6 +194,8 @@ class _Trainer:
         state.optimizer.zero_grad()
         losses.objective.backward()  # type: ignore[no-untyped-call]
         state.optimizer.step()
+        if state.average is not None:
+            state.average.update(state.model, state.step)
 
         objective = losses.objective.detach()
         parts = (
@@ -244,7 +247,8 @@ class _Trainer:
         generator = seeded_generator(self.device, self.config.seed, self.epoch)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         cells = 0
-        with evaluating(state.model), self.autocast():
+        averaged = nullcontext() if state.average is None else state.average.applied(state.model)
+        with averaged, evaluating(state.model), self.autocast():
             for minibatch in self.validation:
                 losses = state.model.loss(self.to_inputs(minibatch), 1.0, generator)
                 total += losses.negative_bound.sum()

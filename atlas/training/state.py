@@ -14,6 +14,7 @@ from torch import Tensor
 from atlas.config import TrainConfig
 from atlas.errors import CheckpointError
 from atlas.models.base import Model
+from atlas.training.averaging import WeightAverage
 from atlas.training.checkpoint import Checkpoint, Progress
 from atlas.training.environment import Environment
 from atlas.training.history import History
@@ -44,6 +45,8 @@ class TrainingState:
         Training cells seen and wall time spent in the epoch in progress.
     history
         The epochs completed.
+    average
+        Moving average of the weights, unless it is turned off.
     best
         Weights of the best epoch, with early stopping only.
     finished
@@ -59,6 +62,7 @@ class TrainingState:
     epoch_cells: int = 0
     epoch_seconds: float = 0.0
     history: History = field(default_factory=History)
+    average: WeightAverage | None = None
     best: dict[str, Tensor] | None = None
     finished: bool = False
 
@@ -82,6 +86,7 @@ class TrainingState:
             loader=loader,
             generator=seeded_generator(device, config.seed),
             sums=torch.zeros(3, dtype=torch.float64, device=device),
+            average=WeightAverage(model, config.average_steps) if config.average_steps else None,
         )
 
     def forget_epoch(self) -> None:
@@ -92,7 +97,11 @@ class TrainingState:
 
     def keep_weights(self) -> None:
         """Remember the weights as they are now: those of the best epoch so far."""
-        self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.best = {name: value.clone() for name, value in self.final_weights().items()}
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """The weights that are validated and kept."""
+        return self.model.state_dict() if self.average is None else self.average.weights
 
     def checkpoint(self, run: Mapping[str, Any], environment: Environment) -> Checkpoint:
         """All of this with its tensors on the CPU, not copied where they are there: save it now."""
@@ -100,6 +109,7 @@ class TrainingState:
             weights=_to_cpu(self.model.state_dict()),
             optimizer=_to_cpu(self._adam_state()),
             state={"generator": self.generator.get_state(), "sums": self.sums.cpu()},
+            average=None if self.average is None else _to_cpu(self.average.weights),
             best=None if self.best is None else _to_cpu(self.best),
             progress=Progress(self.step, self.finished, self.epoch_cells, self.epoch_seconds),
             history=self.history,
@@ -131,6 +141,8 @@ class TrainingState:
         self._restore_adam(checkpoint.optimizer)
         self.generator.set_state(checkpoint.state["generator"])
         self.sums.copy_(checkpoint.state["sums"])
+        if self.average is not None and checkpoint.average is not None:
+            self.average.restore(checkpoint.average)
         if checkpoint.best is not None:
             self.best = {k: v.to(self.sums.device) for k, v in checkpoint.best.items()}
         self.step = checkpoint.progress.step

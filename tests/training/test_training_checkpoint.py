@@ -35,6 +35,7 @@ def checkpoint(step: int = 7, *, best: bool = True) -> Checkpoint:
         weights=weights,
         optimizer={"step/linear.weight": torch.tensor(4.0), "exp_avg/linear.weight": torch.ones(2)},
         state={"generator": generator.get_state(), "sums": torch.rand(3, dtype=torch.float64)},
+        average=weights if best else None,
         best=weights if best else None,
         progress=Progress(step, False, 100, 0.5),
         history=History((record,)),
@@ -46,7 +47,7 @@ def checkpoint(step: int = 7, *, best: bool = True) -> Checkpoint:
 
 def assert_same(found: Checkpoint | None, expected: Checkpoint) -> None:
     assert found is not None
-    for name in ("weights", "optimizer", "state", "best"):
+    for name in ("weights", "optimizer", "state", "average", "best"):
         a, b = getattr(found, name), getattr(expected, name)
         if b is None:
             assert a is None
@@ -141,7 +142,7 @@ def test_a_crash_at_any_moment_leaves_a_checkpoint(
         """Not an Exception: nothing may clean up after it, as after SIGKILL."""
 
     write, sync = files.write_bytes, files.sync_folder
-    for n in range(1, 9):
+    for n in range(1, 10):
         out = tmp_path / str(n)
         before, after = checkpoint(1), checkpoint(2)
         out.mkdir()
@@ -171,11 +172,11 @@ def test_a_crash_at_any_moment_leaves_a_checkpoint(
         except Crash:
             crashed = True
         monkeypatch.undo()
-        # Five files, the folder; the seventh comes after the rename; there is no eighth.
-        assert crashed == (n <= 7)
-        assert_same(load_checkpoint(out), before if n <= 6 else after)
+        # Six files, the folder; the eighth comes after the rename; there is no ninth.
+        assert crashed == (n <= 8)
+        assert_same(load_checkpoint(out), before if n <= 7 else after)
         remove_leftovers(out)
-        assert_same(load_checkpoint(out), before if n <= 6 else after)
+        assert_same(load_checkpoint(out), before if n <= 7 else after)
         assert only_folder(out).name.isdecimal()
         save_checkpoint(out, before)
         assert_same(load_checkpoint(out), before)
