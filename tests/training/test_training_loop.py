@@ -234,6 +234,7 @@ def test_ctrl_c_saves_the_step_in_progress(tmp_path: Path, stop_at: int) -> None
 
     hooked = Hooked(make_model(), press)
     hooked.state_dict = hooked.inner.state_dict  # type: ignore[method-assign]
+    hooked.load_state_dict = hooked.inner.load_state_dict  # type: ignore[method-assign]
     hooked.named_parameters = hooked.inner.named_parameters  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt, match=f"after step {stop_at}; --resume goes on"):
         train(tmp_path / "cut", hooked)
@@ -313,9 +314,30 @@ def test_checkpoints_come_by_steps(tmp_path: Path) -> None:
     assert steps == [2, 2, 4, 5, 6, 6, 8, 8]
 
 
+def test_the_average_of_the_weights_is_validated_and_kept(tmp_path: Path) -> None:
+    averaged, last = make_model(), make_model()
+    mean = train(tmp_path / "averaged", averaged, replace(CONFIG, average_steps=10))
+    raw = train(tmp_path / "last", last, replace(CONFIG, average_steps=0))
+    found = load_checkpoint(tmp_path / "averaged")
+    assert found is not None
+    assert found.average is not None
+    for name, value in averaged.state_dict().items():
+        assert torch.equal(value, found.average[name])
+        assert torch.equal(found.weights[name], last.state_dict()[name])  # the steps are the same
+    assert [r.train_loss for r in mean.records] == [r.train_loss for r in raw.records]
+    bounds = [[r.validation_bound for r in history.records] for history in (mean, raw)]
+    assert bounds[0] != bounds[1]
+
+
 def test_early_stopping_keeps_the_best_weights(tmp_path: Path) -> None:
     config = replace(
-        CONFIG, max_epochs=60, lr=0.3, early_stopping=True, patience=3, warmup_share=0.0
+        CONFIG,
+        max_epochs=60,
+        lr=0.3,
+        early_stopping=True,
+        patience=3,
+        warmup_share=0.0,
+        average_steps=0,
     )
     weights: list[dict[str, torch.Tensor]] = []
     model = make_model()
