@@ -30,7 +30,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -39,6 +38,7 @@ from dask.system import CPU_COUNT
 from tqdm import tqdm
 
 from atlas.errors import AtlasError, ConfigError
+from atlas.hdf5 import Hdf5Writer, create_hdf5
 from atlas.zinb_draws import draw_counts
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -215,9 +215,8 @@ def simulate(
             tqdm(total=cells, unit="cell", unit_scale=True, disable=not progress) as bar,
         ):
             for study, n_obs in enumerate(sizes):
-                with h5py.File(partial, "w") as file:
-                    _write_study(file, truth, study, int(n_obs), seed, pool, bar)
-                    file.flush()  # raises what the closing of a dataset would swallow
+                with create_hdf5(partial) as writer:
+                    _write_study(writer, truth, study, int(n_obs), seed, pool, bar)
                 written.append(partial.rename(out / f"study_{study + 1}.h5ad"))
         # Last, so that a folder with a truth is a whole one.
         truth.save(partial)
@@ -227,7 +226,7 @@ def simulate(
             path.unlink(missing_ok=True)
         if not existed and out.is_dir():
             out.rmdir()
-        if isinstance(error, OSError | RuntimeError):  # h5py raises both for a full disk
+        if isinstance(error, OSError):
             raise AtlasError(
                 "the simulated studies could not be written", found=error, path=out
             ) from error
@@ -294,7 +293,7 @@ def draw_truth(
 
 
 def _write_study(
-    file: h5py.File,
+    writer: Hdf5Writer,
     truth: Truth,
     study: int,
     n_obs: int,
@@ -303,6 +302,7 @@ def _write_study(
     bar: tqdm[Any],
 ) -> None:
     """One study in anndata's format, its counts block by block."""
+    file = writer.file
     rng = np.random.default_rng([seed, 1, study])
     own_batches = np.flatnonzero(truth.batch_study == study)
     batch = rng.integers(0, len(own_batches), n_obs)
@@ -365,6 +365,7 @@ def _write_study(
         for part, values in ((indices, block_indices), (data, block_data)):
             part.resize((end,))
             part[n_values:end] = values
+        writer.check()
         start, n_values = stop, end
         bar.update(len(lengths))
     counts.create_dataset("indptr", data=indptr)

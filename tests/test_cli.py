@@ -193,6 +193,27 @@ def test_other_wrong_ways(
     assert leaving.value.code == 2
 
 
+@pytest.mark.parametrize("limit", [0, 2_000, 20_000])
+def test_an_export_to_a_full_disk_leaves_nothing_and_exits_in_order(
+    tmp_path: Path, make_study: MakeStudy, limit: int
+) -> None:
+    """In a process of its own: HDF5 that could not write used to crash when the process ended."""
+    store, out = tmp_path / "s.atlas", tmp_path / "out.h5ad"
+    make_study(n=400, genes=200).write_h5ad(tmp_path / "one.h5ad")
+    assert main(["ingest", str(store), str(tmp_path / "one.h5ad"), "--study", "one"]) == 0
+    script = f"""
+import resource, signal, sys
+from atlas.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+sys.exit(main(["export", {str(store)!r}, {str(out)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2, done
+    assert "could not be written\n  found: [Errno 27] File too large" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.h5ad", "s.atlas"]
+
+
 def _train(store: Path, run: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "atlas", "train", str(store), "--out", str(run), "--resume"]
     command += ["--epochs", "4", "--checkpoint-steps", "5", "--threads", "1", "--n-hidden", "32"]

@@ -10,10 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
 
+import anndata.io
 import numpy as np
 from anndata import AnnData
 
 from atlas.errors import ConfigError
+from atlas.hdf5 import create_hdf5
 from atlas.store import (
     AppendReport,
     CountStore,
@@ -103,9 +105,10 @@ def export(
     """
     chosen = None if rows is None else rows_where(store, rows)
     adata = to_anndata(store, embedding=embedding, rows=chosen, order=order)
+    adata.strings_to_categoricals()
     path = Path(out)
-    with replacing(path) as partial:
-        adata.write_h5ad(partial, compression="gzip")
+    with replacing(path) as partial, create_hdf5(partial) as writer:
+        anndata.io.write_elem(writer.file, "/", adata, dataset_kwargs={"compression": "gzip"})
     return adata
 
 
