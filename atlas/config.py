@@ -151,7 +151,7 @@ class TrainConfig(_Config):
     weight_decay: float = 1e-6
     warmup_share: float = 0.5
     validation_share: float = 0.1
-    average_steps: int = 300
+    average_steps: int = 500
     early_stopping: bool = False
     patience: int = 45
     precision: Precision = "float32"
