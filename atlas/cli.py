@@ -34,6 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except Exception as error:
+        from loaders import LoaderError  # the loader knows nothing of Atlas and has its own error
+
+        if not isinstance(error, OSError | LoaderError):
+            raise
+        print(f"atlas: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -72,6 +79,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file")
     sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
     sub.add_argument("--scheduler", help="address of a dask scheduler; threads by default")
+    new = sub.add_mutually_exclusive_group()
+    new.add_argument("--genes", metavar="FILE", help="of a new store: hold these, one a line")
+    new.add_argument("--first", action="store_true", help="of a new store: hold this study's only")
 
     sub = command("info", _info, "show what a store holds")
     sub.add_argument("store")
@@ -135,12 +145,15 @@ def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> 
         if field.name in without:
             continue
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        default = field.default
+        text = f"see atlas.config.{kind.__name__}"
         if hint is bool:
-            sub.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+            action = argparse.BooleanOptionalAction
+            sub.add_argument(flag, action=action, default=default, help=text)
         elif choices := get_args(hint):
-            sub.add_argument(flag, choices=choices, default=field.default)
+            sub.add_argument(flag, choices=choices, default=default, help=text)
         else:
-            sub.add_argument(flag, type=hint, default=field.default)
+            sub.add_argument(flag, type=hint, default=default, help=text)
 
 
 def _add_measuring(sub: argparse.ArgumentParser) -> None:
@@ -168,6 +181,8 @@ def _ingest(options: argparse.Namespace) -> None:
         feature_type=options.feature_type,
         keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
         scheduler=options.scheduler,
+        genes=Path(options.genes).read_text().split() if options.genes else None,
+        first=options.first,
         progress=True,
     )
     speed = report.n_obs / max(report.seconds, 1e-9)

@@ -50,9 +50,13 @@ def create_exclusively(path: Path, data: bytes) -> None:
     try:
         write_bytes(partial, data)
         os.link(partial, path)
+        try:
+            sync_folder(path.parent)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def digest_file(path: Path) -> str:

@@ -184,6 +184,8 @@ def test_other_wrong_ways(
     assert main(["genes", store, "--n", "10"]) == 0
     run = ("train", store, "--out", str(tmp_path / "run"))
     assert "n_layers is out of range" in refused(*run, "--n-layers", "0")
+    blocks = ("--block-size", "1", "--buffer-size", "1")
+    assert "buffer_size is too small" in refused(*run, *blocks)
     assert "no such embedding" in refused("evaluate", store, "--embedding", "scvi")
     assert "no such folder" in refused("embed", str(tmp_path / "nowhere"), store)
     assert not (tmp_path / "run").exists()

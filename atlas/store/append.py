@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,13 @@ from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array, write_part
 from atlas.store.manifest import SCRATCH
 from atlas.store.schema import Manifest, StudyEntry
+from atlas.store.statistics import connect
 from atlas.store.study_writer import StudyWriter
 from atlas.store.zarr_study import digests
 
 Codes: TypeAlias = npt.NDArray[np.int64]
 
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class AppendReport:
 
 def check_name(name: str, what: str) -> None:
     """Names of studies and embeddings are names of folders too."""
-    if not _NAME.match(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
             f"The {what} cannot have this name",
             found=repr(name),
@@ -102,6 +103,14 @@ def append_study(
     The new state of the store, and what was done.
     """
     check_name(request.study, "study")
+    if request.profile not in get_args(Profile):
+        raise ConfigError(
+            "There is no such profile",
+            found=repr(request.profile),
+            expected=" or ".join(map(repr, get_args(Profile))),
+        )
+    if request.scheduler is not None:
+        connect(request.scheduler).close()  # rather now than after all counts are written
     with open_counts(
         source,
         layer=request.layer,
@@ -186,6 +195,13 @@ def _check_layers(counts: CountsSource, names: tuple[str, ...]) -> None:
         )
 
 
+def text_of(value: object) -> str:
+    """A value of obs as text; 1.0 is 1, since a column of integers with a gap has become floats."""
+    if isinstance(value, float | np.floating) and float(value).is_integer():
+        return str(int(value))
+    return str(value)
+
+
 def _column(counts: CountsSource, key: str, what: str) -> pd.Series[Any]:
     if key not in counts.obs:
         raise MissingColumnError(
@@ -215,8 +231,9 @@ def _batches(
                 do="fill the column in, or drop these cells",
                 path=counts.path,
             )
+        texts = [text_of(value) for value in values]
         codes = codes * len(values) + own
-        combined = [f"{a}|{v}" for a in combined for v in values] or [str(v) for v in values]
+        combined = [f"{a}|{b}" for a in combined for b in texts] or texts
         # only combinations that occur, so that many keys do not multiply
         occurring, codes = np.unique(codes, return_inverse=True)
         combined = [combined[i] for i in occurring]
@@ -230,7 +247,7 @@ def _labels(
     if key is None:
         return [None], np.zeros(counts.n_obs, np.int64)
     codes, values = pd.factorize(_column(counts, key, "label"))
-    texts = [str(value) for value in values]
+    texts = [text_of(value) for value in values]
     names = [None if text.strip() in ("", unlabeled) else text for text in texts]
     return [*names, None], codes.astype(np.int64)  # -1, a missing value, is the last
 

@@ -16,7 +16,7 @@ from zarr.storage import LocalStore
 
 from atlas import files
 from atlas.errors import CorruptStoreError
-from atlas.store.schema import Part
+from atlas.store.schema import RESTORE, Part
 
 DETAILS = "details.json"
 
@@ -43,7 +43,7 @@ def load_array(path: Path, digest: str) -> npt.NDArray[Any]:
     except FileNotFoundError:
         raise CorruptStoreError(
             "A file of the store is missing",
-            do="restore it from a copy, or drop the study and ingest it again",
+            do=RESTORE,
             path=path,
         ) from None
     found = hashlib.sha256(data).hexdigest()
@@ -52,7 +52,7 @@ def load_array(path: Path, digest: str) -> npt.NDArray[Any]:
             "A file of the store is not what was written",
             found=f"SHA-256 {found[:16]}… ({len(data)} bytes)",
             expected=f"SHA-256 {digest[:16]}…",
-            do="restore it from a copy, or drop the study and ingest it again",
+            do=RESTORE,
             path=path,
         )
     return cast("npt.NDArray[Any]", np.load(io.BytesIO(data), allow_pickle=False))

@@ -54,7 +54,7 @@ class CountStore:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+        self.path = path.absolute()
         self.manifest = manifest
 
     def __repr__(self) -> str:
@@ -201,6 +201,7 @@ class CountStore:
         StoreError
             A gene is not in the gene table, or is given twice.
         """
+        genes = [str(gene) for gene in genes]
         position = {name: i for i, name in enumerate(self.gene_table.names)}
         unknown = [gene for gene in genes if gene not in position]
         if unknown or not genes or len(set(genes)) < len(genes):

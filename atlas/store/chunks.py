@@ -26,6 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
+from atlas.store.schema import RESTORE
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
@@ -148,9 +149,7 @@ def _recipe(path: Path) -> _Recipe:
 
 
 def _missing(path: Path, what: str) -> CorruptStoreError:
-    return CorruptStoreError(
-        what, do="restore it from a copy, or drop the study and ingest it again", path=path
-    )
+    return CorruptStoreError(what, do=RESTORE, path=path)
 
 
 class ChunkedArray:
@@ -260,7 +259,7 @@ class ChunkedArray:
             "A shard of the store is damaged",
             found=found,
             expected=expected,
-            do="restore it from a copy, or drop the study and ingest it again",
+            do=RESTORE,
             path=path,
         )
 

@@ -109,7 +109,8 @@ def _counts(store: CountStore, positions: npt.NDArray[np.int64]) -> sp.csr_matri
             block = store.read_rows(a, b)
             shape = (b - a, store.n_vars)
             piece = sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
-            pieces.append(piece if len(inside) == b - a else piece[inside - a])
+            whole = np.array_equal(inside, np.arange(a, b))
+            pieces.append(piece if whole else piece[inside - a])
     if not pieces:
         return sp.csr_matrix((0, store.n_vars), dtype=np.float32)
     out = sp.vstack(pieces, format="csr", dtype=np.float32)

@@ -129,6 +129,20 @@ def commit(root: Path, newest: Manifest, action: str, **changes: Any) -> Manifes
     return state
 
 
+def is_free(root: Path) -> bool:
+    """Nothing is there, an empty folder, or what a crash left before a store's first state."""
+    if not root.exists():
+        return True
+    if not root.is_dir() or numbers(root):
+        return False
+    files_there = (p.relative_to(root) for p in root.rglob("*") if not p.is_dir())
+    return all(
+        p.as_posix() == "genes/000001.json"
+        or (p.parent.name == "manifests" and p.name.endswith(".partial"))
+        for p in files_there
+    )
+
+
 def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manifest:
     """Make the folder of a new store, with manifest 1.
 
@@ -137,7 +151,7 @@ def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manife
     StoreError
         There is something at ``root`` already.
     """
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+    if not is_free(root):
         raise StoreError(
             "A store cannot be made here",
             found="a store" if numbers(root) else "a file or a folder that is not empty",
@@ -192,10 +206,9 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
     StoreError
         Writing failed (a full disk, an I/O error); the store is as it was.
     """
-    lock = filelock.FileLock(root / "writer.lock", thread_local=False)
     owner = root / "writer.json"
     try:
-        lock.acquire(timeout=0)
+        lock = _lock(root)
     except filelock.Timeout:
         try:
             who = json.loads(owner.read_text())
@@ -208,6 +221,13 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
             do="wait until it has ended; readers are not affected",
             path=root,
         ) from None
+    except OSError as error:
+        raise StoreError(
+            "The store cannot be written to",
+            found=str(error),
+            do="check the permissions of its folder",
+            path=root,
+        ) from error
     try:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "action": action}
         owner.write_text(json.dumps({**who, "command": command()}))
@@ -222,9 +242,18 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
             path=root,
         ) from error
     finally:
-        remove_leftovers(root)
-        owner.unlink(missing_ok=True)
-        lock.release()
+        try:
+            remove_leftovers(root)
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def _lock(root: Path) -> filelock.BaseFileLock:
+    """Take the lock of writers, or raise filelock.Timeout at once."""
+    lock = filelock.FileLock(root / "writer.lock", thread_local=False)
+    lock.acquire(timeout=0)
+    return lock
 
 
 def remove_leftovers(root: Path) -> list[Path]:
@@ -246,11 +275,24 @@ def remove_leftovers(root: Path) -> list[Path]:
         *root.glob(SCRATCH),
     ]
     for path in candidates:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)
     for folder in root.glob("parts/*"):
-        if not any(folder.iterdir()):
+        if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return candidates
+
+
+def remove_unused(root: Path) -> None:
+    """Remove a store that holds nothing but its first state, unless somebody writes to it."""
+    try:
+        lock = _lock(root)
+    except OSError:  # held by another writer, or the folder cannot be written to
+        return
+    try:
+        if numbers(root) == [1]:
+            shutil.rmtree(root, ignore_errors=True)
+    finally:
+        lock.release()

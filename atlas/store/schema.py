@@ -16,6 +16,7 @@ from atlas.errors import CorruptStoreError, FormatError
 
 FORMAT = "atlas-store"
 VERSION = 1
+RESTORE = "restore it from a copy, or ingest the study into a new store"
 
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -69,7 +70,16 @@ SCHEMA: dict[str, Any] = {
             "type": "array",
             "items": {
                 "type": "object",
-                "required": ["name", "path", "n_obs", "nnz", "profile", "source", "digests"],
+                "required": [
+                    "name",
+                    "path",
+                    "n_obs",
+                    "nnz",
+                    "profile",
+                    "source",
+                    "digests",
+                    "parts",
+                ],
                 "additionalProperties": False,
                 "properties": {
                     "name": {"type": "string"},

@@ -117,7 +117,8 @@ def _scores(statistics: GeneStatistics, flavour: Flavour, least_cells: int) -> l
 
 def _ranked(score: Floats, columns: npt.NDArray[np.int32], n: int) -> Integers:
     """Positions in the store of the ``n`` highest positive scores, highest first."""
-    varying = np.flatnonzero(score > 0)
+    # -1 stands for a gene that a fixed gene table leaves out
+    varying = np.flatnonzero((score > 0) & (columns >= 0))
     positions = columns[varying].astype(np.int64)
     return positions[np.lexsort((positions, -score[varying]))][:n]
 

@@ -49,7 +49,7 @@ def split_rows(
             found=f"validation {validation}, test {test}",
             expected="each at least 0, together below 1",
         )
-    low, high = int(validation * 2**64), int((1 - test) * 2**64)
+    low, high = int(validation * 2**64), min(int((1 - test) * 2**64), 2**64 - 1)
     out = Split([], [], [])
     for (start, stop), own in zip(pairwise(segments), hashes, strict=True):
         cut = start + int(np.searchsorted(own, np.uint64(low)))

@@ -42,6 +42,7 @@ _ACCUMULATOR_BYTES = 128 * 2**20
 """What the accumulators of all workers together may take, before there are fewer workers."""
 
 _MAX_THREADS = 16
+_CONNECT = "10s"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,11 +163,30 @@ def gene_statistics(
     if scheduler is None:
         threads = min(_MAX_THREADS, CPU_COUNT)
         return _compute(read, n_vars, codes, n_batches, block_rows, threads, "threads")
-    from dask.distributed import Client
-
-    with Client(scheduler, set_as_default=False) as client:
+    with connect(scheduler) as client:
         workers = sum(client.nthreads().values())
         return _compute(read, n_vars, codes, n_batches, block_rows, workers, client)
+
+
+def connect(scheduler: str) -> Any:
+    """A client of a ``dask.distributed`` scheduler, to be used in a ``with`` statement.
+
+    Raises
+    ------
+    ConfigError
+        None answers at this address.
+    """
+    from dask.distributed import Client  # takes a second to import, and is seldom needed
+
+    try:
+        return Client(scheduler, set_as_default=False, timeout=_CONNECT)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            "no dask scheduler answers",
+            found=f"{scheduler}: {error}",
+            expected="an address such as tcp://host:8786",
+            do="check --scheduler, or leave it out",
+        ) from error
 
 
 def _compute(

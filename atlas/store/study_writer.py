@@ -76,6 +76,14 @@ class StudyWriter:
         destination[order] = np.arange(counts.n_obs)
         self.folder.mkdir(parents=True)
         group = create_group(self.folder)
+        write_tables(
+            group,
+            counts.obs.iloc[order],
+            counts.var,
+            {name: np.asarray(array)[order] for name, array in counts.obsm.items()},
+            counts.uns,
+            counts.path,
+        )
         content = np.empty(counts.n_obs, np.uint64)
         largest, row = 0, 0
         with self._sorter(destination) as sorter:
@@ -99,13 +107,6 @@ class StudyWriter:
             )
         for layer in keep_layers:
             self._write_layer(layer, group, destination)
-        write_tables(
-            group,
-            counts.obs.iloc[order],
-            counts.var,
-            {name: np.asarray(array)[order] for name, array in counts.obsm.items()},
-            counts.uns,
-        )
         files.sync_tree(self.folder)
         files.sync_folder(self.folder.parent)
         return {

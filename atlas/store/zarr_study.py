@@ -18,7 +18,7 @@ from atlas.errors import CorruptStoreError, InputError
 from atlas.files import digest_tree
 from atlas.store import chunks
 from atlas.store.arrays import DurableStore
-from atlas.store.schema import StudyEntry
+from atlas.store.schema import RESTORE, StudyEntry
 
 Rows: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
 """indptr from 0, indices in the study's own columns, values; as stored."""
@@ -50,42 +50,91 @@ def write_tables(
     var: pd.DataFrame,
     obsm: Mapping[str, npt.NDArray[Any]],
     uns: Mapping[str, Any],
+    path: Path | None,
 ) -> None:
     """Write everything but the counts; rows are in stored order already.
+
+    ``path`` is the input's, for messages.
 
     Raises
     ------
     InputError
-        A column holds values that AnnData cannot write.
+        A column or array cannot be written as AnnData does.
     """
     with anndata.settings.override(auto_shard_zarr_v3=False):
-        _write_tables(group, obs, var, obsm, uns)
+        for name, frame in {"obs": obs, "var": var}.items():
+            _write(group, name, storable(frame, name, path), path)
+        for name, array in obsm.items():
+            _write(group, f"obsm/{name}", array, path)
+        for name, item in uns.items():
+            _write(group, f"uns/{name}", item, path)
 
 
-def _write_tables(
-    group: zarr.Group,
-    obs: pd.DataFrame,
-    var: pd.DataFrame,
-    obsm: Mapping[str, npt.NDArray[Any]],
-    uns: Mapping[str, Any],
-) -> None:
-    for name, value in {"obs": obs, "var": var}.items():
-        frame = value.copy(deep=False)
-        for column in frame.select_dtypes(object):
-            present = frame[column].dropna()
-            if len(present) and not all(isinstance(v, str) for v in present):
-                raise InputError(
-                    f"The {name} column {column!r} mixes types and cannot be stored",
-                    found=", ".join(sorted({type(v).__name__ for v in present})),
-                    expected="strings, numbers, booleans or categories",
-                    do=f"convert it, e.g. adata.{name}[{column!r}].astype(str)",
-                )
-            frame[column] = frame[column].astype("category")
-        anndata.io.write_elem(group, name, frame)
-    for name, array in obsm.items():
-        anndata.io.write_elem(group, f"obsm/{name}", array)
-    for name, item in uns.items():
-        anndata.io.write_elem(group, f"uns/{name}", item)
+def _write(group: zarr.Group, name: str, value: Any, path: Path | None) -> None:
+    try:
+        anndata.io.write_elem(group, name, value)
+    except OSError:
+        raise
+    except Exception as error:  # anndata raises whatever its writers raise
+        raise InputError(
+            f"{name} cannot be stored",
+            found=f"{type(error).__name__}: {error}",
+            do=f"change {name} to plain arrays, numbers and strings, or remove it",
+            path=path,
+        ) from error
+
+
+def storable(frame: pd.DataFrame, name: str, path: Path | None) -> pd.DataFrame:
+    """A table in types that AnnData writes to Zarr.
+
+    Numbers and booleans stay; strings, dates and other values with a text become categories of
+    strings.
+
+    Raises
+    ------
+    InputError
+        A column mixes types, or has a name that cannot be stored.
+    """
+    out = frame.copy(deep=False)
+    bad = [c for c in frame.columns if not isinstance(c, str) or "/" in c or c == "_index"]
+    if bad or not frame.columns.is_unique:
+        twice = frame.columns[frame.columns.duplicated()].tolist()
+        raise InputError(
+            f"{name} has columns that cannot be stored",
+            found=", ".join(map(repr, bad or twice)),
+            expected="names that are text without '/', each once",
+            do=f"rename them, e.g. adata.{name}.rename(columns=…)",
+            path=path,
+        )
+    if out.index.name in out.columns:
+        out.index.name = None
+    for column in out.columns:
+        series, dtype = out[column], out[column].dtype
+        if isinstance(dtype, pd.CategoricalDtype):
+            if dtype.categories.dtype.kind not in "Obiuf":
+                out[column] = series.cat.rename_categories([str(c) for c in dtype.categories])
+        elif pd.api.types.is_object_dtype(dtype):
+            out[column] = _object_column(series, name, path)
+        elif not pd.api.types.is_numeric_dtype(dtype) and not pd.api.types.is_bool_dtype(dtype):
+            out[column] = series.astype(object).map(str, na_action="ignore").astype("category")
+        elif pd.api.types.is_float_dtype(dtype):
+            out[column] = series.to_numpy(float, na_value=np.nan)
+    return out
+
+
+def _object_column(series: pd.Series[Any], name: str, path: Path | None) -> pd.Series[Any]:
+    kinds = {type(value) for value in series.dropna()}
+    if kinds and kinds <= {bool, np.bool_}:
+        return series.astype("boolean")
+    if not kinds <= {str, np.str_}:
+        raise InputError(
+            f"The {name} column {series.name!r} mixes types and cannot be stored",
+            found=", ".join(sorted(kind.__name__ for kind in kinds)),
+            expected="strings, numbers, booleans or categories",
+            do=f"convert it, e.g. adata.{name}[{series.name!r}].astype(str)",
+            path=path,
+        )
+    return series.astype("category")
 
 
 def write_matrix(
@@ -235,13 +284,21 @@ class ZarrStudy:
                 f"The {what} of study {self.entry.name!r} is not what was written",
                 found=f"SHA-256 {found[:16]}…",
                 expected=f"SHA-256 {self.entry.digests[what][:16]}…",
-                do="restore the study's folder from a copy, or drop it and ingest it again",
+                do=RESTORE,
                 path=self.folder,
             )
 
     @functools.cached_property
     def _group(self) -> zarr.Group:
-        return zarr.open_group(self.folder, mode="r")
+        try:
+            return zarr.open_group(self.folder, mode="r")
+        except (FileNotFoundError, ValueError, KeyError) as error:
+            raise CorruptStoreError(
+                f"The metadata of study {self.entry.name!r} is missing or damaged",
+                found=str(error),
+                do=RESTORE,
+                path=self.folder,
+            ) from error
 
     def obs(self) -> pd.DataFrame:
         """The study's obs, in stored order, indexed by row name."""

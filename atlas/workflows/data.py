@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -23,14 +23,21 @@ from atlas.store import (
     open_store,
     to_anndata,
 )
-from atlas.store.manifest import history
+from atlas.store import manifest as manifests
 from atlas.store.selection import Flavour, select_from_statistics
 from atlas.store.statistics import GeneStatistics
 from atlas.workflows.output import replacing
 from atlas.workflows.rows import Rows, rows_where
 
 
-def ingest(path: str | PathLike[str], source: str | PathLike[str], **options: Any) -> AppendReport:
+def ingest(
+    path: str | PathLike[str],
+    source: str | PathLike[str],
+    *,
+    genes: Sequence[str] | None = None,
+    first: bool = False,
+    **options: Any,
+) -> AppendReport:
     """Append a study to a store, which is made where there is none yet.
 
     Parameters
@@ -38,17 +45,27 @@ def ingest(path: str | PathLike[str], source: str | PathLike[str], **options: An
     path
         The store.
     source
-        The file; see :meth:`atlas.store.CountStore.append` for the options. A store made for a
-        study that turns out bad is removed again.
+        The file; a store made for a study that turns out bad is removed again.
+    genes, first
+        Which genes a new store holds for ever; see :func:`atlas.store.create_store`.
+    **options
+        See :meth:`atlas.store.CountStore.append`.
     """
     root = Path(path)
-    if root.exists():
+    if not manifests.is_free(root):
+        if genes is not None or first:
+            raise ConfigError(
+                "The genes of a store are fixed when it is made",
+                found="a store that is there already",
+                do="leave out --genes and --first, or make a new store",
+                path=root,
+            )
         return open_store(root).append(source, **options)
-    store = create_store(root)
+    store = create_store(root, genes=genes, first=first)
     try:
         return store.append(source, **options)
     except BaseException:
-        shutil.rmtree(root)
+        manifests.remove_unused(root)
         raise
 
 
@@ -131,6 +148,15 @@ class StoreInfo:
     history: list[str]
 
 
+def _size(folder: Path) -> int:
+    """Bytes of all files; what a writer removes meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
+
+
 def info(store: CountStore) -> StoreInfo:
     """Summarise a store."""
     codes = store.obs_codes
@@ -145,7 +171,7 @@ def info(store: CountStore) -> StoreInfo:
         n_obs=store.n_obs,
         n_vars=store.n_vars,
         nnz=sum(study.nnz for study in store.manifest.studies),
-        bytes_on_disk=sum(p.stat().st_size for p in store.path.rglob("*") if p.is_file()),
+        bytes_on_disk=_size(store.path),
         studies=[
             {
                 "name": s.name,
@@ -164,5 +190,5 @@ def info(store: CountStore) -> StoreInfo:
             {"name": name, "n_latent": entry.n_latent}
             for name, entry in store.manifest.embeddings.items()
         ],
-        history=[f"{s.number} {s.created} {s.action}" for s in history(store.path)],
+        history=[f"{s.number} {s.created} {s.action}" for s in manifests.history(store.path)],
     )

@@ -24,6 +24,7 @@ from atlas.store import (
     CountStore,
     CountView,
 )
+from atlas.store.append import check_name
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
@@ -87,10 +88,9 @@ def train(
     folder = Path(out)
     if model != "scvi":
         raise ConfigError("There is no such model", found=repr(model), expected="'scvi'")
-    architecture, training = _configs(
-        {**options, "seed": seed, "max_epochs": max_epochs or default_epochs(store.n_obs)}
-    )
-    genes = genes if genes is not None else store.genes
+    epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
+    architecture, training = _configs({**options, "seed": seed, "max_epochs": epochs})
+    genes = store.genes if genes is None else tuple(map(str, genes))
     if genes is None:
         raise ConfigError(
             "No genes are chosen",
@@ -110,7 +110,7 @@ def train(
     )
     presence = view.presence
     split = store.split(training.validation_share)
-    epochs = fit(
+    record = fit(
         module,
         view,
         train_rows=split.train,
@@ -138,7 +138,7 @@ def train(
         ),
         training={
             "config": training.to_json(),
-            "history": epochs.to_json(),
+            "history": record.to_json(),
             "store": str(store.path),
             "manifest": store.manifest.number,
             "versions": versions(),
@@ -217,7 +217,8 @@ def embed(
     ModelError
         The store lacks a gene of the model, or has a batch that the model does not know.
     """
-    batch_of = _batch_codes(model, store)
+    if name is not None:
+        check_name(name, "embedding")
     missing = sorted(set(model.genes) - set(store.gene_table.names))
     if missing:
         raise ModelError(
@@ -226,6 +227,7 @@ def embed(
             expected="a store with all genes of the model",
             path=store.path,
         )
+    batch_of = _batch_codes(model, store)
     view = store.select(model.genes)
     presence = torch.from_numpy(view.presence)
     target = resolve_device(device)

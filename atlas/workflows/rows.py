@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError, MissingColumnError
-from atlas.store import (
-    CountStore,
-)
+from atlas.store import CountStore
+from atlas.store.append import text_of
 
 Rows = str | Mapping[str, Sequence[str]]
 """Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""
@@ -27,27 +27,17 @@ def rows_where(store: CountStore, rows: Rows) -> npt.NDArray[np.bool_]:
     ConfigError, MissingColumnError
         The text is not ``column=value,value``; there is no such column; no cell has the value.
     """
-    if isinstance(rows, str):
-        column, equals, text = rows.partition("=")
-        if not equals or not text:
-            raise ConfigError(
-                "Cells are chosen by an obs column",
-                found=repr(rows),
-                expected="column=value or column=value,value",
-            )
-        chosen: dict[str, Sequence[str]] = {column: text.split(",")}
-    else:
-        chosen = dict(rows)
     out = np.ones(store.n_obs, bool)
-    for column, values in chosen.items():
+    for column, wanted in _chosen(rows).items():
         try:
             found = store.obs([column])[column]
         except MissingColumnError:
             if column not in ("study", "batch", "label"):
                 raise
             found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
-        text_values = found.astype(str)
-        there = set(text_values)
+        texts = found.map(text_of, na_action="ignore").astype(object)
+        there = set(texts.dropna())
+        values = _values(wanted, there)
         if absent := [value for value in values if value not in there]:
             raise ConfigError(
                 f"No cell has this value in obs column {column!r}",
@@ -55,5 +45,25 @@ def rows_where(store: CountStore, rows: Rows) -> npt.NDArray[np.bool_]:
                 expected="some of " + ", ".join(sorted(there)[:20]),
                 path=store.path,
             )
-        out &= text_values.isin(list(values)).to_numpy()
+        out &= texts.isin(values).to_numpy(bool)
     return out
+
+
+def _chosen(rows: Rows) -> dict[str, Any]:
+    if isinstance(rows, Mapping):
+        return dict(rows)
+    column, equals, text = rows.partition("=") if isinstance(rows, str) else ("", "", "")
+    if not equals or not text:
+        raise ConfigError(
+            "Cells are chosen by an obs column",
+            found=repr(rows),
+            expected="column=value or column=value,value",
+        )
+    return {column: text}
+
+
+def _values(wanted: Any, there: set[str]) -> list[str]:
+    """Values as text; a text is taken whole if it is a value, else split at its commas."""
+    if isinstance(wanted, str):
+        return [wanted] if wanted in there else wanted.split(",")
+    return [text_of(value) for value in wanted]
