@@ -59,6 +59,18 @@ def create_exclusively(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Give a file new content, so that a crash leaves either all of the old or all of the new."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write_bytes(partial, data)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def digest_file(path: Path) -> str:
     """SHA-256 of one file, hex."""
     with path.open("rb") as file:

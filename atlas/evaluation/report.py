@@ -19,7 +19,7 @@ from atlas.evaluation.labels import Confusion
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.neighbours import Embedding
 from atlas.evaluation.projection import Projection, project
-from atlas.files import write_bytes
+from atlas.files import replace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +121,7 @@ def write_report(
             do="make the folder, or name another file",
             path=target.parent,
         )
-    data = render_report(inputs, max_cells=max_cells, seed=seed).encode()
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    try:
-        write_bytes(partial, data)
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_bytes(target, render_report(inputs, max_cells=max_cells, seed=seed).encode())
     return target
 
 

@@ -216,8 +216,8 @@ class TrainedModel:
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
         document = json.dumps(metadata, indent=1, allow_nan=False).encode()
-        _write(folder / WEIGHTS_NAME, weights)
-        _write(folder / METADATA_NAME, document)
+        files.replace_bytes(folder / WEIGHTS_NAME, weights)
+        files.replace_bytes(folder / METADATA_NAME, document)
 
 
 def load_model(folder: str | PathLike[str]) -> TrainedModel:
@@ -337,11 +337,3 @@ def _damaged(path: Path, found: str) -> CheckpointError:
         do="train again, or fetch the folder again from where it came",
         path=path,
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file so that its name stands for all of the content or for the file before."""
-    partial = path.with_name(f".{path.name}.partial")
-    files.write_bytes(partial, content)
-    partial.replace(path)
-    files.sync_folder(path.parent)

@@ -1,8 +1,9 @@
 """The on-disk format: studies in Zarr, numbered manifests, one gene table, one row order."""
 
 from atlas.store.append import AppendReport
-from atlas.store.base import CountStore, create_store, open_store
+from atlas.store.base import CountStore
 from atlas.store.export import to_anndata
+from atlas.store.opening import create_store, open_store
 from atlas.store.split import Split
 from atlas.store.view import CountView
 

@@ -20,7 +20,7 @@ import pandas as pd
 from anndata import AnnData
 
 from atlas.config import Profile
-from atlas.errors import ConfigError, StoreError
+from atlas.errors import StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.store import embeddings
 from atlas.store import manifest as manifests
@@ -374,37 +374,3 @@ class CountStore:
             if isinstance(value, functools.cached_property):
                 self.__dict__.pop(name, None)
         self.manifest = state
-
-
-def create_store(
-    path: str | PathLike[str], *, genes: Sequence[str] | None = None, first: bool = False
-) -> CountStore:
-    """Make an empty store.
-
-    Parameters
-    ----------
-    path
-        Where; must be free.
-    genes
-        The genes to hold, for ever; by default the table grows by the genes of each study.
-    first
-        Hold the genes of the first study only.
-    """
-    if genes is not None and first:
-        raise ConfigError("The genes are given twice", found="a list, and those of the first study")
-    mode = "first" if first else "union" if genes is None else "given"
-    table = GeneTable.of_names(genes or ())
-    root = Path(path)
-    return CountStore(root, manifests.create(root, "zarr", mode, table))
-
-
-def open_store(path: str | PathLike[str], *, number: int | None = None) -> CountStore:
-    """Open a store at its newest state, or at the one of a manifest ``number``.
-
-    Raises
-    ------
-    NotAStoreError, FormatError, CorruptStoreError
-        There is no store, it was written in a newer format, or its manifest is damaged.
-    """
-    root = Path(path)
-    return CountStore(root, manifests.read(root, number))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from atlas.training.writing import io_errors, replace
+from atlas.files import replace_bytes
+from atlas.training.writing import io_errors
 
 LOG_NAME = "log.jsonl"
 
@@ -93,4 +94,4 @@ def write_log(folder: Path, history: History) -> None:
     path = folder / LOG_NAME
     lines = [json.dumps(record, allow_nan=False) + "\n" for record in history.to_json()]
     with io_errors("The training log could not be written", path):
-        replace(path, "".join(lines).encode())
+        replace_bytes(path, "".join(lines).encode())

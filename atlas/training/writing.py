@@ -1,4 +1,4 @@
-"""How a run folder is written to: files replaced whole, I/O errors told as such."""
+"""I/O errors of a run folder, told as such."""
 
 from __future__ import annotations
 
@@ -6,16 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atlas import files
 from atlas.errors import CheckpointError
-
-
-def replace(path: Path, data: bytes) -> None:
-    """Give a file new content, so that a crash leaves either the old or the new."""
-    partial = path.with_name(f".{path.name}.partial")
-    files.write_bytes(partial, data)
-    partial.replace(path)
-    files.sync_folder(path.parent)
 
 
 @contextmanager

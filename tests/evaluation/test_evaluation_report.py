@@ -13,8 +13,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from atlas import files
 from atlas.errors import ConfigError
-from atlas.evaluation import report
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.figures import LossRecord, draw_losses, draw_map
 from atlas.evaluation.measures import evaluate_embedding
@@ -162,7 +162,7 @@ def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
         path.write_bytes(data[:100])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write_bytes", fail)
+    monkeypatch.setattr(files, "write_bytes", fail)
     with pytest.raises(OSError, match="No space left"):
         write_report(made_inputs(), path)
     assert path.read_text() == before
