@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -98,7 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--model", choices=("scvi",), default="scvi")
     sub.add_argument("--out", required=True, help="run folder: log, checkpoints, model")
     sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
-    sub.add_argument("--epochs", dest="max_epochs", type=int, help="passes over the cells")
+    sub.add_argument(
+        "--epochs",
+        dest="max_epochs",
+        type=int,
+        help="passes over the cells; scvi-tools' rule if not given",
+    )
     _add_fields(sub, ScviConfig, {})
     _add_fields(sub, TrainConfig, {"max_epochs"})
 
@@ -140,13 +147,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> None:
     """One option per field of a configuration, ``n_layers`` as ``--n-layers``."""
-    hints = get_type_hints(kind)
+    hints, helps = get_type_hints(kind), _field_help(kind)
     for field in dataclasses.fields(kind):
         if field.name in without:
             continue
         hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
         default = field.default
-        text = f"see atlas.config.{kind.__name__}"
+        text = helps[field.name]
         if hint is bool:
             action = argparse.BooleanOptionalAction
             sub.add_argument(flag, action=action, default=default, help=text)
@@ -154,6 +161,17 @@ def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> 
             sub.add_argument(flag, choices=choices, default=default, help=text)
         else:
             sub.add_argument(flag, type=hint, default=default, help=text)
+
+
+def _field_help(kind: type[Any]) -> dict[str, str]:
+    """What the docstring of a configuration says of each field."""
+    _, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes\n----------\n")
+    out = {}
+    for block in re.split(r"\n(?=\S)", attributes):
+        names, _, text = block.partition("\n")
+        for name in names.split(", "):
+            out[name] = " ".join(text.replace("``", "").replace("%", "%%").split())
+    return out
 
 
 def _add_measuring(sub: argparse.ArgumentParser) -> None:

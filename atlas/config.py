@@ -61,7 +61,7 @@ class _Config:
 class ScviConfig(_Config):
     """Architecture of scVI, with scvi-tools' names.
 
-    The defaults are those of a reference that is meant for surgery (papers/scarches, Methods):
+    The defaults are those of a reference that is meant for surgery (scArches, Lotfollahi et al. 2022, Methods):
     two layers, LayerNorm, and an encoder that sees the batch.
 
     Attributes
@@ -82,7 +82,8 @@ class ScviConfig(_Config):
         Whether the encoder sees the batch; without it surgery cannot move a query.
     library
         ``"observed"``: the sum over the modelled genes that the study has. ``"latent"``: inferred,
-        with a log-normal prior per batch (papers/scvi, section 2).
+        with a log-normal prior per batch
+        (scVI, Lopez et al. 2018, Methods).
     """
 
     n_layers: int = 2
