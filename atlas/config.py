@@ -61,8 +61,8 @@ class _Config:
 class ScviConfig(_Config):
     """Architecture of scVI, with scvi-tools' names.
 
-    The defaults are those of a reference that is meant for surgery (scArches, Lotfollahi et al. 2022, Methods):
-    two layers, LayerNorm, and an encoder that sees the batch.
+    The defaults are those of a reference that is meant for surgery (scArches, Lotfollahi et al.
+    2022, Methods): two layers, LayerNorm, and an encoder that sees the batch.
 
     Attributes
     ----------
