@@ -147,18 +147,18 @@ def test_missing_genes_are_recovered(tmp_path: Path) -> None:
 def test_a_model_of_other_genes_or_batches_is_refused(
     trained: tuple[Path, atlas.TrainedModel], tmp_path: Path, make_study: MakeStudy
 ) -> None:
-    _, model = trained
+    folder, model = trained
     store = atlas.create_store(tmp_path / "s.atlas")
-    store.append(make_study(), study="study_1")
+    store.append(folder / "files" / "study_1.h5ad", study="study_1")
     with pytest.raises(ModelError, match="batches that the model was not trained on\n  found: st"):
         atlas.embed(model, store)
+    with pytest.raises(ConfigError, match="cannot have this name"):
+        atlas.embed(model, store, name="a b")
     other = atlas.create_store(tmp_path / "o.atlas")
-    adata = make_study()
-    adata.obs["batch"] = "batch_1"
-    other.append(adata, study="study_1", batch_key="batch")
+    other.append(make_study(), study="study_1")
     with pytest.raises(ModelError, match=r"genes that the store does not have\n  found: 60 of 60"):
         atlas.embed(model, other)
-    assert other.embeddings == ()
+    assert store.embeddings == other.embeddings == ()
 
 
 def test_training_is_checked_before_it_starts(

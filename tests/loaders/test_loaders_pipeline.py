@@ -181,6 +181,15 @@ def test_interrupt_in_the_body_of_the_loop():
     assert loader.step == 1
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupt_while_waiting_for_a_minibatch():
     def before(n: int, _: int) -> None:
         if n == 20:

@@ -179,7 +179,7 @@ def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, seed: int) -
         for name in ("whole", "killed")
     }
     assert set(written["whole"]) == {
-        f"{part}.safetensors" for part in ("weights", "optimizer", "state", "best")
+        f"{part}.safetensors" for part in ("weights", "optimizer", "state", "average", "best")
     }
     assert written["whole"] == written["killed"]
 
