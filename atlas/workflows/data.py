@@ -16,13 +16,7 @@ from anndata import AnnData
 
 from atlas.errors import ConfigError
 from atlas.hdf5 import create_hdf5
-from atlas.store import (
-    AppendReport,
-    CountStore,
-    create_store,
-    open_store,
-    to_anndata,
-)
+from atlas.store import AppendReport, CountStore, create_store, open_store, to_anndata
 from atlas.store import manifest as manifests
 from atlas.store.selection import Flavour, select_from_statistics
 from atlas.store.statistics import GeneStatistics

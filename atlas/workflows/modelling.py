@@ -20,10 +20,7 @@ from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
 from atlas.models import TrainedModel, build_model
 from atlas.provenance import command, versions
-from atlas.store import (
-    CountStore,
-    CountView,
-)
+from atlas.store import CountStore, CountView
 from atlas.store.append import check_name
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit

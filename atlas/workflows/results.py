@@ -11,9 +11,7 @@ from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.metrics import Metrics
 from atlas.evaluation.report import ReportInputs, write_report
 from atlas.provenance import command, versions
-from atlas.store import (
-    CountStore,
-)
+from atlas.store import CountStore
 from atlas.store.manifest import history, now
 from atlas.workflows.rows import Rows, rows_where
 
