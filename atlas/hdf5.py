@@ -21,7 +21,6 @@ class _Sink(io.FileIO):
     """A file whose writes do not fail; ``error`` is the first that would have."""
 
     error: OSError | None = None
-    pretended = 0
 
     def write(self, data: Any, /) -> int:
         """Write all of ``data``, or pretend to."""
@@ -35,7 +34,6 @@ class _Sink(io.FileIO):
                 return len(view)
             except OSError as error:
                 self.error = error
-        self.pretended = max(self.pretended, at + len(view))
         self.seek(at + len(view))
         return len(view)
 
