@@ -143,20 +143,23 @@ def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifes
         batches, batch_codes = _extend(newest.batches, *own_batches)
         labels, label_codes = _extend(newest.labels, *own_labels)
 
-        writer = StudyWriter(root, study, counts, columns, request.profile, request.progress)
+        folder = manifests.study_folder(root, newest, study)
+        writer = StudyWriter(
+            root, study, folder, counts, columns, request.profile, request.progress
+        )
         index = writer.write(request.keep_layers)
         order = index["input_position"]
         index |= {"genes": columns, "batch": batch_codes[order], "label": label_codes[order]}
         entry = StudyEntry(
             name=study,
-            path=f"studies/{study}",
+            path=f"studies/{folder}",
             n_obs=counts.n_obs,
             nnz=writer.nnz,
             profile=request.profile,
             source=counts.name,
             digests=digests(writer.folder),
             parts={
-                "index": write_part(root, f"parts/{study}/index", index),
+                "index": write_part(root, f"parts/{folder}/index", index),
                 "statistics": writer.statistics(index["batch"], request.scheduler),
             },
         )

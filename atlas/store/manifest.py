@@ -4,7 +4,7 @@
 
     STORE/manifests/000001.json …   every state the store has had
     STORE/genes/000001.json …       gene tables, each as of the manifest of that number
-    STORE/studies/NAME/             one AnnData group per study
+    STORE/studies/NAME/             one AnnData group per study (NAME@000007 where NAME was dropped)
     STORE/parts/NAME/…              what lies beside a study: index, statistics, embeddings
     STORE/writer.lock, writer.json  who is writing
 
@@ -127,6 +127,17 @@ def commit(root: Path, newest: Manifest, action: str, **changes: Any) -> Manifes
             path=path,
         ) from None
     return state
+
+
+def study_folder(root: Path, newest: Manifest, study: str) -> str:
+    """Name of the folder for a new study below ``studies/`` and ``parts/``.
+
+    It is the study's own, unless an older state still holds a study of that name, which was dropped
+    since: then it is ``NAME@000007``, by the number of the manifest to come.
+    """
+    taken = {entry.path for state in history(root) for entry in state.studies}
+    free = f"studies/{study}" not in taken
+    return study if free else f"{study}@{newest.number + 1:06d}"
 
 
 def is_free(root: Path) -> bool:

@@ -53,6 +53,7 @@ class StudyWriter:
         self,
         root: Path,
         study: str,
+        folder: str,
         counts: CountsSource,
         columns: npt.NDArray[np.int32],
         profile: Profile,
@@ -64,7 +65,7 @@ class StudyWriter:
         self.columns = columns
         self.profile = profile
         self.progress = progress
-        self.folder = root / "studies" / study
+        self.folder = root / "studies" / folder
         self.nnz = 0
 
     def write(self, keep_layers: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
@@ -161,4 +162,4 @@ class StudyWriter:
             scheduler=scheduler,
         )
         arrays = {**found.to_arrays(), "batches": batches.astype(np.int32)}
-        return write_part(self.root, f"parts/{self.study}/statistics", arrays)
+        return write_part(self.root, f"parts/{self.folder.name}/statistics", arrays)
