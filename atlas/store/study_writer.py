@@ -19,10 +19,11 @@ from atlas.ingest import CountsSource
 from atlas.store.arrays import write_part
 from atlas.store.kernels import hash_rows
 from atlas.store.manifest import SCRATCH
+from atlas.store.matrix_writer import CSRRows, write_matrix
 from atlas.store.schema import Part
 from atlas.store.spill import RowSorter
 from atlas.store.statistics import gene_statistics
-from atlas.store.zarr_study import CSRMatrix, CSRRows, create_group, write_matrix, write_tables
+from atlas.store.zarr_study import CSRMatrix, create_group, write_tables
 
 _SORT_BYTES = 192 * 2**20
 """Memory for the rows that wait to be sorted; more goes to disk."""
