@@ -17,7 +17,7 @@ from anndata.utils import make_index_unique
 from atlas.errors import CountsError, InputError, MissingColumnError
 from atlas.ingest import kernels
 from atlas.ingest.content import Content, CountsBlock, LayerBlock, OpenMatrix
-from atlas.ingest.matrix import Budget, Matrix, Rows
+from atlas.ingest.matrix import Budget, Matrix, Rows, select_columns
 
 DEFAULT_MEMORY = 256 << 20
 
@@ -65,6 +65,7 @@ class CountsSource:
         self._content = content
         self._round_counts = round_counts
         self._budget = Budget(memory, folder=folder)
+        self._opened: dict[str, Matrix] = {}
         self._check_shape(content.counts)
         self._check_size()
         self.obs: pd.DataFrame = _named(content.obs)
@@ -122,16 +123,8 @@ class CountsSource:
         InputError
             Where the matrix is damaged.
         """
-        for rows in self._content.counts.row_blocks(self._budget._replace(rows=rows_per_block)):
-            indptr = np.empty(len(rows.indptr), np.int64)
-            indices = np.empty(len(rows.indices), np.int32)
-            data = np.empty(len(rows.data), np.uint32)
-            status, entry = kernels.clean_rows(
-                rows.indptr, rows.indices, rows.data, self._round_counts, indptr, indices, data
-            )
-            if status != kernels.FINE:
-                raise self._not_counts(status, rows, entry)
-            yield CountsBlock(indptr, indices[:entry], data[:entry])
+        for rows in self.stream(rows_per_block=rows_per_block):
+            yield CountsBlock(*self.tidy(rows, types=(np.int32, np.uint32)))
 
     def layer_blocks(self, name: str, rows_per_block: int | None = None) -> Iterator[LayerBlock]:
         """Yield the rows of a layer in input order, unchecked: float32, or integers as they are.
@@ -143,23 +136,85 @@ class CountsSource:
         InputError
             Where the layer is damaged.
         """
-        if name not in self._content.layers:
-            raise missing_layer(name, self._content.layers, self.name, self.path)
-        matrix = self._content.layers[name]()
-        self._check_shape(matrix)
-        for rows in matrix.row_blocks(self._budget._replace(rows=rows_per_block)):
-            dtype: np.dtype[Any] = rows.data.dtype
-            if dtype.kind in "fb":
-                dtype = np.dtype(np.float32 if dtype.kind == "f" else np.uint8)
-            block = sp.csr_matrix(
-                (rows.data.astype(dtype), rows.indices.astype(np.int32), rows.indptr),
-                shape=(len(rows.indptr) - 1, matrix.shape[1]),
+        for rows in self.stream(name, rows_per_block):
+            yield LayerBlock(*self.tidy(rows, name, types=(np.int32, None)))
+
+    def ranges(self, layer: str | None = None) -> list[tuple[int, int]] | None:
+        """Stretches of rows for :meth:`read`, in any order; None where only :meth:`stream` reads.
+
+        Parameters
+        ----------
+        layer
+            Of this layer, rather than of the counts.
+        """
+        return self._matrix(layer).ranges(self._budget)
+
+    def read(self, start: int, stop: int, layer: str | None = None) -> Rows:
+        """One of the :meth:`ranges` as it is stored; from several threads if need be."""
+        return self._matrix(layer).rows(start, stop)
+
+    def stream(self, layer: str | None = None, rows_per_block: int | None = None) -> Iterator[Rows]:
+        """Yield all rows in input order, as they are stored."""
+        yield from self._matrix(layer).row_blocks(self._budget._replace(rows=rows_per_block))
+
+    def tidy(
+        self,
+        rows: Rows,
+        layer: str | None = None,
+        *,
+        order: npt.NDArray[np.int64] | None = None,
+        columns: npt.NDArray[np.int32] | None = None,
+        types: tuple[npt.DTypeLike, npt.DTypeLike | None],
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Rows as they were read, checked, without zeros and with columns that rise.
+
+        Parameters
+        ----------
+        rows
+            Of :meth:`read` or :meth:`stream`.
+        layer
+            The layer they are of; values of layers are not checked.
+        order
+            Positions of the rows in the order wanted; as they are when None.
+        columns
+            Number that each column is given, -1 for those left out.
+        types
+            Of indices and values. Counts that do not fit come as uint32 all the same; None keeps
+            the integers of a layer, and makes float32 of its other numbers.
+
+        Raises
+        ------
+        CountsError
+            At the first value that is not a count.
+        """
+        order = np.arange(len(rows.indptr) - 1) if order is None else order
+        chosen = rows if columns is None else select_columns(rows, columns)
+        if layer is not None:
+            return _tidy_layer(chosen, order, self.n_vars, *types)
+        indptr = np.empty(len(order) + 1, np.int64)
+        indices = np.empty(len(chosen.indices), types[0])
+        for value_type in (np.dtype(types[1] or np.uint32), np.dtype(np.uint32)):
+            data = np.empty(len(chosen.data), value_type)
+            largest = float(np.iinfo(value_type).max)
+            status, entry = kernels.clean_rows(
+                *chosen[1:], order, self._round_counts, largest, indptr, indices, data
             )
-            block.sum_duplicates()
-            block.eliminate_zeros()
-            yield LayerBlock(
-                block.indptr.astype(np.int64), block.indices.astype(np.int32), block.data
-            )
+            if status != kernels.WIDER:
+                break
+        if status != kernels.FINE:
+            raise self._not_counts(rows)
+        return indptr, indices[:entry], data[:entry]
+
+    def _matrix(self, layer: str | None) -> Matrix:
+        if layer is None:
+            return self._content.counts
+        if layer not in self._opened:
+            if layer not in self._content.layers:
+                raise missing_layer(layer, self._content.layers, self.name, self.path)
+            matrix = self._content.layers[layer]()
+            self._check_shape(matrix)
+            self._opened[layer] = matrix
+        return self._opened[layer]
 
     def close(self) -> None:
         """Give the file back; nothing can be read afterwards."""
@@ -178,7 +233,19 @@ class CountsSource:
         """Close the file."""
         self.close()
 
-    def _not_counts(self, status: int, rows: Rows, entry: int) -> CountsError:
+    def _not_counts(self, rows: Rows) -> CountsError:
+        """The error for the first value, in input order, that is not a count."""
+        order = np.arange(len(rows.indptr) - 1)
+        indptr, indices, data = np.empty_like(rows.indptr), np.empty_like(rows.indices), rows.data
+        status, entry = kernels.clean_rows(
+            *rows[1:],
+            order,
+            self._round_counts,
+            float(2**32 - 1),
+            indptr,
+            indices,
+            np.empty(len(data), np.uint32),
+        )
         row = rows.first + int(np.searchsorted(rows.indptr, entry, side="right")) - 1
         gene = self.var.index[int(rows.indices[entry])]
         elsewhere = self._content.elsewhere
@@ -244,6 +311,26 @@ class CountsSource:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # ours says it, for the file at hand
                 self.var.index = make_index_unique(self.var.index)
+
+
+def _tidy_layer(
+    rows: Rows,
+    order: npt.NDArray[np.int64],
+    n_vars: int,
+    index_type: npt.DTypeLike,
+    value_type: npt.DTypeLike | None,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
+    dtype: np.dtype[Any] = np.dtype(value_type or rows.data.dtype)
+    if value_type is None and dtype.kind in "fb":
+        dtype = np.dtype(np.float32 if dtype.kind == "f" else np.uint8)
+    block = sp.csr_matrix(
+        (rows.data.astype(dtype), rows.indices.astype(np.int32), rows.indptr),
+        shape=(len(rows.indptr) - 1, n_vars),
+    )
+    block.sum_duplicates()
+    block.eliminate_zeros()
+    block = block[order]
+    return block.indptr.astype(np.int64), block.indices.astype(index_type), block.data
 
 
 def obsm_array(value: Any) -> npt.NDArray[Any]:

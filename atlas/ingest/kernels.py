@@ -8,7 +8,7 @@ from typing import Any
 import numba
 import numpy as np
 
-FINE, NOT_FINITE, NEGATIVE, FRACTION, TOO_LARGE = range(5)
+FINE, NOT_FINITE, NEGATIVE, FRACTION, TOO_LARGE, WIDER = range(6)
 _LARGEST = float(2**32 - 1)
 
 
@@ -34,51 +34,67 @@ def _reason(value, rounded):  # type: ignore[no-untyped-def]
 
 @kernel
 def clean_rows(  # type: ignore[no-untyped-def]
-    indptr, indices, data, rounded, out_indptr, out_indices, out_data
+    indptr, indices, data, order, rounded, largest, out_indptr, out_indices, out_data
 ):
-    """Copy CSR rows as counts: sorted, duplicates summed, zeros dropped.
+    """Copy CSR rows as counts, in a given order: sorted, duplicates summed, zeros dropped.
 
-    Returns ``(status, entry)``: the first entry that is not a count, and why.
+    ``largest`` is what the type of ``out_data`` holds; a larger count is ``WIDER``, unless it is
+    none at all. Returns ``(status, entry)``: why it stopped and at which entry, or ``FINE`` and
+    the number of counts.
     """
     filled = np.int64(0)
     out_indptr[0] = 0
-    for row in range(len(indptr) - 1):
+    for place in range(len(order)):
+        start, stop = indptr[order[place]], indptr[order[place] + 1]
         # Slices that start at 0, and loops without a way out, are what compiles to vectors.
-        columns, values = (
-            indices[indptr[row] : indptr[row + 1]],
-            data[indptr[row] : indptr[row + 1]],
-        )
-        bad = False
+        columns, values = indices[start:stop], data[start:stop]
+        bad, wide, zero = False, False, False
         for k in range(len(values)):
-            bad |= _reason(np.float64(values[k]), rounded) != FINE
-        if bad:
+            value = np.float64(values[k])
+            whole = np.rint(value)
+            bad |= not (0 <= value < np.inf) or (value != whole and not rounded)
+            wide |= whole > largest
+            zero |= whole == 0
+        if bad or wide:
             for k in range(len(values)):
                 reason = _reason(np.float64(values[k]), rounded)
                 if reason != FINE:
-                    return reason, indptr[row] + k
+                    return reason, start + k
+            if largest < _LARGEST:
+                return WIDER, start
         falls = False
         for k in range(1, len(columns)):
             falls |= columns[k] <= columns[k - 1]
-        if not falls:
+        if not falls and not zero:
+            indices_here = out_indices[filled : filled + len(columns)]
+            data_here = out_data[filled : filled + len(columns)]
+            for k in range(len(columns)):
+                indices_here[k] = columns[k]
+            for k in range(len(columns)):
+                data_here[k] = np.uint32(np.rint(np.float64(values[k])))
+            filled += len(columns)
+        elif not falls:
             for k in range(len(values)):
                 count = np.uint32(np.rint(np.float64(values[k])))
                 out_indices[filled] = columns[k]
                 out_data[filled] = count
                 filled += count != 0  # a zero is overwritten by what follows
         else:
-            order = np.argsort(columns)
+            ranks = np.argsort(columns)
             k = 0
             while k < len(columns):
-                column, total = columns[order[k]], 0.0
-                while k < len(columns) and columns[order[k]] == column:
-                    total += np.float64(values[order[k]])
+                column, total = columns[ranks[k]], 0.0
+                while k < len(columns) and columns[ranks[k]] == column:
+                    total += np.float64(values[ranks[k]])
                     k += 1
                 if np.rint(total) > _LARGEST:
-                    return TOO_LARGE, indptr[row] + order[k - 1]
+                    return TOO_LARGE, start + ranks[k - 1]
+                if np.rint(total) > largest:
+                    return WIDER, start
                 out_indices[filled] = column
                 out_data[filled] = np.uint32(np.rint(total))
                 filled += out_data[filled] != 0
-        out_indptr[row + 1] = filled
+        out_indptr[place + 1] = filled
     return FINE, filled
 
 

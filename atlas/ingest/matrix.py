@@ -6,6 +6,7 @@ row pointers.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from os import PathLike
@@ -19,6 +20,7 @@ import scipy.sparse as sp
 
 from atlas.errors import InputError
 from atlas.ingest import kernels
+from atlas.ingest.direct import read_vector
 
 # Per stored entry: 16 bytes read, 8 cleaned, 8 in the hands of the consumer.
 ENTRY_BYTES = 32
@@ -77,6 +79,14 @@ class Matrix(ABC):
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield all rows in order."""
 
+    def ranges(self, budget: Budget) -> list[tuple[int, int]] | None:
+        """Stretches of rows that fit and can be read in any order; None where rows come in one."""
+        return None
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows of one of the :meth:`ranges`; safe to call from several threads."""
+        raise NotImplementedError(f"{type(self).__name__} yields its rows in order only")
+
     @abstractmethod
     def sample(self) -> npt.NDArray[Any]:
         """Some stored values from all over the matrix, read cheaply."""
@@ -94,12 +104,20 @@ class CsrMatrix(Matrix):
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield rows as they are stored."""
-        for start, stop in budget.boundaries(self.indptr):
-            first, last = int(self.indptr[start]), int(self.indptr[stop])
-            indices = read(self.indices, slice(first, last))
-            check_range(indices, self.shape[1], self.place)
-            data = read(self.data, slice(first, last))
-            yield Rows(start, self.indptr[start : stop + 1] - first, indices, data)
+        for start, stop in self.ranges(budget):
+            yield self.rows(start, stop)
+
+    def ranges(self, budget: Budget) -> list[tuple[int, int]]:
+        """Any rows can be read."""
+        return list(budget.boundaries(self.indptr))
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows as they are stored."""
+        first, last = int(self.indptr[start]), int(self.indptr[stop])
+        indices = read(self.indices, slice(first, last))
+        check_range(indices, self.shape[1], self.place)
+        data = read(self.data, slice(first, last))
+        return Rows(start, self.indptr[start : stop + 1] - first, indices, data)
 
     def sample(self) -> npt.NDArray[Any]:
         """Some stored values."""
@@ -115,13 +133,20 @@ class DenseMatrix(Matrix):
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield rows without their zeros, reading whole HDF5 chunks."""
+        for start, stop in self.ranges(budget._replace(rows=None)):
+            yield from split(self.rows(start, stop), budget)
+
+    def ranges(self, budget: Budget) -> list[tuple[int, int]]:
+        """As many rows as fit when dense, in whole HDF5 chunks."""
         step = dense_rows(self.shape[1], self.dtype, budget)
         chunks = getattr(self.values, "chunks", None)
         if chunks is not None and chunks[0] < step:
             step -= step % chunks[0]
-        for start in range(0, self.shape[0], step):
-            dense = read(self.values, slice(start, min(start + step, self.shape[0])))
-            yield from split(rows_of_dense(start, dense), budget)
+        return stretches(self.shape[0], step)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows without their zeros."""
+        return rows_of_dense(start, read(self.values, slice(start, stop)))
 
     def sample(self) -> npt.NDArray[Any]:
         """Some rows."""
@@ -140,18 +165,26 @@ class SlicedMatrix(Matrix):
     ) -> None:
         super().__init__(shape, dtype, place)
         self._take = take
+        self._lock = threading.Lock()  # nobody promises that an AnnData can be sliced by two
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield rows as if each were dense, which no row exceeds."""
+        for start, stop in self.ranges(budget._replace(rows=None)):
+            yield from split(self.rows(start, stop), budget)
+
+    def ranges(self, budget: Budget) -> list[tuple[int, int]]:
+        """As many rows as fit when dense."""
         step = dense_rows(self.shape[1], np.dtype(np.float64), budget)
-        for start in range(0, self.shape[0], step):
-            block = self._take(start, min(start + step, self.shape[0]))
-            if sp.issparse(block):
-                block = block.tocsr()
-                indptr = block.indptr.astype(np.int64)
-                yield from split(Rows(start, indptr, block.indices, native(block.data)), budget)
-            else:
-                yield from split(rows_of_dense(start, native(np.asarray(block))), budget)
+        return stretches(self.shape[0], step)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows of a slice, without the zeros of a dense one."""
+        with self._lock:
+            block = self._take(start, stop)
+        if not sp.issparse(block):
+            return rows_of_dense(start, native(np.asarray(block)))
+        block = block.tocsr()
+        return Rows(start, block.indptr.astype(np.int64), block.indices, native(block.data))
 
     def sample(self) -> npt.NDArray[Any]:
         """Some rows."""
@@ -175,6 +208,10 @@ def native(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def read(values: Any, index: Any) -> npt.NDArray[Any]:
     """Read a part of an array in memory or in HDF5."""
     try:
+        if isinstance(values, h5py.Dataset) and isinstance(index, slice):
+            found = read_vector(values, *index.indices(len(values))[:2])
+            if found is not None:
+                return native(found)
         return native(np.asarray(values[index]))
     except OSError as error:
         if not isinstance(values, h5py.Dataset):
@@ -232,6 +269,11 @@ def dense_rows(n_columns: int, dtype: np.dtype[Any], budget: Budget) -> int:
     return max(1, budget.memory // (max(1, n_columns) * (dtype.itemsize + ENTRY_BYTES)))
 
 
+def stretches(n_rows: int, step: int) -> list[tuple[int, int]]:
+    """Cut rows into stretches of ``step``, the last of them shorter."""
+    return [(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
+
+
 def split(rows: Rows, budget: Budget) -> Iterator[Rows]:
     """Cut rows that were read together into blocks of the budget's number of rows."""
     n_rows = len(rows.indptr) - 1
@@ -240,6 +282,15 @@ def split(rows: Rows, budget: Budget) -> Iterator[Rows]:
         indptr = rows.indptr[start : start + step + 1]
         inside = slice(int(indptr[0]), int(indptr[-1]))
         yield Rows(rows.first + start, indptr - indptr[0], rows.indices[inside], rows.data[inside])
+
+
+def select_columns(rows: Rows, columns: npt.NDArray[np.int32]) -> Rows:
+    """Renumber the columns of rows, and leave out those that become -1."""
+    indptr = np.empty_like(rows.indptr)
+    indices = np.empty(len(rows.indices), np.int32)
+    data = np.empty_like(rows.data)
+    filled = kernels.select_columns(*rows[1:], columns, indptr, indices, data)
+    return Rows(rows.first, indptr, indices[:filled], data[:filled])
 
 
 def rows_of_dense(first: int, dense: npt.NDArray[Any]) -> Rows:

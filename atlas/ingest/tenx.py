@@ -16,9 +16,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from atlas.errors import InputError
-from atlas.ingest import kernels
 from atlas.ingest.content import Content, LazyArrays
-from atlas.ingest.matrix import Budget, CsrMatrix, Matrix, Place, Rows
+from atlas.ingest.matrix import Budget, CsrMatrix, Matrix, Place, Rows, select_columns
 
 _MATRIX = {"barcodes", "data", "indices", "indptr", "shape"}
 _LEGACY = _MATRIX | {"genes", "gene_names"}
@@ -95,11 +94,13 @@ class _SelectedColumns(Matrix):
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         for rows in self._matrix.row_blocks(budget):
-            indptr = np.empty_like(rows.indptr)
-            indices = np.empty(len(rows.indices), np.int32)
-            data = np.empty_like(rows.data)
-            filled = kernels.select_columns(*rows[1:], self._columns, indptr, indices, data)
-            yield Rows(rows.first, indptr, indices[:filled], data[:filled])
+            yield select_columns(rows, self._columns)
+
+    def ranges(self, budget: Budget) -> list[tuple[int, int]] | None:
+        return self._matrix.ranges(budget)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        return select_columns(self._matrix.rows(start, stop), self._columns)
 
     def sample(self) -> npt.NDArray[Any]:
         return self._matrix.sample()

@@ -188,9 +188,19 @@ class ChunkedMatrix(_ByColumns):
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield rows without their zeros; every chunk is read once, or twice by tiles."""
-        if self.values.chunks[0] <= dense_rows(self.shape[1], self.dtype, budget):
+        if self.ranges(budget) is not None:
             return DenseMatrix(self.values, self.place).row_blocks(budget)
         return super().row_blocks(budget)
+
+    def ranges(self, budget: Budget) -> list[tuple[int, int]] | None:
+        """Any rows can be read where the rows of a chunk fit."""
+        if self.values.chunks[0] > dense_rows(self.shape[1], self.dtype, budget):
+            return None
+        return DenseMatrix(self.values, self.place).ranges(budget)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """Rows without their zeros."""
+        return DenseMatrix(self.values, self.place).rows(start, stop)
 
     def entry_rows(self, size: int) -> Iterator[npt.NDArray[Any]]:
         """Yield the rows of the non-zeros, tile by tile."""
