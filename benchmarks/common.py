@@ -36,7 +36,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 
 _SAMPLE_SECONDS = 0.004
-_PEERS = ("torch", "numpy", "scipy", "anndata", "zarr", "scanpy", "scvi-tools")
+_PEERS = (
+    "torch",
+    "numpy",
+    "scipy",
+    "numba",
+    "numcodecs",
+    "anndata",
+    "zarr",
+    "scanpy",
+    "scvi-tools",
+)
 
 Json = dict[str, Any]
 
@@ -138,7 +148,9 @@ class Outcome:
         return peak - start
 
 
-def run_worker(script: str, work: str, arguments: Json, folder: Path) -> Outcome:
+def run_worker(
+    script: str, work: str, arguments: Json, folder: Path, python: str = sys.executable
+) -> Outcome:
     """Run a function of a benchmark script in a process of its own.
 
     Parameters
@@ -151,6 +163,8 @@ def run_worker(script: str, work: str, arguments: Json, folder: Path) -> Outcome
         Plain JSON values.
     folder
         For the files by which the two processes speak.
+    python
+        The interpreter; that of a peer's environment where the script needs no more than it has.
 
     Raises
     ------
@@ -160,7 +174,7 @@ def run_worker(script: str, work: str, arguments: Json, folder: Path) -> Outcome
     asked, answered = folder / f"{work}.ask.json", folder / f"{work}.answer.json"
     asked.write_text(json.dumps(arguments))
     answered.unlink(missing_ok=True)
-    command = [sys.executable, script, "--worker", work, str(asked), str(answered)]
+    command = [python, script, "--worker", work, str(asked), str(answered)]
     process = subprocess.Popen(command)
     samples: list[tuple[float, int]] = []
     try:

@@ -1,0 +1,103 @@
+"""The sides of ``bench_loader.py``, and what is compared with what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+MEMORY = 512_000_000
+_BUDGET = {"memory": "512MB"}
+BUFFER = 8192
+"""Rows that are mixed at a time by the peers that take a number, and by ours beside them."""
+BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to stream.
+
+    Attributes
+    ----------
+    name
+        In tables.
+    script
+        The worker's, in this folder.
+    settings
+        What the worker is told beside minibatch size and paths.
+    genes
+        ``"all"`` or ``"chosen"``: which columns come.
+    environment
+        Folder of its environment; none for ours.
+    needs
+        The store that it reads, by its name in :mod:`stores`.
+    most_cells
+        Up to how many cells it is measured.
+    weighted
+        Rows come with replacement.
+    """
+
+    name: str
+    script: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    genes: str = "all"
+    environment: str | None = None
+    needs: str = "ours"
+    most_cells: int | None = None
+    weighted: bool = False
+
+    def arguments(self, minibatch_size: int) -> dict[str, Any]:
+        """What the worker gets to know of this side."""
+        if self.environment is None:
+            return {"source": "store", "loader": _BUDGET, "weighted": self.weighted} | self.settings
+        return self.settings
+
+
+def sides(minibatch_size: int) -> list[Side]:
+    """All sides, in the order in which they take turns."""
+    ours = "with_atlas.py"
+    alike = _BUDGET | {"block_size": BLOCK, "buffer_size": max(BUFFER, minibatch_size)}
+    return [
+        Side("ours, block 32", ours, {"loader": alike}),
+        Side("ours", ours),
+        Side("ours, narrow", ours, {"loader": _BUDGET | {"narrow": True}}),
+        Side("ours, weighted", ours, weighted=True),
+        Side("ours, chosen genes", ours, {"source": "chosen"}, genes="chosen"),
+        Side("ours, projected", ours, {"source": "projected"}, genes="chosen", needs="projected"),
+        Side(
+            "annbatch",
+            "with_annbatch.py",
+            {"block_size": BLOCK, "blocks": BUFFER // BLOCK},
+            environment="annbatch",
+            needs="annbatch",
+        ),
+        Side(
+            "scDataset",
+            "with_scdataset.py",
+            {"block_size": BLOCK, "fetch_factor": max(1, 4 * BUFFER // minibatch_size)},
+            environment="scdataset",
+            needs="file",
+        ),
+        Side(
+            "tiledbsoma-ml",
+            "with_tiledbsoma.py",
+            environment="tiledbsoma",
+            needs="tiledbsoma",
+            most_cells=100_000,
+        ),
+    ]
+
+
+COMPARISONS = (
+    ("ours, block 32", "annbatch", 1.5),
+    ("ours", "annbatch", 2.5),
+    ("ours, narrow", "annbatch", 3.5),
+    ("ours", "scDataset", 10),
+    ("ours", "tiledbsoma-ml", 30),
+    ("ours, projected", "ours", 3),
+    ("ours, projected", "ours, chosen genes", 3),
+    ("ours, weighted", "ours", 0.5),
+)
+"""Side, side, and the least ratio of their speeds to reach."""
+
+COLD = ("ours", "ours, narrow", "annbatch")
+"""Sides that are measured with a cold page cache too."""
