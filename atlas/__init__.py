@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
     from atlas.models import TrainedModel, load_model
     from atlas.store import CountStore, create_store, open_store, to_anndata
-    from atlas.workflows import embed, evaluate, report, select_genes, train
+    from atlas.workflows import embed, evaluate, report, select_genes, train, verify
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
 # the loader's threads, and whatever else runs, off the cores. Beside one other busy process on two
@@ -30,6 +30,7 @@ _HOME = {
     "select_genes": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
+    "verify": "atlas.workflows",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "select_genes",
     "to_anndata",
     "train",
+    "verify",
 ]
 
 

@@ -24,9 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     warnings.showwarning = _print_warning
-    run: Callable[[argparse.Namespace], None] = options.run
+    run: Callable[[argparse.Namespace], int | None] = options.run
     try:
-        run(options)
+        return run(options) or 0
     except KeyboardInterrupt as interrupt:
         print(f"\natlas: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
@@ -43,7 +43,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"atlas: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("atlas-trainer"))
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Any:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> Any:
         sub = commands.add_parser(
             name,
             help=help,
@@ -88,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("info", _info, "show what a store holds")
     sub.add_argument("store")
     sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command("verify", _verify, "check all that a store holds; code 1 where it is broken")
+    sub.add_argument("store")
+    sub.add_argument("--threads", type=int, help="as many as cores if not given")
+    sub.add_argument("--json", metavar="FILE", help="write the report as JSON")
 
     sub = command("genes", _genes, "choose and record the genes to model")
     sub.add_argument("store")
@@ -240,6 +244,31 @@ def _info(options: argparse.Namespace) -> None:
     print("\nhistory")
     for line in info.history:
         print(f"  {line}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from atlas import workflows
+
+    report = workflows.verify(options.store, progress=True, threads=options.threads)
+    for finding in report.findings:
+        print(f"{finding.path}: {finding.what}")
+        if finding.study is not None:
+            print(f"  study: {finding.study}")
+        for name, value in (("found", finding.found), ("expected", finding.expected)):
+            if value is not None:
+                print(f"  {name}: {value}")
+        print(f"  what to do: {finding.do}")
+    if report.unlisted:
+        print(f"… and {report.unlisted:,} more")
+    checked = (
+        f"{report.states} states, {report.studies} studies, {report.chunks:,} chunks, "
+        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    )
+    faults = len(report.findings) + report.unlisted
+    print(f"{report.path}: {'whole' if report.whole else f'{faults:,} faults'} ({checked})")
+    if options.json:
+        workflows.write_json(options.json, report.to_json())
+    return 0 if report.whole else 1
 
 
 def _genes(options: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,17 +25,17 @@ from atlas.store import embeddings
 from atlas.store import manifest as manifests
 from atlas.store.append import AppendReport, Request, append_study
 from atlas.store.arrays import read_array
+from atlas.store.findings import VerifyReport
 from atlas.store.schema import GeneSelection, Manifest, StudyEntry
 from atlas.store.split import Split, split_rows
 from atlas.store.tables import join_obs
+from atlas.store.verify import verify_state
 from atlas.store.view import CountView
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
 
 CODES = ("study", "batch", "label")
 """Names of the integer codes of every row."""
-
-_VERIFY_ROWS = 4096
 
 
 class CountStore:
@@ -346,27 +345,32 @@ class CountStore:
         self.see(state)
         return report
 
-    def verify(self) -> None:
-        """Read all there is and compare it with its checksums.
+    def verify(self, *, progress: bool = False, threads: int | None = None) -> VerifyReport:
+        """Read all that this state holds and compare it with its checksums.
+
+        :func:`atlas.verify` reports instead of raising, covers every state, and needs no state that
+        can be opened.
+
+        Parameters
+        ----------
+        progress
+            Show chunks, bytes a second and the time left on stderr.
+        threads
+            By default as many as cores.
+
+        Returns
+        -------
+        VerifyReport
+            What was checked.
 
         Raises
         ------
         CorruptStoreError
-            The first file or chunk that is missing or is not what was written.
+            The first thing that is missing or is not what was written, and how many more there are.
         """
-        _ = self.gene_table
-        for name in self.embeddings:
-            self.embedding_details(name)
-        for study, (start, stop) in zip(self._studies, pairwise(self.segments), strict=True):
-            for what in ("metadata", "obs", "indptr"):
-                study.check(what)
-            for part in study.entry.parts.values():
-                for file in part.files:
-                    read_array(self.path, part, file.removesuffix(".npy"))
-            for row in range(start, stop, _VERIFY_ROWS):
-                self.read_rows(row, min(stop, row + _VERIFY_ROWS))
-            for layer in study.layers:
-                study.layer(layer).read(0, study.entry.n_obs)
+        report = verify_state(self.path, self.manifest, progress=progress, threads=threads)
+        report.raise_first()
+        return report
 
     def see(self, state: Manifest) -> None:
         """Look at another state of the same store."""

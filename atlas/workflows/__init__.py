@@ -4,6 +4,7 @@ This is the only place where stores, models, training and evaluation are wired t
 """
 
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
+from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import embed, train
 from atlas.workflows.output import write_json
 from atlas.workflows.results import evaluate, report
@@ -18,5 +19,6 @@ __all__ = [
     "report",
     "select_genes",
     "train",
+    "verify",
     "write_json",
 ]
