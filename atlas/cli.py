@@ -93,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="as many as cores if not given")
     sub.add_argument("--json", metavar="FILE", help="write the report as JSON")
 
+    sub = command("drop", _drop, "take a study out of a store; older states keep it")
+    sub.add_argument("store")
+    sub.add_argument("study")
+    sub.add_argument(
+        "--purge", action="store_true", help="remove the older states that hold it, and its files"
+    )
+
     sub = command("genes", _genes, "choose and record the genes to model")
     sub.add_argument("store")
     sub.add_argument("--n", type=int, default=2000, help="how many")
@@ -269,6 +276,27 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         workflows.write_json(options.json, report.to_json())
     return 0 if report.whole else 1
+
+
+def _drop(options: argparse.Namespace) -> None:
+    from atlas import open_store
+
+    report = open_store(options.store).drop(options.study, purge=options.purge)
+    print(f"{report.study}: {report.n_obs:,} cells dropped, manifest {report.manifest}")
+    if report.removed_states:
+        gone = ", ".join(map(str, report.removed_states))
+        print(f"removed for ever: states {gone}, {report.freed_bytes / 1e6:,.1f} MB")
+    if report.kept_states:
+        kept = ", ".join(map(str, report.kept_states))
+        print(
+            f"older states hold it still ({kept}), so {report.kept_bytes / 1e6:,.1f} MB of its "
+            "files stay; --purge removes both"
+        )
+    if report.genes_without_study:
+        print(
+            f"{report.genes_without_study:,} of the chosen genes were measured in no study that is "
+            "left: choose again with `atlas genes`"
+        )
 
 
 def _genes(options: argparse.Namespace) -> None:

@@ -1,0 +1,118 @@
+"""Dropping a study: a state without it, and on demand a history without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from atlas import files
+from atlas.errors import StoreError
+from atlas.store import manifest as manifests
+from atlas.store.arrays import read_array
+from atlas.store.schema import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class DropReport:
+    """What a drop did.
+
+    Attributes
+    ----------
+    study
+        The name, which is free again.
+    n_obs
+        Its cells in the newest state; 0 where it was dropped before.
+    manifest
+        Number of the newest state now.
+    removed_states
+        Numbers of the states that were removed with ``purge``.
+    kept_states
+        Numbers of the older states that hold the study still.
+    kept_bytes, freed_bytes
+        Size of its files that stay for them, and of what was deleted.
+    genes_without_study
+        Genes chosen to be modelled that no study measured that is left.
+    """
+
+    study: str
+    n_obs: int
+    manifest: int
+    removed_states: tuple[int, ...]
+    kept_states: tuple[int, ...]
+    kept_bytes: int
+    freed_bytes: int
+    genes_without_study: int
+
+
+def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropReport]:
+    """Commit a state without a study; see :meth:`atlas.store.CountStore.drop`.
+
+    Returns
+    -------
+    The newest state of the store, and what was done.
+    """
+    with manifests.writer(root, f"drop {study}") as newest:
+        history = manifests.history(root)
+        dropped = [entry for entry in newest.studies if entry.name == study]
+        holding = [s.number for s in history if study in (entry.name for entry in s.studies)]
+        if not dropped and not (purge and holding):
+            raise StoreError(
+                "The store has no such study",
+                found=study,
+                expected="one of " + (", ".join(e.name for e in newest.studies) or "(none)"),
+                do=f"states {holding} hold it still: --purge removes them" if holding else None,
+                path=root,
+            )
+        folders = {
+            folder
+            for state in history
+            for entry in state.studies
+            if entry.name == study
+            for folder in (entry.path, *(part.path for part in entry.parts.values()))
+        }
+        size = sum(_size(root / folder) for folder in folders)
+        state = newest
+        if dropped:
+            left = tuple(entry for entry in newest.studies if entry.name != study)
+            state = manifests.commit(root, newest, f"drop {study}", studies=left)
+        if purge:  # the state without it is there by now: a crash leaves no more than it found
+            try:
+                for number in holding:
+                    manifests.manifest_path(root, number).unlink()
+                files.sync_folder(root / "manifests")
+            except OSError as error:
+                raise StoreError(
+                    "The study was dropped, but not all older states could be removed",
+                    found=str(error),
+                    do="mend the disk, then run the command again",
+                    path=root,
+                ) from error
+    return state, DropReport(
+        study=study,
+        n_obs=sum(entry.n_obs for entry in dropped),
+        manifest=state.number,
+        removed_states=tuple(holding) if purge else (),
+        kept_states=() if purge else tuple(holding),
+        kept_bytes=0 if purge else size,
+        freed_bytes=size if purge else 0,
+        genes_without_study=_without_study(root, state),
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _without_study(root: Path, state: Manifest) -> int:
+    """Chosen genes that no study of a state measured."""
+    if state.gene_selection is None:
+        return 0
+    measured = np.zeros(state.genes.n_vars, bool)
+    for entry in state.studies:
+        columns = read_array(root, entry.parts["index"], "genes")
+        measured[columns[columns >= 0]] = True
+    names = manifests.read_gene_table(root, state).names
+    there = {name for name, is_there in zip(names, measured, strict=True) if is_there}
+    return sum(gene not in there for gene in state.gene_selection.genes)
