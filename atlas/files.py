@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
@@ -21,6 +21,18 @@ def write_bytes(path: Path, data: bytes | memoryview, *, exclusive: bool = False
         while len(view):
             view = view[os.write(descriptor, view) :]
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_scratch(path: Path, parts: Sequence[memoryview]) -> None:
+    """Write a file that need not outlive a crash of the machine, so it is not synced."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for part in parts:
+            view = part
+            while len(view):
+                view = view[os.write(descriptor, view) :]
     finally:
         os.close(descriptor)
 

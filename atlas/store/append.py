@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
@@ -17,19 +19,28 @@ from anndata import AnnData
 
 from atlas.config import Profile
 from atlas.errors import ConfigError, InputError, MissingColumnError, StudyExistsError
-from atlas.ingest import CountsSource, open_counts
 from atlas.ingest.genes import align
+from atlas.ingest.study import FILE_COLUMN, Reading, StudyCounts, open_study
+from atlas.store import chunks
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array, write_part
+from atlas.store.journal import Journal
 from atlas.store.manifest import SCRATCH
 from atlas.store.schema import Manifest, StudyEntry
-from atlas.store.statistics import connect
-from atlas.store.study_writer import StudyWriter
+from atlas.store.study_writer import StudyWriter, check_memory
+from atlas.store.workers import Workers
 from atlas.store.zarr_study import digests
+from loaders.errors import LoaderError
+from loaders.memory import parse_bytes
 
 Codes: TypeAlias = npt.NDArray[np.int64]
+Codes32: TypeAlias = npt.NDArray[np.int32]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+Source: TypeAlias = str | PathLike[str] | AnnData
+DEFAULT_MEMORY = "512MB"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +57,11 @@ class Request:
     round_counts: bool = False
     feature_type: str = "Gene Expression"
     keep_layers: tuple[str, ...] = ()
+    prefix_rows: bool = False
+    common_genes: bool = False
+    memory: str | int = DEFAULT_MEMORY
     scheduler: str | None = None
+    fresh: bool = False
     progress: bool = False
 
 
@@ -67,7 +82,7 @@ class AppendReport:
     same_names
         For each other study that has some: cells of the same row name.
     notes
-        What the reader of the file found worth saying, e.g. feature types left out.
+        What is worth saying: feature types left out, an interrupted ingest gone on with.
     seconds
         Wall time.
     """
@@ -94,7 +109,7 @@ def check_name(name: str, what: str) -> None:
 
 
 def append_study(
-    root: Path, source: str | PathLike[str] | AnnData, request: Request
+    root: Path, sources: Source | Sequence[Source], request: Request
 ) -> tuple[Manifest, AppendReport]:
     """Append a study to the store at ``root``; see :meth:`atlas.store.CountStore.append`.
 
@@ -102,6 +117,7 @@ def append_study(
     -------
     The new state of the store, and what was done.
     """
+    started = time.monotonic()
     check_name(request.study, "study")
     if request.profile not in get_args(Profile):
         raise ConfigError(
@@ -109,21 +125,45 @@ def append_study(
             found=repr(request.profile),
             expected=" or ".join(map(repr, get_args(Profile))),
         )
-    if request.scheduler is not None:
-        connect(request.scheduler).close()  # rather now than after all counts are written
-    with open_counts(
-        source,
-        layer=request.layer,
-        use_raw=request.use_raw,
-        round_counts=request.round_counts,
-        feature_type=request.feature_type,
-        folder=root / SCRATCH,
-    ) as counts:
-        return _append(root, counts, request)
+    memory = _bytes(request.memory)
+    with Workers(request.scheduler) as workers:
+        reading = Reading(
+            layer=request.layer,
+            use_raw=request.use_raw,
+            round_counts=request.round_counts,
+            feature_type=request.feature_type,
+            memory=memory // (workers.number + 1),  # one more waits where rows come in order
+            folder=root / SCRATCH,
+        )
+        with open_study(
+            sources, reading, prefix_rows=request.prefix_rows, common_genes=request.common_genes
+        ) as counts:
+            check_memory(counts, memory)
+            if not workers.local and counts.files is None:
+                raise ConfigError(
+                    "An AnnData in memory cannot be read by other processes",
+                    found=f"scheduler={request.scheduler!r}",
+                    expected="paths of files",
+                    do="save it first, or leave the scheduler out",
+                )
+            state, report = _append(root, counts, request, memory, workers)
+    return state, replace(report, seconds=time.monotonic() - started)
 
 
-def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifest, AppendReport]:
-    started = time.monotonic()
+def _bytes(memory: str | int) -> int:
+    try:
+        return parse_bytes(memory)
+    except LoaderError as error:
+        raise ConfigError(
+            "memory is no number of bytes",
+            found=repr(memory),
+            expected="a number of bytes, or a text such as 512MB or 2GiB",
+        ) from error
+
+
+def _append(
+    root: Path, counts: StudyCounts, request: Request, memory: int, workers: Workers
+) -> tuple[Manifest, AppendReport]:
     study = request.study
     own_batches = _batches(counts, request.batch_keys, study)
     own_labels = _labels(counts, request.label_key, request.unlabeled)
@@ -143,38 +183,53 @@ def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifes
         batches, batch_codes = _extend(newest.batches, *own_batches)
         labels, label_codes = _extend(newest.labels, *own_labels)
 
+        asked = _fingerprint(counts, request, memory // (workers.number + 1), columns)
+        journal, notes = Journal.open(root, newest.number, asked, request.fresh)
         folder = manifests.study_folder(root, newest, study)
         writer = StudyWriter(
-            root, study, folder, counts, columns, request.profile, request.progress
-        )
-        index = writer.write(request.keep_layers)
-        order = index["input_position"]
-        index |= {"genes": columns, "batch": batch_codes[order], "label": label_codes[order]}
-        entry = StudyEntry(
-            name=study,
-            path=f"studies/{folder}",
-            n_obs=counts.n_obs,
-            nnz=writer.nnz,
-            profile=request.profile,
-            source=counts.name,
-            digests=digests(writer.folder),
-            parts={
-                "index": write_part(root, f"parts/{folder}/index", index),
-                "statistics": writer.statistics(index["batch"], request.scheduler),
-            },
-        )
-        genes = newest.genes
-        if table != old_table:
-            genes = manifests.write_gene_table(root, newest.number + 1, table)
-        state = manifests.commit(
             root,
-            newest,
-            f"append {study}",
-            genes=genes,
-            studies=(*newest.studies, entry),
-            batches=batches,
-            labels=labels,
+            study,
+            folder,
+            counts,
+            columns,
+            batch_codes,
+            request.profile,
+            memory,
+            workers,
+            journal,
+            request.progress,
         )
+        with _kept_when_interrupted(journal):
+            index = writer.write(request.keep_layers)
+            order = index["input_position"]
+            index |= {"genes": columns, "batch": batch_codes[order], "label": label_codes[order]}
+            entry = StudyEntry(
+                name=study,
+                path=f"studies/{folder}",
+                n_obs=counts.n_obs,
+                nnz=writer.nnz,
+                profile=request.profile,
+                source=counts.name,
+                digests=digests(writer.folder),
+                parts={
+                    "index": write_part(root, f"parts/{folder}/index", index),
+                    "statistics": write_part(
+                        root, f"parts/{folder}/statistics", writer.statistics()
+                    ),
+                },
+            )
+            genes = newest.genes
+            if table != old_table:
+                genes = manifests.write_gene_table(root, newest.number + 1, table)
+            state = manifests.commit(
+                root,
+                newest,
+                f"append {study}",
+                genes=genes,
+                studies=(*newest.studies, entry),
+                batches=batches,
+                labels=labels,
+            )
     return state, AppendReport(
         study,
         counts.n_obs,
@@ -183,12 +238,57 @@ def _append(root: Path, counts: CountsSource, request: Request) -> tuple[Manifes
         len(table) - len(np.unique(columns[columns >= 0])),
         _common(root, newest, index["content_hash"], "content_hash"),
         _common(root, newest, index["name_hash"], "name_hash"),
-        counts.notes,
-        time.monotonic() - started,
+        (*counts.notes, *notes),
+        0.0,
     )
 
 
-def _check_layers(counts: CountsSource, names: tuple[str, ...]) -> None:
+@contextmanager
+def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
+    """Keep what was done for the same command to go on with; after an error, nothing."""
+    try:
+        yield
+    except Exception:
+        journal.remove()
+        raise
+    except BaseException as interrupt:
+        if journal.request is None:
+            journal.remove()
+            raise
+        journal.write()
+        if isinstance(interrupt, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                "; what was done is kept: the same command goes on, --fresh starts anew"
+            ) from None
+        raise
+
+
+def _fingerprint(
+    counts: StudyCounts, request: Request, block: int, columns: Codes32
+) -> dict[str, Any] | None:
+    """What has to be the same for an ingest to go on; None where the inputs are not files."""
+    if counts.files is None:
+        return None
+    tables = hashlib.sha256(columns.tobytes())
+    for names in (counts.obs.index, counts.var.index):
+        for name in names:
+            tables.update(name.encode() + b"\0")
+    options = asdict(request)
+    for name in ("scheduler", "fresh", "progress", "memory"):
+        del options[name]
+    stats = [path.stat() for path in counts.files]
+    return {
+        **options,
+        "block": block,
+        "shard": [chunks.CHUNK, chunks.SHARD],
+        "files": [str(path.absolute()) for path in counts.files],
+        "sizes": [stat.st_size for stat in stats],
+        "times": [stat.st_mtime_ns for stat in stats],
+        "tables": tables.hexdigest(),
+    }
+
+
+def _check_layers(counts: StudyCounts, names: tuple[str, ...]) -> None:
     if unknown := [name for name in names if name not in counts.layers]:
         raise MissingColumnError(
             "There is no such layer to keep",
@@ -205,7 +305,9 @@ def text_of(value: object) -> str:
     return str(value)
 
 
-def _column(counts: CountsSource, key: str, what: str) -> pd.Series[Any]:
+def _column(counts: StudyCounts, key: str, what: str) -> pd.Series[Any]:
+    if key == FILE_COLUMN and key not in counts.obs and counts.path is not None:
+        return pd.Series(counts.path.stem, counts.obs.index)  # one file, as one of several
     if key not in counts.obs:
         raise MissingColumnError(
             f"There is no obs column for the {what}",
@@ -218,7 +320,7 @@ def _column(counts: CountsSource, key: str, what: str) -> pd.Series[Any]:
 
 
 def _batches(
-    counts: CountsSource, keys: tuple[str, ...], study: str
+    counts: StudyCounts, keys: tuple[str, ...], study: str
 ) -> tuple[list[str | None], Codes]:
     """Names of the batches of a study, and which of them each row is in, in input order."""
     codes = np.zeros(counts.n_obs, np.int64)
@@ -243,9 +345,7 @@ def _batches(
     return [f"{study}/{name}" for name in combined] or [study], codes
 
 
-def _labels(
-    counts: CountsSource, key: str | None, unlabeled: str
-) -> tuple[list[str | None], Codes]:
+def _labels(counts: StudyCounts, key: str | None, unlabeled: str) -> tuple[list[str | None], Codes]:
     """Names of the labels of a study, None for unlabeled ones, and that of each row."""
     if key is None:
         return [None], np.zeros(counts.n_obs, np.int64)

@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from anndata import AnnData
 
 from atlas.config import Profile
 from atlas.errors import StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.store import embeddings
 from atlas.store import manifest as manifests
-from atlas.store.append import AppendReport, Request, append_study
+from atlas.store.append import (
+    DEFAULT_MEMORY,
+    AppendReport,
+    Request,
+    Source,
+    append_study,
+)
 from atlas.store.arrays import read_array
 from atlas.store.drop import DropReport, drop_study
 from atlas.store.findings import VerifyReport
@@ -276,7 +280,7 @@ class CountStore:
 
     def append(
         self,
-        source: str | PathLike[str] | AnnData,
+        source: Source | Sequence[Source],
         *,
         study: str,
         batch_key: str | Sequence[str] | None = None,
@@ -288,19 +292,27 @@ class CountStore:
         round_counts: bool = False,
         feature_type: str = "Gene Expression",
         keep_layers: Sequence[str] = (),
+        prefix_rows: bool = False,
+        common_genes: bool = False,
+        memory: str | int = DEFAULT_MEMORY,
         scheduler: str | None = None,
+        fresh: bool = False,
         progress: bool = False,
     ) -> AppendReport:
         """Append a study; it is there whole afterwards, or not at all.
 
+        After Ctrl-C or a kill the same call goes on where it was, if its inputs are files.
+
         Parameters
         ----------
         source
-            An ``.h5ad`` or 10x ``.h5`` file, read in blocks, or an AnnData.
+            An ``.h5ad`` or 10x ``.h5`` file, read in blocks, or an AnnData; or several, whose rows
+            follow one another. Several have the same genes, in any order.
         study
             Its name: letters, digits, ``._-``.
         batch_key
             The obs column of the batch; several are combined. Without one the study is one batch.
+            ``"file"`` is the file a row came from, where there is no column of that name.
         label_key
             The obs column of the labels.
         unlabeled
@@ -315,8 +327,17 @@ class CountStore:
             The feature type to take from a 10x file.
         keep_layers
             Names of layers to keep beside the counts.
+        prefix_rows
+            Put the name of its file and a colon before each row name.
+        common_genes
+            Of several inputs whose genes differ keep those that all have; an error otherwise.
+        memory
+            What rows may take at a time, besides about 200 bytes for each cell: ``"512MB"``.
         scheduler
-            Address of a dask scheduler for the gene statistics; threads when None.
+            Threads when None; ``"processes"``, or the address of a dask scheduler whose workers
+            see the same files.
+        fresh
+            Start anew, even if an earlier call was interrupted.
         progress
             Show rows and cells/s on stderr.
 
@@ -339,7 +360,11 @@ class CountStore:
             round_counts,
             feature_type,
             tuple(keep_layers),
+            prefix_rows,
+            common_genes,
+            memory,
             scheduler,
+            fresh,
             progress,
         )
         state, report = append_study(self.path, source, request)

@@ -37,6 +37,8 @@ from atlas.store.schema import GenesFile, Manifest
 
 SCRATCH = "scratch"
 """Folder in the store for what a writer needs for a while."""
+INGEST, JOURNAL = "ingest", "journal.json"
+"""Folder in it for an ingest, and the file there that says how far it is."""
 
 _NUMBERED = re.compile(r"^(\d{6,})\.json$")
 
@@ -243,7 +245,7 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
         who = {"pid": os.getpid(), "host": socket.gethostname(), "since": now(), "action": action}
         owner.write_text(json.dumps({**who, "command": command()}))
         remove_leftovers(root)
-        (root / SCRATCH).mkdir()
+        (root / SCRATCH).mkdir(exist_ok=True)
         yield read(root)
     except OSError as error:
         raise StoreError(
@@ -268,7 +270,10 @@ def _lock(root: Path) -> filelock.BaseFileLock:
 
 
 def remove_leftovers(root: Path) -> list[Path]:
-    """Remove what no manifest names: the remains of an interrupted writer; returns what it was."""
+    """Remove what no manifest names: the remains of an interrupted writer; returns what it was.
+
+    An ingest that can go on stays, until a commit changes the store.
+    """
     studies: set[str] = set()
     parts: set[str] = set()
     genes: set[str] = set()
@@ -283,7 +288,11 @@ def remove_leftovers(root: Path) -> list[Path]:
         *(p for p in root.glob("parts/*/*") if p.relative_to(root).as_posix() not in parts),
         *(p for p in root.glob("genes/*") if p.relative_to(root).as_posix() not in genes),
         *root.glob("manifests/.*.partial"),
-        *root.glob(SCRATCH),
+        *(
+            (p for p in root.glob(f"{SCRATCH}/*") if p.name != INGEST)
+            if can_go_on(root)
+            else root.glob(SCRATCH)
+        ),
     ]
     for path in candidates:
         if path.is_dir() and not path.is_symlink():
@@ -296,14 +305,26 @@ def remove_leftovers(root: Path) -> list[Path]:
     return candidates
 
 
+def can_go_on(root: Path) -> bool:
+    """Whether an ingest was interrupted since the newest state, and has a journal."""
+    try:
+        journal = json.loads((root / SCRATCH / INGEST / JOURNAL).read_bytes())
+        return bool(journal["manifest"] == numbers(root)[-1])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def remove_unused(root: Path) -> None:
-    """Remove a store that holds nothing but its first state, unless somebody writes to it."""
+    """Remove a store that holds nothing but its first state, unless somebody writes to it.
+
+    It stays where an ingest into it can go on.
+    """
     try:
         lock = _lock(root)
     except OSError:  # held by another writer, or the folder cannot be written to
         return
     try:
-        if numbers(root) == [1]:
+        if numbers(root) == [1] and not can_go_on(root):
             shutil.rmtree(root, ignore_errors=True)
     finally:
         lock.release()

@@ -1,73 +1,266 @@
-"""Rows into another order, out of core and in bounded memory: an external merge sort.
+"""Rows into another order, out of core: runs on disk, each sorted, and stretches gathered from all.
 
-Rows are gathered until the budget is spent, sorted by destination and written as one run. When all
-have come, the length of every row is known, so blocks of the result are cut exactly to the
-budget; each takes a contiguous stretch from every run. Rows that fit in the budget never touch
-the disk.
+A block of input rows is checked, sorted by where its rows go, and written as one *run*. When all
+runs are there, the length of every row is known, and any stretch of the sorted rows can be gathered
+by itself: it is a contiguous stretch of every run. So both steps are tasks that need nothing of
+each other, for any number of workers; and a run that was written outlives an interruption.
 """
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BufferedRandom
-from os import PathLike
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Protocol
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from atlas import files
 from atlas.ingest import kernels
+from atlas.store.kernels import hash_rows
+
+_CHECKED_AT_ONCE = 1 << 20
 
 
-class SortedRows(NamedTuple):
-    """Consecutive rows of the new order in CSR form.
+class Rows(Protocol):
+    """Gives rows sorted, checked and renumbered: :meth:`atlas.ingest.CountsSource.tidy`."""
+
+    def __call__(
+        self, order: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run: a file of row lengths (uint32), row hashes (uint64), column indices and values.
 
     Attributes
     ----------
-    indptr
-        int64, (n_rows + 1,), starting at 0.
-    indices, data
-        (nnz,), of the types that were appended.
+    first, n_rows
+        The rows of the input that are in it.
+    nnz
+        Values.
+    index_type, value_type
+        numpy types of indices and values.
+    largest
+        The largest value; 0 where there is none.
+    size, crc32c
+        Bytes of the file, and their checksum.
     """
 
-    indptr: npt.NDArray[np.int64]
-    indices: npt.NDArray[Any]
-    data: npt.NDArray[Any]
+    first: int
+    n_rows: int
+    nnz: int
+    index_type: str
+    value_type: str
+    largest: float
+    size: int
+    crc32c: int
 
     @property
-    def n_rows(self) -> int:
-        """Number of rows."""
-        return len(self.indptr) - 1
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.first:012d}.run"
+
+    @property
+    def indices_at(self) -> int:
+        """Byte at which the indices start."""
+        return 12 * self.n_rows
+
+    @property
+    def values_at(self) -> int:
+        """Byte at which the values start."""
+        return self.indices_at + self.nnz * np.dtype(self.index_type).itemsize
 
 
-@dataclass
-class _Run:
-    """Rows on disk by rising destination, and how far they have been read."""
+class RunResult(NamedTuple):
+    """A run, and what the ones who plan have to know of its rows, in their sorted order."""
 
-    destinations: npt.NDArray[np.int64]
-    next_row: int
-    next_entry: int
+    run: Run
+    lengths: npt.NDArray[np.uint32]
+    hashes: npt.NDArray[np.uint64]
 
 
-class RowSorter:
-    """Takes sparse rows in one order and gives them in another.
+def checksum(data: Any, start: int = 0) -> int:
+    """crc32c of a contiguous array or buffer."""
+    view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    crc = start
+    for at in range(0, len(view), _CHECKED_AT_ONCE):
+        crc = google_crc32c.extend(crc, bytes(view[at : at + _CHECKED_AT_ONCE]))
+    return crc
 
-    A context manager: leaving it removes its files, also after an error. Beside ``memory`` it
-    keeps about 20 bytes per row.
+
+def write_run(
+    folder: Path,
+    first: int,
+    destinations: npt.NDArray[np.int64],
+    rows: Rows,
+    genes: npt.NDArray[np.int32] | None,
+) -> RunResult:
+    """Sort rows by destination and write them as one run.
 
     Parameters
     ----------
-    destination
-        int64, (n_obs,): row ``i`` as appended becomes row ``destination[i]``; a permutation.
     folder
-        An existing folder for the temporary files, which take as much as the rows themselves.
-    memory
-        Bytes of rows to hold at a time, including one block that the consumer still holds.
+        Where.
+    first
+        Number of the first row, in the order of the input.
+    destinations
+        int64, (n_rows,): where each row goes.
+    rows
+        Gives them.
+    genes
+        Gene of each column, for the hash of each row's counts; hashes are 0 without.
+    """
+    indptr, indices, data = rows(np.argsort(destinations))
+    lengths = np.diff(indptr).astype(np.uint32)
+    hashes = (
+        np.zeros(len(lengths), np.uint64)
+        if genes is None
+        else hash_rows(indptr, indices, data, genes)
+    )
+    parts = [np.ascontiguousarray(part) for part in (lengths, hashes, indices, data)]
+    crc = 0
+    for part in parts:
+        crc = checksum(part, crc)
+    largest = data.max(initial=0) if len(data) else 0
+    run = Run(
+        first,
+        len(lengths),
+        len(data),
+        indices.dtype.str,
+        data.dtype.str,
+        float(largest),
+        sum(part.nbytes for part in parts),
+        crc,
+    )
+    files.write_scratch(folder / run.name, [part.view(np.uint8).data for part in parts])
+    return RunResult(run, lengths, hashes)
+
+
+def read_run(folder: Path, run: Run) -> RunResult | None:
+    """A run that was written earlier; None where it is not what was written."""
+    crc, size, head = 0, 0, b""
+    try:
+        with (folder / run.name).open("rb") as file:
+            head = file.read(12 * run.n_rows)
+            crc, size = checksum(head), len(head)
+            while part := file.read(_CHECKED_AT_ONCE):
+                crc, size = google_crc32c.extend(crc, part), size + len(part)
+    except FileNotFoundError:
+        return None
+    if (size, crc) != (run.size, run.crc32c):
+        return None
+    lengths = np.frombuffer(head, np.uint32, run.n_rows)
+    hashes = np.frombuffer(head[4 * run.n_rows :], np.uint64, run.n_rows)
+    return RunResult(run, lengths, hashes)
+
+
+class Piece(NamedTuple):
+    """A stretch of one run: its file, the bytes at which it starts, its types and its length."""
+
+    path: Path
+    indices_at: int
+    values_at: int
+    index_type: str
+    value_type: str
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Elements of the sorted matrix that are gathered together; picklable.
+
+    Attributes
+    ----------
+    number
+        Position among the stretches.
+    first_row
+        The sorted row that the first element is in.
+    pieces
+        Stretches of runs, whole rows of them.
+    destinations, lengths
+        (n_rows,): sorted row and length of each row of the pieces.
+    skip, size
+        Elements to leave out before the first, and how many to take.
+    types
+        Of indices and values, as they are wanted.
+    """
+
+    number: int
+    first_row: int
+    pieces: tuple[Piece, ...]
+    destinations: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.uint32]
+    skip: int
+    size: int
+    types: tuple[str, str]
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that it has elements of."""
+        return len(self.destinations)
+
+    def gather(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
+        """Read it: indptr of its rows (cut where it is), indices and values.
+
+        Raises
+        ------
+        OSError
+            A run was cut short.
+        """
+        indptr = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+        indices, values = (np.empty(int(indptr[-1]), kind) for kind in self.types)
+        filled = 0
+        for piece in self.pieces:
+            end = filled + piece.size
+            descriptor = os.open(piece.path, os.O_RDONLY)
+            try:
+                _read(
+                    descriptor, piece.path, piece.indices_at, piece.index_type, indices[filled:end]
+                )
+                _read(descriptor, piece.path, piece.values_at, piece.value_type, values[filled:end])
+            finally:
+                os.close(descriptor)
+            filled = end
+        order = np.argsort(self.destinations)
+        sorted_indptr = np.empty_like(indptr)
+        sorted_indices, sorted_values = np.empty_like(indices), np.empty_like(values)
+        kernels.gather_rows(
+            indptr, indices, values, order, sorted_indptr, sorted_indices, sorted_values
+        )
+        inside = slice(self.skip, self.skip + self.size)
+        cut = np.clip(sorted_indptr - self.skip, 0, self.size)
+        return cut, sorted_indices[inside], sorted_values[inside]
+
+
+def _read(descriptor: int, path: Path, at: int, kind: str, out: npt.NDArray[Any]) -> None:
+    stored = out if out.dtype.str == kind else np.empty(len(out), kind)
+    view = stored.view(np.uint8).data
+    while len(view):
+        n = os.preadv(descriptor, [view], at)
+        if n == 0:
+            raise OSError(f"{path} was cut short")
+        view, at = view[n:], at + n
+    if stored is not out:
+        out[:] = stored
+
+
+class Runs:
+    """All runs of one matrix, and where each sorted row lies.
+
+    It keeps about 28 bytes per row.
+
+    Parameters
+    ----------
+    folder
+        Where the runs are.
+    destination
+        int64, (n_obs,): row ``i`` of the input becomes row ``destination[i]``; a permutation.
 
     Raises
     ------
@@ -75,201 +268,91 @@ class RowSorter:
         Where ``destination`` is not a permutation.
     """
 
-    def __init__(
-        self,
-        destination: npt.NDArray[np.int64],
-        folder: str | PathLike[str],
-        memory: int = 256 << 20,
-    ) -> None:
-        self._destination = np.asarray(destination, np.int64)
-        n_rows = len(self._destination)
+    def __init__(self, folder: Path, destination: npt.NDArray[np.int64]) -> None:
+        n_rows = len(destination)
         seen = np.zeros(n_rows, np.bool_)
-        if n_rows and self._destination.min() >= 0 and self._destination.max() < n_rows:
-            seen[self._destination] = True
+        if n_rows and destination.min() >= 0 and destination.max() < n_rows:
+            seen[destination] = True
         if not seen.all():
             raise ValueError("destination is not a permutation of 0 … n_obs - 1")
-        self._folder = Path(folder)
-        self._memory = memory
-        self._lengths = np.zeros(n_rows, np.int64)  # by destination
-        self._types: tuple[np.dtype[Any], np.dtype[Any]] | None = None
-        # Rows _first … _next of the input wait in the first _used places of the buffer.
-        self._buffer: tuple[npt.NDArray[Any], npt.NDArray[Any]] | None = None
-        self._first = self._next = self._used = 0
-        self._runs: list[_Run] = []
-        self._written = 0
-        self._files: tuple[BufferedRandom, BufferedRandom] | None = None
-        self._cleanup = ExitStack()
+        self.folder = folder
+        self.destination = destination
+        self.lengths = np.zeros(n_rows, np.uint32)
+        self._runs: dict[int, Run] = {}
 
-    def __enter__(self) -> Self:
-        """Use the sorter in a ``with`` statement."""
-        return self
+    def add(self, result: RunResult) -> npt.NDArray[np.int64]:
+        """Take a run; returns the sorted rows it holds, rising."""
+        run = result.run
+        rows = np.sort(self.destination[run.first : run.first + run.n_rows])
+        self.lengths[rows] = result.lengths
+        self._runs[run.first] = run
+        return rows
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Remove the files."""
-        self.close()
+    @property
+    def nnz(self) -> int:
+        """Values of all runs."""
+        return sum(run.nnz for run in self._runs.values())
 
-    def close(self) -> None:
-        """Remove the files and free the memory."""
-        self._buffer = self._files = None
-        self._cleanup.close()
+    @property
+    def largest(self) -> float:
+        """Largest value of all."""
+        return max((run.largest for run in self._runs.values()), default=0.0)
 
-    def append(
-        self,
-        indptr: npt.NDArray[np.int64],
-        indices: npt.NDArray[Any],
-        data: npt.NDArray[Any],
-    ) -> None:
-        """Take the next rows in input order; the arrays are copied.
+    @property
+    def value_types(self) -> list[np.dtype[Any]]:
+        """Types in which the values of runs are kept."""
+        return [np.dtype(run.value_type) for run in self._runs.values()]
 
-        Parameters
-        ----------
-        indptr
-            (n_rows + 1,), starting at 0.
-        indices, data
-            (nnz,), of the same types in every call.
-
-        Raises
-        ------
-        ValueError
-            Where there are more rows than destinations, or types change.
-        OSError
-            Where a file cannot be written.
-        """
-        n_rows = len(indptr) - 1
-        if self._next + n_rows > len(self._destination):
-            raise ValueError(f"more than the {len(self._destination)} rows expected")
-        types = (indices.dtype, data.dtype)
-        self._types = self._types or types
-        if types != self._types:
-            raise ValueError(f"rows of types {types} after rows of types {self._types}")
-        rows = self._destination[self._next : self._next + n_rows]
-        self._lengths[rows] = indptr[1:] - indptr[:-1]
-        start = 0
-        while start < n_rows:
-            # What waits takes five eighths of the budget; see _cut for the rest.
-            capacity = self._entries(5 / 8) if self._buffer is None else len(self._buffer[0])
-            limit = int(indptr[start]) + capacity - self._used
-            stop = int(np.searchsorted(indptr, limit, side="right")) - 1
-            if stop == start and self._used:
-                self._spill()
-                continue
-            if stop == start:  # one row exceeds the budget
-                stop, self._buffer = start + 1, None
-                capacity = int(indptr[stop] - indptr[start])
-            if self._buffer is None:
-                self._buffer = (np.empty(capacity, types[0]), np.empty(capacity, types[1]))
-            size = int(indptr[stop] - indptr[start])
-            for waiting, new in zip(self._buffer, (indices, data), strict=True):
-                waiting[self._used : self._used + size] = new[indptr[start] : indptr[stop]]
-            self._used += size
-            self._next += stop - start
-            start = stop
-
-    def sorted_blocks(self) -> Iterator[SortedRows]:
-        """Yield all rows in the new order; to be called once, after the last :meth:`append`.
+    @cached_property
+    def indptr(self) -> npt.NDArray[np.int64]:
+        """int64, (n_obs + 1,): where each sorted row starts; to be asked for when all are there.
 
         Raises
         ------
         ValueError
             Where rows are still to come.
-        OSError
-            Where a file cannot be written or read.
         """
-        if self._next != len(self._destination):
-            raise ValueError(f"{self._next} rows of the {len(self._destination)} expected")
-        if not self._runs:
-            yield from self._sorted_buffer()
-            return
-        self._spill()
-        self._buffer = None
-        for start, stop in self._cut(self._lengths):
-            yield self._merge(start, stop)
+        found = sum(run.n_rows for run in self._runs.values())
+        if found != len(self.destination):
+            raise ValueError(f"{found} rows of the {len(self.destination)} expected")
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
-    def _entries(self, share: float) -> int:
-        assert self._types is not None  # set with the first rows
-        return max(1, int(self._memory * share) // sum(dtype.itemsize for dtype in self._types))
-
-    def _cut(self, lengths: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Cut rows into stretches of a sixth of the budget.
-
-        There are up to three at a time: read, put in order, and with the consumer; or the last
-        two beside the rows that wait.
-        """
-        if not len(lengths):
-            return
-        ends = np.concatenate([[0], np.cumsum(lengths)])
-        fit, start = self._entries(1 / 6), 0
-        while start < len(lengths):
-            stop = int(np.searchsorted(ends, ends[start] + fit, side="right")) - 1
-            stop = max(start + 1, stop)
-            yield start, stop
-            start = stop
-
-    def _sorted_buffer(self) -> Iterator[SortedRows]:
-        """The rows that wait, by rising destination."""
-        waiting = self._destination[self._first : self._next]
-        indptr = np.concatenate([[0], np.cumsum(self._lengths[waiting])])
-        order = np.argsort(waiting)
-        for start, stop in self._cut(self._lengths[waiting[order]]):
-            assert self._buffer is not None  # there are rows
-            yield _gather(indptr, *self._buffer, order[start:stop])
-
-    def _spill(self) -> None:
-        """Write the rows that wait as one run."""
-        if self._files is None:
-            self._files = (self._create("indices"), self._create("data"))
-        for rows in self._sorted_buffer():
-            self._files[0].write(rows.indices.data)
-            self._files[1].write(rows.data.data)
-        run = np.sort(self._destination[self._first : self._next])
-        self._runs.append(_Run(run, 0, self._written))
-        self._written += self._used
-        self._first, self._used = self._next, 0
-
-    def _create(self, kind: str) -> BufferedRandom:
-        path = self._folder / f"sort-{secrets.token_hex(8)}.{kind}"
-        self._cleanup.callback(path.unlink, missing_ok=True)
-        return self._cleanup.enter_context(open(path, "x+b"))  # noqa: PTH123 (one call to fail)
-
-    def _merge(self, start: int, stop: int) -> SortedRows:
-        """Read rows ``start`` to ``stop`` of the new order from all runs."""
-        assert self._files is not None
-        assert self._types is not None
-        size = int(self._lengths[start:stop].sum())
-        indices, data = (np.empty(size, dtype) for dtype in self._types)
-        rows, filled = [], 0
-        for run in self._runs:
-            last = int(np.searchsorted(run.destinations, stop))
-            part = run.destinations[run.next_row : last]
-            end = filled + int(self._lengths[part].sum())
-            for file, array in zip(self._files, (indices, data), strict=True):
-                file.seek(run.next_entry * array.itemsize)
-                if file.readinto(array[filled:end].data) != (end - filled) * array.itemsize:
-                    raise OSError(f"{file.name} was cut short")
-            run.next_row, run.next_entry = last, run.next_entry + end - filled
-            rows.append(part)
-            filled = end
-        destinations = np.concatenate(rows)
-        indptr = np.concatenate([[0], np.cumsum(self._lengths[destinations])])
-        return _gather(indptr, indices, data, np.argsort(destinations))
-
-
-def _gather(
-    indptr: npt.NDArray[np.int64],
-    indices: npt.NDArray[Any],
-    data: npt.NDArray[Any],
-    order: npt.NDArray[np.int64],
-) -> SortedRows:
-    size = int((indptr[order + 1] - indptr[order]).sum())
-    block = SortedRows(
-        np.empty(len(order) + 1, np.int64),
-        np.empty(size, indices.dtype),
-        np.empty(size, data.dtype),
-    )
-    kernels.gather_rows(indptr, indices, data, order, *block)
-    return block
+    def stretches(self, size: int, types: tuple[str, str]) -> Iterator[Stretch]:
+        """Cut the sorted values into stretches of ``size``, the last of them shorter."""
+        runs = [self._runs[first] for first in sorted(self._runs)]
+        rows = [np.sort(self.destination[r.first : r.first + r.n_rows]) for r in runs]
+        at_row, at_entry = np.zeros(len(runs), np.int64), np.zeros(len(runs), np.int64)
+        total = int(self.indptr[-1])
+        for number, start in enumerate(range(0, total, size)):
+            stop = min(start + size, total)
+            first = int(np.searchsorted(self.indptr, start, side="right")) - 1
+            last = int(np.searchsorted(self.indptr, stop, side="left"))
+            pieces, destinations = [], []
+            for i, (run, own) in enumerate(zip(runs, rows, strict=True)):
+                a, b = (int(x) for x in np.searchsorted(own, [first, last]))
+                at_entry[i] += int(self.lengths[own[at_row[i] : a]].sum(dtype=np.int64))
+                at_row[i] = a
+                inside = own[a:b]
+                indices, values = np.dtype(run.index_type), np.dtype(run.value_type)
+                pieces.append(
+                    Piece(
+                        self.folder / run.name,
+                        run.indices_at + int(at_entry[i]) * indices.itemsize,
+                        run.values_at + int(at_entry[i]) * values.itemsize,
+                        run.index_type,
+                        run.value_type,
+                        int(self.lengths[inside].sum(dtype=np.int64)),
+                    )
+                )
+                destinations.append(inside)
+            where = np.concatenate(destinations)
+            yield Stretch(
+                number,
+                first,
+                tuple(piece for piece in pieces if piece.size),
+                where,
+                self.lengths[where],
+                start - int(self.indptr[first]),
+                stop - start,
+                types,
+            )

@@ -223,8 +223,25 @@ def _compute(
         return list(total)
 
     n_cells = np.bincount(codes, minlength=n_batches).astype(np.int64)
+    return statistics_of_sums(n_cells, run)
+
+
+def statistics_of_sums(
+    n_cells: npt.NDArray[np.int64], sums: Callable[[Floats | None], list[Floats]]
+) -> GeneStatistics:
+    """The statistics from sums over the rows, however these were come by.
+
+    Parameters
+    ----------
+    n_cells
+        int64, (n_batches,): cells of each batch.
+    sums
+        With None: sums and sums of squares of the counts. With a bound for each batch and gene:
+        number, sums and sums of squares of the counts above it. Each float64 (n_batches, n_vars).
+    """
+    n_batches = len(n_cells)
     n = n_cells[:, None].astype(np.float64)
-    total, squares = run(None)
+    total, squares = sums(None)
     mean = total / np.maximum(n, 1)
     variance = np.maximum(squares - total * mean, 0) / np.maximum(n - 1, 1)
     expected = np.empty_like(mean)
@@ -232,7 +249,7 @@ def _compute(
         expected[b] = expected_variance(mean[b], variance[b])
     clip = np.sqrt(expected * n) + mean
 
-    n_clipped, clipped, clipped_squares = run(clip)
+    n_clipped, clipped, clipped_squares = sums(clip)
     total += n_clipped * clip - clipped
     squares += n_clipped * np.square(clip) - clipped_squares
     # Σ (x - mean)² of the clipped x, whose own mean lies below `mean`.

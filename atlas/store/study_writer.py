@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+import queue
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import zarr
 from tqdm import tqdm
 
 from atlas import files
 from atlas.config import Profile
-from atlas.ingest import CountsSource
-from atlas.store.arrays import write_part
-from atlas.store.kernels import hash_rows
-from atlas.store.manifest import SCRATCH
-from atlas.store.matrix_writer import CSRRows, write_matrix
-from atlas.store.schema import Part
-from atlas.store.spill import RowSorter
-from atlas.store.statistics import gene_statistics
+from atlas.errors import ConfigError
+from atlas.ingest.base import CountsSource
+from atlas.ingest.matrix import Rows
+from atlas.ingest.study import Piece, Reading, StudyCounts
+from atlas.store import chunks, tally
+from atlas.store.journal import Journal
+from atlas.store.matrix_writer import (
+    Layout,
+    Written,
+    create_matrix,
+    index_type,
+    layouts,
+    write_shard,
+)
+from atlas.store.spill import RunResult, Runs, Stretch, write_run
+from atlas.store.statistics import GeneStatistics, gene_statistics, statistics_of_sums
+from atlas.store.workers import Workers
 from atlas.store.zarr_study import CSRMatrix, create_group, write_tables
 
-_SORT_BYTES = 192 * 2**20
-"""Memory for the rows that wait to be sorted; more goes to disk."""
+_TALLY_SHARE = 4
+"""Part of the memory that counting values may take: one in so many."""
 
 
 def _hash64(prefix: str, names: pd.Index[Any]) -> npt.NDArray[np.uint64]:
@@ -47,17 +59,107 @@ def _order(hashes: npt.NDArray[np.uint64], names: pd.Index[Any]) -> npt.NDArray[
     return order.astype(np.int64, copy=False)
 
 
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows of one piece that become one run; ``rows`` where they had to be read in order."""
+
+    piece: Piece
+    layer: str | None
+    start: int
+    stop: int
+    destinations: npt.NDArray[np.int64]
+    genes: npt.NDArray[np.int32] | None
+    index_type: str
+    folder: Path
+    rows: Rows | None = None
+
+
+def _spill(source: CountsSource, block: _Block) -> RunResult:
+    """Read, check, sort and write a block."""
+    rows = block.rows or source.read(block.start, block.stop, block.layer)
+    value_type = None if block.layer is not None else np.uint16
+    tidy = functools.partial(
+        source.tidy,
+        rows,
+        block.layer,
+        columns=block.piece.columns,
+        types=(block.index_type, value_type),
+    )
+    return write_run(
+        block.folder,
+        block.piece.first + block.start,
+        block.destinations,
+        lambda order: tidy(order=order),
+        block.genes,
+    )
+
+
+def _spill_anywhere(block: _Block) -> RunResult:
+    """The same in a process that shares nothing but the files."""
+    path = Path(str(block.piece.source))
+    return _spill(_kept_open(path, path.stat().st_mtime_ns, block.piece.reading), block)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept_open(path: Path, changed: int, reading: Reading) -> CountsSource:
+    return reading.open(path)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """A shard of both arrays, to be written into ``folder``."""
+
+    stretch: Stretch
+    folder: Path
+    layouts: tuple[Layout, Layout]
+
+
+def _write(shard: _Shard, count: Callable[..., None] | None = None) -> tuple[Written, Written, int]:
+    """Gather a shard and write it; returns what was written, and how many rows end in it."""
+    indptr, indices, data = shard.stretch.gather()
+    if count is not None:
+        count(shard.stretch.first_row, indptr, indices, data)
+    number = shard.stretch.number
+    written = (
+        write_shard(shard.folder / "indices", number, indices, shard.layouts[0]),
+        write_shard(shard.folder / "data", number, data, shard.layouts[1]),
+    )
+    return *written, shard.stretch.n_rows
+
+
 class StudyWriter:
-    """Writes one study's folder; a crash in it leaves what no manifest names."""
+    """Writes one study: first in the journal's folder, in place at the end.
+
+    Parameters
+    ----------
+    root, study, folder
+        The store, the name of the study, and that of its folder.
+    counts
+        What to write.
+    columns
+        int32, (n_vars,): gene of the store for each column, -1 for none.
+    batches
+        int32, (n_obs,): code of the batch of each row, in input order.
+    profile, memory
+        Compression; bytes that rows may take at a time.
+    workers, journal
+        Who does it; what is done already.
+    progress
+        Show rows and cells/s on stderr.
+    """
 
     def __init__(
         self,
         root: Path,
         study: str,
         folder: str,
-        counts: CountsSource,
+        counts: StudyCounts,
         columns: npt.NDArray[np.int32],
+        batches: npt.NDArray[np.int32],
         profile: Profile,
+        memory: int,
+        workers: Workers,
+        journal: Journal,
         progress: bool,
     ) -> None:
         self.root = root
@@ -65,19 +167,29 @@ class StudyWriter:
         self.counts = counts
         self.columns = columns
         self.profile = profile
+        self.memory = memory
+        self.workers = workers
+        self.journal = journal
         self.progress = progress
         self.folder = root / "studies" / folder
         self.nnz = 0
+        self._index_type = index_type(counts.n_vars)
+        self.row_hash = _hash64(study, counts.obs.index)
+        self.order = _order(self.row_hash, counts.obs.index)
+        self._destination = np.empty(counts.n_obs, np.int64)
+        self._destination[self.order] = np.arange(counts.n_obs)
+        self._batches, codes = np.unique(batches, return_inverse=True)
+        self._codes = codes.astype(np.int32)[self.order]
+        self._statistics: GeneStatistics | None = None
 
     def write(self, keep_layers: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
-        """Sort and write everything; returns the arrays of the index part that follow from it."""
-        counts = self.counts
-        row_hash = _hash64(self.study, counts.obs.index)
-        order = _order(row_hash, counts.obs.index)
-        destination = np.empty(counts.n_obs, np.int64)
-        destination[order] = np.arange(counts.n_obs)
-        self.folder.mkdir(parents=True)
-        group = create_group(self.folder)
+        """Write everything; returns the arrays of the index part that follow from it."""
+        counts, order = self.counts, self.order
+        folder = self.journal.folder / "study"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        group = create_group(folder)
         write_tables(
             group,
             counts.obs.iloc[order],
@@ -87,80 +199,188 @@ class StudyWriter:
             counts.path,
         )
         content = np.empty(counts.n_obs, np.uint64)
-        largest, row = 0, 0
-        with self._sorter(destination) as sorter:
-            for block in self._shown(counts.blocks(), "reading"):
-                n = len(block.indptr) - 1
-                content[row : row + n] = hash_rows(
-                    block.indptr, block.indices, block.data, self.columns
-                )
-                largest = max(largest, int(block.data.max(initial=0)))
-                self.nnz += len(block.data)
-                sorter.append(block.indptr, block.indices, block.data)
-                row += n
-            write_matrix(
+        for layer in (None, *keep_layers):
+            name = "X" if layer is None else f"layers/{layer}"
+            runs = self._read(name, layer, content if layer is None else None)
+            self.nnz = runs.nnz if layer is None else self.nnz
+            types = (self._index_type, _value_type(runs, layer))
+            self._write(name, runs, types, counting=layer is None)
+            create_matrix(
                 group,
-                "X",
-                self._shown(sorter.sorted_blocks(), "writing"),
-                shape=(counts.n_obs, counts.n_vars),
-                nnz=self.nnz,
-                dtype=np.uint16 if largest < 2**16 else np.uint32,
+                folder,
+                name,
+                self.journal.shards_folder(name),
+                runs.indptr,
+                n_columns=counts.n_vars,
+                types=types,
                 profile=self.profile,
             )
-        for layer in keep_layers:
-            self._write_layer(layer, group, destination)
-        files.sync_tree(self.folder)
+        files.sync_tree(folder)
+        self.folder.parent.mkdir(exist_ok=True)
+        folder.rename(self.folder)
         files.sync_folder(self.folder.parent)
         return {
-            "row_hash": row_hash[order],
+            "row_hash": self.row_hash[order],
             "name_hash": _hash64("", counts.obs.index)[order],
-            "content_hash": content[order],
-            "input_position": order.astype(np.int64),
+            "content_hash": content,
+            "input_position": order,
         }
 
-    def _write_layer(
-        self, name: str, group: zarr.Group, destination: npt.NDArray[np.int64]
-    ) -> None:
-        nnz, dtype = 0, np.dtype(np.float32)
-        with self._sorter(destination) as sorter:
-            for block in self._shown(self.counts.layer_blocks(name), f"layer {name}"):
-                nnz, dtype = nnz + len(block.data), block.data.dtype
-                sorter.append(block.indptr, block.indices, block.data)
-            write_matrix(
-                group.require_group("layers"),
-                name,
-                sorter.sorted_blocks(),
-                shape=(self.counts.n_obs, self.counts.n_vars),
-                nnz=nnz,
-                dtype=dtype,
-                profile=self.profile,
-            )
+    def _read(self, name: str, layer: str | None, content: npt.NDArray[np.uint64] | None) -> Runs:
+        """Bring all rows of a matrix into runs; ``content`` is filled with their hashes."""
+        runs = Runs(self.journal.runs_folder(name), self._destination)
+        with self._bar("reading" if layer is None else f"layer {layer}") as bar:
 
-    def _sorter(self, destination: npt.NDArray[np.int64]) -> RowSorter:
-        return RowSorter(destination, self.root / SCRATCH, memory=_SORT_BYTES)
+            def take(result: RunResult) -> None:
+                rows = runs.add(result)
+                if content is not None:
+                    content[rows] = result.hashes
+                bar.update(len(rows))
 
-    def _shown(self, blocks: Iterable[Any], what: str) -> Iterator[CSRRows]:
-        """Pass blocks on, with rows, cells/s and the time left on stderr."""
-        with tqdm(
+            done = set()
+            for result in self.journal.runs(name):
+                done.add((result.run.first, result.run.n_rows))
+                take(result)
+            blocks = self._blocks(layer, runs.folder, done)
+            spill = self._spill_here if self.workers.local else _spill_anywhere
+            for result in self.workers.run(spill, blocks):
+                self.journal.add_run(name, result.run)
+                take(result)
+        return runs
+
+    def _spill_here(self, block: _Block) -> RunResult:
+        with self.counts.opened(block.piece) as source:
+            return _spill(source, block)
+
+    def _blocks(
+        self, layer: str | None, folder: Path, done: set[tuple[int, int]]
+    ) -> Iterator[_Block]:
+        """Cut the inputs into blocks, and leave out those that are done."""
+        genes = self.columns if layer is None else None
+        for piece in self.counts.pieces:
+            with self.counts.opened(piece) as source:
+                ranges = source.ranges(layer)
+                stored: Iterable[tuple[int, int, Rows | None]] = (
+                    ((start, stop, None) for start, stop in ranges)
+                    if ranges is not None
+                    else (
+                        (rows.first, rows.first + len(rows.indptr) - 1, rows)
+                        for rows in source.stream(layer)
+                    )
+                )
+                for start, stop, rows in stored:
+                    first = piece.first + start
+                    if (first, stop - start) not in done:
+                        where = self._destination[first : piece.first + stop]
+                        yield _Block(
+                            piece,
+                            layer,
+                            start,
+                            stop,
+                            where,
+                            genes,
+                            self._index_type,
+                            folder,
+                            rows,
+                        )
+
+    def _write(self, name: str, runs: Runs, types: tuple[str, str], counting: bool) -> None:
+        """Write the shards of a matrix, and count the values on the way where that is cheap."""
+        own = layouts(types, self.profile)
+        folder = self.journal.shards_folder(name)
+        done = self.journal.shards(name, types)
+        tallies = self._tallies(types) if counting and not done else []
+        free: queue.SimpleQueue[tally.Tally] = queue.SimpleQueue()
+        for one in tallies:
+            free.put(one)
+
+        def count(
+            first: int,
+            indptr: npt.NDArray[np.int64],
+            indices: npt.NDArray[Any],
+            data: npt.NDArray[Any],
+        ) -> None:
+            one = free.get()
+            try:
+                one.add(indptr, indices, data, self._codes[first : first + len(indptr) - 1])
+            finally:
+                free.put(one)
+
+        write = functools.partial(_write, count=count) if tallies else _write
+        shards = (
+            _Shard(stretch, folder, own)
+            for stretch in runs.stretches(own[0].shard, types)
+            if stretch.number not in done
+        )
+        memory = self.memory - sum(one.nbytes for one in tallies)
+        at_once = memory // shard_bytes(self.counts, types)
+        with self._bar("writing") as bar:
+            for indices, data, n_rows in self.workers.run(write, shards, max(1, at_once)):
+                self.journal.add_shards(name, indices, data)
+                bar.update(min(n_rows, self.counts.n_obs - bar.n))
+        if tallies and not any(one.given_up for one in tallies):
+            cells = np.bincount(self._codes, minlength=len(self._batches)).astype(np.int64)
+            self._statistics = statistics_of_sums(cells, functools.partial(tally.sums, tallies))
+
+    def _tallies(self, types: tuple[str, str]) -> list[tally.Tally]:
+        """One for each thread; none where the batches are many, or the workers elsewhere."""
+        n_batches, n_vars = len(self._batches), self.counts.n_vars
+        number = self.workers.number
+        share = min(self.memory // _TALLY_SHARE, self.memory - shard_bytes(self.counts, types))
+        width = tally.affordable_width(n_batches, n_vars, share // number)
+        if width is None or not self.workers.local:
+            return []
+        return [tally.Tally(n_batches, n_vars, width) for _ in range(number)]
+
+    def _bar(self, what: str) -> Any:
+        """Rows, cells/s and the time left on stderr."""
+        return tqdm(
             total=self.counts.n_obs,
             desc=f"{self.study}: {what}",
             unit=" cells",
             unit_scale=True,
             disable=not self.progress,
-        ) as bar:
-            for block in blocks:
-                yield block
-                bar.update(len(block.indptr) - 1)
+        )
 
-    def statistics(self, batch_codes: npt.NDArray[np.int32], scheduler: str | None) -> Part:
-        """Compute and keep means and variances per batch, with the codes of the batches."""
-        batches, local = np.unique(batch_codes, return_inverse=True)
-        found = gene_statistics(
+    def statistics(self) -> dict[str, npt.NDArray[Any]]:
+        """Means and variances per batch, with the codes of the batches, after :meth:`write`."""
+        found = self._statistics or gene_statistics(
             CSRMatrix(self.folder / "X").read,
             self.counts.n_obs,
             self.counts.n_vars,
-            local.astype(np.int32),
-            scheduler=scheduler,
+            self._codes,
+            scheduler=self.workers.address,
         )
-        arrays = {**found.to_arrays(), "batches": batches.astype(np.int32)}
-        return write_part(self.root, f"parts/{self.folder.name}/statistics", arrays)
+        return {**found.to_arrays(), "batches": self._batches.astype(np.int32)}
+
+
+def _value_type(runs: Runs, layer: str | None) -> str:
+    """Of the values on disk: the narrowest for counts, a layer's own."""
+    if layer is None:
+        return "<u2" if runs.largest < 2**16 else "<u4"
+    kinds = runs.value_types
+    return np.dtype(np.result_type(*kinds)).str if kinds else "<f4"
+
+
+def shard_bytes(counts: StudyCounts, types: tuple[str, str]) -> int:
+    """Memory for one shard: what is read, what is gathered from it, and what is compressed."""
+    most = min(chunks.SHARD, counts.n_obs * counts.n_vars)
+    return max(1, most * sum(np.dtype(kind).itemsize for kind in types) * 5 // 2)
+
+
+def check_memory(counts: StudyCounts, memory: int) -> None:
+    """Refuse a budget in which not even one shard has room.
+
+    Raises
+    ------
+    ConfigError
+        Names the least that would do.
+    """
+    least = shard_bytes(counts, (index_type(counts.n_vars), "<u4"))
+    if memory < least:
+        raise ConfigError(
+            "memory is too small to write a study",
+            found=f"{memory:,} bytes",
+            expected=f"at least {least:,} bytes for a study of {counts.n_vars:,} genes",
+            do=f"give --memory {-(-least // 10**6)}MB or more",
+        )

@@ -192,7 +192,7 @@ def test_an_interrupt_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("atlas.store.study_writer.gene_statistics", interrupt)
+        patch.setattr("atlas.store.study_writer.statistics_of_sums", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.append(make_study(), study="two")
     assert _content(store.path) == before
