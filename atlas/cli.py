@@ -68,9 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("ingest", _ingest, "append a study to a store, which is made where there is none")
     sub.add_argument("store")
-    sub.add_argument("source", help="an .h5ad or 10x .h5 file")
+    sub.add_argument("source", nargs="+", help="an .h5ad or 10x .h5 file; several become one study")
     sub.add_argument("--study", required=True, help="name of the study")
-    sub.add_argument("--batch-key", help="obs column of the batch; a,b combines two")
+    sub.add_argument(
+        "--batch-key",
+        help="obs column of the batch; a,b combines two; 'file' is the file a cell came from",
+    )
     sub.add_argument("--label-key", help="obs column of the label")
     sub.add_argument("--unlabeled", default="Unknown", help="value that stands for no label")
     sub.add_argument("--profile", choices=get_args(Profile), default="fast", help="compression")
@@ -79,7 +82,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--round", action="store_true", help="round counts that have fractions")
     sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file")
     sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
-    sub.add_argument("--scheduler", help="address of a dask scheduler; threads by default")
+    sub.add_argument(
+        "--prefix-rows", action="store_true", help="put FILE: before the names of cells"
+    )
+    sub.add_argument(
+        "--genes-of-all",
+        action="store_true",
+        help="keep the genes that all files have, where they differ",
+    )
+    sub.add_argument("--memory", default="512MB", help="what counts may take at a time")
+    sub.add_argument(
+        "--scheduler",
+        default="threads",
+        help="threads, processes, or the address of a dask scheduler that sees the same files",
+    )
+    sub.add_argument(
+        "--fresh", action="store_true", help="do not go on with an ingest that was interrupted"
+    )
     new = sub.add_mutually_exclusive_group()
     new.add_argument("--genes", metavar="FILE", help="of a new store: hold these, one a line")
     new.add_argument("--first", action="store_true", help="of a new store: hold this study's only")
@@ -209,7 +228,11 @@ def _ingest(options: argparse.Namespace) -> None:
         round_counts=options.round,
         feature_type=options.feature_type,
         keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
+        prefix_rows=options.prefix_rows,
+        genes_of_all=options.genes_of_all,
+        memory=options.memory,
         scheduler=options.scheduler,
+        fresh=options.fresh,
         genes=Path(options.genes).read_text().split() if options.genes else None,
         first=options.first,
         progress=True,

@@ -153,7 +153,7 @@ def _check_same(first: Tables, other: Tables, columns: npt.NDArray[np.int32]) ->
         expected="the same genes in every file, in any order: a gene that one file did not "
         "measure would read as zero in its cells",
         do="ingest the files as studies of their own, where such genes are missing and not zero; "
-        "or keep the genes they have in common with --genes-of-all (common_genes=True in Python)",
+        "or keep the genes they have in common with --genes-of-all (genes_of_all=True in Python)",
     )
 
 

@@ -188,7 +188,7 @@ def open_study(
     reading: Reading,
     *,
     prefix_rows: bool = False,
-    common_genes: bool = False,
+    genes_of_all: bool = False,
 ) -> StudyCounts:
     """Open one input, or join several.
 
@@ -200,7 +200,7 @@ def open_study(
         How to read them.
     prefix_rows
         Put the name of the file and a colon before each row name.
-    common_genes
+    genes_of_all
         Keep the genes that all inputs have, in place of refusing inputs whose genes differ.
 
     Raises
@@ -223,7 +223,7 @@ def open_study(
         with reading.open(source) as counts:
             tables.append(join.Tables.of(counts))
     labels = join.labels(inputs)
-    columns, var, notes = join.join_genes(tables, common_genes)
+    columns, var, notes = join.join_genes(tables, genes_of_all)
     obs, more = join.join_obs(tables, labels, prefix_rows, FILE_COLUMN)
     first, pieces = 0, []
     for source, table, own in zip(inputs, tables, columns, strict=True):

@@ -58,7 +58,7 @@ class Request:
     feature_type: str = "Gene Expression"
     keep_layers: tuple[str, ...] = ()
     prefix_rows: bool = False
-    common_genes: bool = False
+    genes_of_all: bool = False
     memory: str | int = DEFAULT_MEMORY
     scheduler: str | None = None
     fresh: bool = False
@@ -136,7 +136,7 @@ def append_study(
             folder=root / SCRATCH,
         )
         with open_study(
-            sources, reading, prefix_rows=request.prefix_rows, common_genes=request.common_genes
+            sources, reading, prefix_rows=request.prefix_rows, genes_of_all=request.genes_of_all
         ) as counts:
             check_memory(counts, memory)
             if not workers.local and counts.files is None:

@@ -293,7 +293,7 @@ class CountStore:
         feature_type: str = "Gene Expression",
         keep_layers: Sequence[str] = (),
         prefix_rows: bool = False,
-        common_genes: bool = False,
+        genes_of_all: bool = False,
         memory: str | int = DEFAULT_MEMORY,
         scheduler: str | None = None,
         fresh: bool = False,
@@ -329,7 +329,7 @@ class CountStore:
             Names of layers to keep beside the counts.
         prefix_rows
             Put the name of its file and a colon before each row name.
-        common_genes
+        genes_of_all
             Of several inputs whose genes differ keep those that all have; an error otherwise.
         memory
             What rows may take at a time, besides about 200 bytes for each cell: ``"512MB"``.
@@ -361,7 +361,7 @@ class CountStore:
             feature_type,
             tuple(keep_layers),
             prefix_rows,
-            common_genes,
+            genes_of_all,
             memory,
             scheduler,
             fresh,

@@ -16,6 +16,7 @@ from anndata import AnnData
 
 from atlas.errors import ConfigError
 from atlas.hdf5 import create_hdf5
+from atlas.ingest import GeneTable
 from atlas.store import AppendReport, CountStore, create_store, open_store, to_anndata
 from atlas.store import manifest as manifests
 from atlas.store.selection import Flavour, select_from_statistics
@@ -26,7 +27,7 @@ from atlas.workflows.rows import Rows, rows_where
 
 def ingest(
     path: str | PathLike[str],
-    source: str | PathLike[str],
+    source: str | PathLike[str] | Sequence[str | PathLike[str]],
     *,
     genes: Sequence[str] | None = None,
     first: bool = False,
@@ -39,7 +40,8 @@ def ingest(
     path
         The store.
     source
-        The file; a store made for a study that turns out bad is removed again.
+        The file, or several that become one study. A store made for a study that turns out bad is
+        removed again.
     genes, first
         Which genes a new store holds for ever; see :func:`atlas.store.create_store`.
     **options
@@ -47,20 +49,31 @@ def ingest(
     """
     root = Path(path)
     if not manifests.is_free(root):
-        if genes is not None or first:
+        store = open_store(root)
+        if (genes is not None or first) and not _made_so(store, genes):
             raise ConfigError(
                 "The genes of a store are fixed when it is made",
                 found="a store that is there already",
                 do="leave out --genes and --first, or make a new store",
                 path=root,
             )
-        return open_store(root).append(source, **options)
+        return store.append(source, **options)
     store = create_store(root, genes=genes, first=first)
     try:
         return store.append(source, **options)
     except BaseException:
         manifests.remove_unused(root)
         raise
+
+
+def _made_so(store: CountStore, genes: Sequence[str] | None) -> bool:
+    """Whether a store without studies has these genes: that of an ingest that was interrupted."""
+    if store.manifest.studies:
+        return False
+    if genes is None:
+        return store.manifest.gene_mode == "first"
+    table = GeneTable.of_names(genes)
+    return store.manifest.gene_mode == "given" and store.gene_table == table
 
 
 def select_genes(
