@@ -33,12 +33,10 @@ class Tables:
     notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, counts: CountsSource) -> Self:
+    def of(cls, counts: CountsSource, name: str) -> Self:
         """Take them from an open input."""
-        shapes = {name: array.shape[1:] for name, array in counts.obsm.items()}
-        return cls(
-            counts.name, counts.obs, counts.var, shapes, counts.uns, counts.layers, counts.notes
-        )
+        shapes = {key: array.shape[1:] for key, array in counts.obsm.items()}
+        return cls(name, counts.obs, counts.var, shapes, counts.uns, counts.layers, counts.notes)
 
 
 def labels(sources: Sequence[Path | AnnData]) -> list[str]:

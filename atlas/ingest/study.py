@@ -218,11 +218,12 @@ def open_study(
     inputs = [source if isinstance(source, AnnData) else Path(source) for source in listed]
     if len(inputs) == 1:
         return _single(inputs[0], reading, prefix_rows)
-    tables = []
-    for source in inputs:
-        with reading.open(source) as counts:
-            tables.append(join.Tables.of(counts))
     labels = join.labels(inputs)
+    tables = []
+    for source, label in zip(inputs, labels, strict=True):
+        with reading.open(source) as counts:
+            name = f"{label} ({counts.name})" if isinstance(source, AnnData) else counts.name
+            tables.append(join.Tables.of(counts, name))
     columns, var, notes = join.join_genes(tables, genes_of_all)
     obs, more = join.join_obs(tables, labels, prefix_rows, FILE_COLUMN)
     first, pieces = 0, []

@@ -25,7 +25,7 @@ from atlas.store import chunks
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array, write_part
 from atlas.store.journal import Journal
-from atlas.store.manifest import SCRATCH
+from atlas.store.manifest import INGEST, SCRATCH
 from atlas.store.schema import Manifest, StudyEntry
 from atlas.store.study_writer import StudyWriter, check_memory
 from atlas.store.workers import Workers
@@ -168,6 +168,7 @@ def _append(
     own_batches = _batches(counts, request.batch_keys, study)
     own_labels = _labels(counts, request.label_key, request.unlabeled)
     _check_layers(counts, request.keep_layers)
+    left = (root / SCRATCH / INGEST).exists()
     with manifests.writer(root, f"append {study}") as newest:
         if study in (entry.name for entry in newest.studies):
             raise StudyExistsError(
@@ -184,7 +185,7 @@ def _append(
         labels, label_codes = _extend(newest.labels, *own_labels)
 
         asked = _fingerprint(counts, request, memory // (workers.number + 1), columns)
-        journal, notes = Journal.open(root, newest.number, asked, request.fresh)
+        journal, notes = Journal.open(root, newest.number, asked, fresh=request.fresh, left=left)
         folder = manifests.study_folder(root, newest, study)
         writer = StudyWriter(
             root,

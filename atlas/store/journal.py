@@ -103,17 +103,35 @@ class Journal:
 
     @classmethod
     def open(
-        cls, root: Path, manifest: int, request: Mapping[str, Any] | None, fresh: bool = False
+        cls,
+        root: Path,
+        manifest: int,
+        request: Mapping[str, Any] | None,
+        *,
+        fresh: bool = False,
+        left: bool = False,
     ) -> tuple[Journal, list[str]]:
-        """The journal to go on with, or a new one; and what the user should know."""
+        """The journal to go on with, or a new one; and what the user should know.
+
+        Parameters
+        ----------
+        root, manifest, request
+            Of the journal.
+        fresh
+            Do not go on.
+        left
+            An ingest had left something, before leftovers were removed.
+        """
         journal = cls(root, manifest, request)
-        notes = []
+        why: str | None = None
         if journal.path.exists():
             why = "--fresh was given" if fresh else journal._read()
             if why is None:
                 return journal, ["going on with the ingest that was interrupted"]
             journal._matrices = {}
-            notes.append(f"an interrupted ingest was not gone on with: {why}")
+        elif left:
+            why = "its journal is missing or damaged, or the store has changed since"
+        notes = [] if why is None else [f"an interrupted ingest was not gone on with: {why}"]
         journal.remove()
         journal.folder.mkdir(parents=True)
         journal.write()

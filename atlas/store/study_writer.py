@@ -105,6 +105,11 @@ def _kept_open(path: Path, changed: int, reading: Reading) -> CountsSource:
     return reading.open(path)
 
 
+def _close_kept() -> None:
+    """Close what a worker kept open."""
+    _kept_open.cache_clear()
+
+
 @dataclass(frozen=True, eq=False)
 class _Shard:
     """A shard of both arrays, to be written into ``folder``."""
@@ -243,9 +248,12 @@ class StudyWriter:
                 take(result)
             blocks = self._blocks(layer, runs.folder, done)
             spill = self._spill_here if self.workers.local else _spill_anywhere
-            for result in self.workers.run(spill, blocks):
-                self.journal.add_run(name, result.run)
-                take(result)
+            try:
+                for result in self.workers.run(spill, blocks):
+                    self.journal.add_run(name, result.run)
+                    take(result)
+            finally:
+                self.workers.everywhere(_close_kept)
         return runs
 
     def _spill_here(self, block: _Block) -> RunResult:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from typing import Any, Self, TypeVar
 
 from atlas.errors import AtlasError, StoreError
+from atlas.store.parallel import resolve_threads
 from atlas.store.statistics import connect
 
 Item = TypeVar("Item")
@@ -43,8 +43,9 @@ class Workers:
     def __init__(self, scheduler: str | None = None) -> None:
         self._stack = ExitStack()
         self.local = scheduler in (None, "threads")
-        self.number = len(os.sched_getaffinity(0))
+        self.number = resolve_threads(None)
         self.address: str | None = None
+        self._client: Any = None
         self._executor: Executor
         if self.local:
             self._executor = ThreadPoolExecutor(self.number, thread_name_prefix="atlas-ingest")
@@ -64,6 +65,7 @@ class Workers:
             self._stack.close()
             raise
         self.number = max(1, sum(client.nthreads().values()))
+        self._client = client
         self._executor = client.get_executor(pure=False)
 
     def run(
@@ -112,9 +114,14 @@ class Workers:
                     do="look at the log of the workers, or leave out --scheduler",
                 ) from error
 
+    def everywhere(self, function: Callable[[], None]) -> None:
+        """Call a function in every other process."""
+        if self._client is not None:
+            self._client.run(function)
+
     def close(self) -> None:
         """Let the workers go."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor.shutdown(wait=True)
         self._stack.close()
 
     def __enter__(self) -> Self:
