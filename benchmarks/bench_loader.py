@@ -48,7 +48,7 @@ from sides import COLD, COMPARISONS, MEMORY, Side, sides  # noqa: E402
 from stores import Stores, make_stores, sequential_rate  # noqa: E402
 
 FULL: Json = {"genes": 20_000, "n_genes": 2000, "seconds": 3.0, "warm_seconds": 3.0, "limit": 20.0}
-TINY: Json = {"genes": 500, "n_genes": 50, "seconds": 0.0, "warm_seconds": 0.1, "limit": 5.0}
+TINY: Json = {"genes": 500, "n_genes": 50, "seconds": 0.0, "warm_seconds": 0.1, "limit": 20.0}
 MEMORY_LIMIT = MEMORY + 200_000_000
 
 
@@ -82,7 +82,8 @@ def measure(
     arguments = {
         **stores.paths,
         **side.arguments(minibatch_size),
-        **{key: settings[key] for key in ("seconds", "warm_seconds", "limit")},
+        **{key: settings[key] for key in ("seconds", "warm_seconds")},
+        "limit": settings["limit"] if side.limit is None else side.limit,
         "minibatch_size": minibatch_size,
         "prove": None if prove is None else str(prove),
         "cold": cold,
@@ -186,10 +187,11 @@ def comparisons(rows: list[Json], made: Json) -> list[Json]:
         if name.startswith("ours") and "cold" not in name:
             most = row["memory_bytes"] / MEMORY_LIMIT
             out.append(compared(f"memory of {name} / (budget + 200 MB)", most, 1, at_least=False))
-    if "ours" in made and "annbatch" in made:
-        own, peer = made["ours"], made["annbatch"]
+    own, peer = made.get("ours", {}), made.get("annbatch", {})
+    if own.get("seconds") and peer.get("seconds"):
         ratio = statistics.median(peer["seconds"]) / statistics.median(own["seconds"])
         out.append(compared("speed of ingest / annbatch's add_adatas", ratio, 2, at_least=True))
+    if own.get("bytes") and peer.get("bytes"):
         size = own["bytes"] / peer["bytes"]
         out.append(compared("size of the store / annbatch's", size, 1, at_least=False))
     return out

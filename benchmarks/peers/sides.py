@@ -32,6 +32,8 @@ class Side:
         The store that it reads, by its name in :mod:`stores`.
     most_cells
         Up to how many cells it is measured.
+    limit
+        Seconds after which it is stopped, where not those of all.
     weighted
         Rows come with replacement.
     """
@@ -43,6 +45,7 @@ class Side:
     environment: str | None = None
     needs: str = "ours"
     most_cells: int | None = None
+    limit: float | None = None
     weighted: bool = False
 
     def arguments(self, minibatch_size: int) -> dict[str, Any]:
@@ -83,6 +86,8 @@ def sides(minibatch_size: int) -> list[Side]:
             environment="tiledbsoma",
             needs="tiledbsoma",
             most_cells=100_000,
+            # It reads 65,536 rows before the first minibatch: only a whole epoch is fair to it.
+            limit=180.0,
         ),
     ]
 
