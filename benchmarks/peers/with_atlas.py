@@ -139,11 +139,17 @@ def stream(arguments: Json, phases: Phases) -> Json:
     phases.begin("open")
     source = _source(arguments)
     weighted = {"weights": _weights(source)} if arguments["weighted"] else {}
-    loader = loaders.MinibatchLoader(
-        source, arguments["minibatch_size"], seed=0, **arguments["loader"], **weighted
-    )
+
+    def begin() -> loaders.MinibatchLoader:
+        asked = arguments["loader"] | weighted
+        return loaders.MinibatchLoader(source, arguments["minibatch_size"], seed=0, **asked)
+
+    loader = begin()
 
     def epoch() -> Iterator[Rows]:
+        nonlocal loader
+        if loader.step:  # it was left in mid-epoch, and would go on there
+            loader = begin()
         for minibatch in loader:
             yield minibatch.data, minibatch.indices, minibatch.indptr
 
