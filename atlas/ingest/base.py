@@ -14,9 +14,9 @@ import pandas as pd
 import scipy.sparse as sp
 from anndata.utils import make_index_unique
 
-from atlas.errors import CountsError, InputError, MissingColumnError
+from atlas.errors import CountsError, InputError
 from atlas.ingest import kernels
-from atlas.ingest.content import Content, CountsBlock, LayerBlock, OpenMatrix
+from atlas.ingest.content import Content, CountsBlock, LayerBlock, OpenMatrix, missing_layer
 from atlas.ingest.matrix import Budget, Matrix, Rows, select_columns
 
 DEFAULT_MEMORY = 256 << 20
@@ -333,16 +333,6 @@ def _tidy_layer(
     return block.indptr.astype(np.int64), block.indices.astype(index_type), block.data
 
 
-def obsm_array(value: Any) -> npt.NDArray[Any]:
-    """An entry of obsm as a plain array, whatever it is kept as."""
-    if isinstance(value, pd.DataFrame):
-        return value.to_numpy()
-    if sp.issparse(value):
-        dense: npt.NDArray[Any] = value.toarray()
-        return dense
-    return np.asarray(value)
-
-
 def looks_like_counts(matrix: OpenMatrix) -> bool:
     """Whether a sample of the values could be raw counts."""
     try:
@@ -356,48 +346,6 @@ def looks_like_counts(matrix: OpenMatrix) -> bool:
         and (values < 2**32).all()
         and (values == np.rint(values)).all()
     )
-
-
-def missing_layer(
-    layer: str, layers: Mapping[str, Any], name: str, path: Path | None
-) -> MissingColumnError:
-    """The error for a layer that is not there."""
-    return MissingColumnError(
-        f"{name} has no layer {layer!r}",
-        found=", ".join(map(repr, layers)) or "no layers",
-        expected=f"a layer named {layer!r}",
-        do="name one of those found, or leave the layer out to read X",
-        path=path,
-    )
-
-
-def missing_raw(name: str, path: Path | None) -> InputError:
-    """The error for an AnnData without ``raw``."""
-    return InputError(
-        f"{name} has no raw",
-        found="no raw.X",
-        expected="counts in raw.X",
-        do="leave out --use-raw to read X, or name a layer with --layer",
-        path=path,
-    )
-
-
-def elsewhere(
-    layers: Mapping[str, OpenMatrix],
-    x: OpenMatrix | None,
-    raw: OpenMatrix | None,
-    chosen: OpenMatrix,
-) -> dict[str, OpenMatrix]:
-    """Matrices beside the chosen one, by the advice that selects them."""
-    advice: dict[str, OpenMatrix] = {}
-    if raw is not None:
-        advice["raw.X holds counts: add --use-raw (use_raw=True in Python)"] = raw
-    for name, layer in layers.items():
-        selects = f"add --layer {name} (layer={name!r} in Python)"
-        advice[f"layers[{name!r}] holds counts: {selects}"] = layer
-    if x is not None:
-        advice["X holds counts: leave out --layer and --use-raw"] = x
-    return {text: matrix for text, matrix in advice.items() if matrix is not chosen}
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import scipy.sparse as sp
 
+from atlas.errors import InputError, MissingColumnError
 from atlas.ingest.matrix import Matrix
 
 OpenMatrix = Callable[[], Matrix]
@@ -120,3 +122,55 @@ class Content:
     elsewhere: Mapping[str, OpenMatrix]
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = lambda: None
+
+
+def obsm_array(value: Any) -> npt.NDArray[Any]:
+    """An entry of obsm as a plain array, whatever it is kept as."""
+    if isinstance(value, pd.DataFrame):
+        return value.to_numpy()
+    if sp.issparse(value):
+        dense: npt.NDArray[Any] = value.toarray()
+        return dense
+    return np.asarray(value)
+
+
+def missing_layer(
+    layer: str, layers: Mapping[str, Any], name: str, path: Path | None
+) -> MissingColumnError:
+    """The error for a layer that is not there."""
+    return MissingColumnError(
+        f"{name} has no layer {layer!r}",
+        found=", ".join(map(repr, layers)) or "no layers",
+        expected=f"a layer named {layer!r}",
+        do="name one of those found, or leave the layer out to read X",
+        path=path,
+    )
+
+
+def missing_raw(name: str, path: Path | None) -> InputError:
+    """The error for an AnnData without ``raw``."""
+    return InputError(
+        f"{name} has no raw",
+        found="no raw.X",
+        expected="counts in raw.X",
+        do="leave out --use-raw to read X, or name a layer with --layer",
+        path=path,
+    )
+
+
+def elsewhere(
+    layers: Mapping[str, OpenMatrix],
+    x: OpenMatrix | None,
+    raw: OpenMatrix | None,
+    chosen: OpenMatrix,
+) -> dict[str, OpenMatrix]:
+    """Matrices beside the chosen one, by the advice that selects them."""
+    advice: dict[str, OpenMatrix] = {}
+    if raw is not None:
+        advice["raw.X holds counts: add --use-raw (use_raw=True in Python)"] = raw
+    for name, layer in layers.items():
+        selects = f"add --layer {name} (layer={name!r} in Python)"
+        advice[f"layers[{name!r}] holds counts: {selects}"] = layer
+    if x is not None:
+        advice["X holds counts: leave out --layer and --use-raw"] = x
+    return {text: matrix for text, matrix in advice.items() if matrix is not chosen}

@@ -13,8 +13,15 @@ import pandas as pd
 from anndata.io import read_elem
 
 from atlas.errors import InputError
-from atlas.ingest.base import elsewhere, missing_layer, missing_raw, obsm_array
-from atlas.ingest.content import Content, LazyArrays, OpenMatrix
+from atlas.ingest.content import (
+    Content,
+    LazyArrays,
+    OpenMatrix,
+    elsewhere,
+    missing_layer,
+    missing_raw,
+    obsm_array,
+)
 from atlas.ingest.matrix import CsrMatrix, DenseMatrix, Matrix, Place
 from atlas.ingest.transpose import ChunkedMatrix, CscMatrix
 

@@ -11,8 +11,14 @@ import scipy.sparse as sp
 from anndata.abc import CSCDataset, CSRDataset
 
 from atlas.errors import InputError
-from atlas.ingest.base import elsewhere, missing_layer, missing_raw, obsm_array
-from atlas.ingest.content import Content, LazyArrays
+from atlas.ingest.content import (
+    Content,
+    LazyArrays,
+    elsewhere,
+    missing_layer,
+    missing_raw,
+    obsm_array,
+)
 from atlas.ingest.h5ad import stored_matrix
 from atlas.ingest.matrix import CsrMatrix, DenseMatrix, Matrix, Place, SlicedMatrix
 from atlas.ingest.transpose import CscMatrix

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import queue
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 from tqdm import tqdm
 
 from atlas import files
@@ -32,6 +30,7 @@ from atlas.store.matrix_writer import (
     layouts,
     write_shard,
 )
+from atlas.store.row_order import hash_names, order_rows
 from atlas.store.spill import RunResult, Runs, Stretch, write_run
 from atlas.store.statistics import GeneStatistics, gene_statistics, statistics_of_sums
 from atlas.store.workers import Workers
@@ -39,24 +38,6 @@ from atlas.store.zarr_study import CSRMatrix, create_group, write_tables
 
 _TALLY_SHARE = 4
 """Part of the memory that counting values may take: one in so many."""
-
-
-def _hash64(prefix: str, names: pd.Index[Any]) -> npt.NDArray[np.uint64]:
-    start = hashlib.blake2b(prefix.encode() + b"\0", digest_size=8)
-    out = bytearray()
-    for name in names:
-        one = start.copy()
-        one.update(str(name).encode())
-        out += one.digest()
-    return np.frombuffer(bytes(out), "<u8").astype(np.uint64)
-
-
-def _order(hashes: npt.NDArray[np.uint64], names: pd.Index[Any]) -> npt.NDArray[np.int64]:
-    """Rows by rising hash, equal hashes (hardly ever) by name: int64 positions."""
-    order = np.argsort(hashes, kind="stable")
-    if (np.diff(hashes[order]) == 0).any():
-        order = np.lexsort((names.to_numpy(str), hashes))
-    return order.astype(np.int64, copy=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +160,8 @@ class StudyWriter:
         self.folder = root / "studies" / folder
         self.nnz = 0
         self._index_type = index_type(counts.n_vars)
-        self.row_hash = _hash64(study, counts.obs.index)
-        self.order = _order(self.row_hash, counts.obs.index)
+        self.row_hash = hash_names(study, counts.obs.index)
+        self.order = order_rows(self.row_hash, counts.obs.index)
         self._destination = np.empty(counts.n_obs, np.int64)
         self._destination[self.order] = np.arange(counts.n_obs)
         self._batches, codes = np.unique(batches, return_inverse=True)
@@ -226,7 +207,7 @@ class StudyWriter:
         files.sync_folder(self.folder.parent)
         return {
             "row_hash": self.row_hash[order],
-            "name_hash": _hash64("", counts.obs.index)[order],
+            "name_hash": hash_names("", counts.obs.index)[order],
             "content_hash": content,
             "input_position": order,
         }
@@ -246,6 +227,7 @@ class StudyWriter:
             for result in self.journal.runs(name):
                 done.add((result.run.first, result.run.n_rows))
                 take(result)
+            _leave_out(bar)
             blocks = self._blocks(layer, runs.folder, done)
             spill = self._spill_here if self.workers.local else _spill_anywhere
             try:
@@ -315,15 +297,19 @@ class StudyWriter:
                 free.put(one)
 
         write = functools.partial(_write, count=count) if tallies else _write
-        shards = (
-            _Shard(stretch, folder, own)
-            for stretch in runs.stretches(own[0].shard, types)
-            if stretch.number not in done
-        )
         memory = self.memory - sum(one.nbytes for one in tallies)
         at_once = memory // shard_bytes(self.counts, types)
         with self._bar("writing") as bar:
-            for indices, data, n_rows in self.workers.run(write, shards, max(1, at_once)):
+
+            def shards() -> Iterator[_Shard]:
+                for stretch in runs.stretches(own[0].shard, types):
+                    if stretch.number not in done:
+                        yield _Shard(stretch, folder, own)
+                    else:
+                        bar.update(stretch.n_rows)
+                        _leave_out(bar)
+
+            for indices, data, n_rows in self.workers.run(write, shards(), max(1, at_once)):
                 self.journal.add_shards(name, indices, data)
                 bar.update(min(n_rows, self.counts.n_obs - bar.n))
         if tallies and not any(one.given_up for one in tallies):
@@ -360,6 +346,12 @@ class StudyWriter:
             scheduler=self.workers.address,
         )
         return {**found.to_arrays(), "batches": self._batches.astype(np.int32)}
+
+
+def _leave_out(bar: Any) -> None:
+    """What was done before an interruption is no part of the speed."""
+    if not bar.disable:
+        bar.initial = bar.n
 
 
 def _value_type(runs: Runs, layer: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from anndata import AnnData
 
-from atlas import workflows
+from atlas import files, workflows
 from atlas.errors import CountsError, StoreError
 from atlas.ingest import CountsSource
 from atlas.store import CountStore, chunks, create_store, journal, open_store, study_writer
@@ -217,6 +218,45 @@ def test_another_commit_ends_it_and_nothing_else_does(
     assert not scratch.exists()
     report = append(store, path)
     assert report.notes == ()
+
+
+@pytest.mark.parametrize(("door", "stride"), [("write_bytes", 17), ("write_scratch", 7)])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, path: Path, door: str, stride: int) -> None:
+    store = create_store(tmp_path / "s.atlas")
+    before = content(store.path)
+    real, n = getattr(files, door), 0
+    while True:
+        calls = 0
+
+        def full(*arguments: Any, n: int = n, **options: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > n:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            real(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(files, door, full)
+            try:
+                append(store, path)
+                break
+            except StoreError as error:
+                assert "the store is as it was\n  found: [Errno 28]" in str(error)
+        assert content(store.path) == before
+        n += stride
+    assert n > 2 * stride
+    store.verify()
+
+
+def test_progress_goes_on_too(
+    tmp_path: Path, path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = create_store(tmp_path / "s.atlas")
+    interrupted(store, path, "write_shard", 12)
+    append(store, path, progress=True)
+    shown = capsys.readouterr().err
+    assert "s: reading: 100%" in shown
+    assert "s: writing: 100%" in shown
 
 
 def test_bad_input_and_objects_leave_nothing(
