@@ -3,18 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from loaders.errors import LoaderError
-
-Range = tuple[int, int]
+from loaders.selection import Ints, Selection
 
 MAX_BLOCK = 256
 MIN_BLOCK = 32
 BLOCKS_PER_LANE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Stretches of rows, in any order.
+
+    Attributes
+    ----------
+    starts, stops
+        Row ranges to read: int64, (n_blocks,) each.
+    takes
+        Rows that minibatches take from each: int64, (n_blocks,). The chosen rows of the range; or,
+        where rows are drawn by weight, the number of draws.
+    segment
+        The segment of each: int64, (n_blocks,).
+    """
+
+    starts: Ints
+    stops: Ints
+    takes: Ints
+    segment: Ints
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, order: Ints) -> Blocks:
+        """Some of the blocks, in the order given."""
+        return Blocks(self.starts[order], self.stops[order], self.takes[order], self.segment[order])
 
 
 def default_block_size(n_rows: int, lanes: int) -> int:
@@ -28,20 +55,24 @@ def default_block_size(n_rows: int, lanes: int) -> int:
     return min(MAX_BLOCK, max(MIN_BLOCK, n_rows // (BLOCKS_PER_LANE * lanes)))
 
 
-def row_pieces(segments: Sequence[int], rows: Sequence[Range] | None) -> list[Range]:
-    """The chosen row ranges, split where a segment ends, without the empty ones.
+def tile(segments: Sequence[int], selection: Selection, block_size: int) -> Blocks:
+    """Cut each segment into ranges of ``block_size`` rows, and keep those with a chosen row.
+
+    The cuts do not depend on the selection; a range is trimmed to its first and last chosen row.
 
     Parameters
     ----------
     segments
         Row at which each segment starts, and the number of rows at the end.
-    rows
-        Sorted, disjoint ranges ``(start, stop)``; ``None`` takes all rows.
+    selection
+        The chosen rows.
+    block_size
+        Rows of a range at most.
 
     Raises
     ------
     LoaderError
-        Segments or ranges out of order or range, or nothing chosen.
+        The segments do not rise from 0.
     """
     bounds = [int(bound) for bound in segments]
     if not bounds or bounds[0] != 0 or any(b < a for a, b in pairwise(bounds)):
@@ -50,52 +81,11 @@ def row_pieces(segments: Sequence[int], rows: Sequence[Range] | None) -> list[Ra
             found=bounds,
             expected="0, then rising row numbers up to the number of rows",
         )
-    n_obs = bounds[-1]
-    ranges = [(0, n_obs)] if rows is None else [(int(start), int(stop)) for start, stop in rows]
-    _check_ranges(ranges, n_obs)
-    pieces: list[Range] = []
-    segment = 0
-    for start, stop in ranges:
-        while start < stop:
-            while bounds[segment + 1] <= start:
-                segment += 1
-            end = min(stop, bounds[segment + 1])
-            pieces.append((start, end))
-            start = end
-    if not pieces:
-        raise LoaderError(
-            "no rows to load",
-            found=f"{len(ranges)} row ranges without a row, of a source of {n_obs} rows",
-            expected="at least one row",
-        )
-    return pieces
-
-
-def _check_ranges(ranges: Sequence[Range], n_obs: int) -> None:
-    previous = 0
-    for start, stop in ranges:
-        if not previous <= start <= stop <= n_obs:
-            raise LoaderError(
-                "a row range is out of order or out of range",
-                found=f"({start}, {stop}) after row {previous}",
-                expected=f"sorted, disjoint (start, stop) within 0 and {n_obs}",
-                do="sort the ranges and join those that overlap",
-            )
-        previous = stop
-
-
-def cut(
-    pieces: Sequence[Range], block_size: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Cut pieces into blocks of ``block_size`` rows; the last block of a piece may be shorter.
-
-    Returns
-    -------
-    starts, stops
-        int64, (n_blocks,) each, in row order.
-    """
-    starts = np.concatenate([np.arange(start, stop, block_size) for start, stop in pieces])
-    ends = np.concatenate(
-        [np.full(-(-(stop - start) // block_size), stop) for start, stop in pieces]
-    )
-    return starts.astype(np.int64), np.minimum(starts + block_size, ends).astype(np.int64)
+    parts = [np.arange(start, stop, block_size) for start, stop in pairwise(bounds)]
+    starts = np.concatenate(parts).astype(np.int64)
+    segment = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    stops = np.minimum(starts + block_size, np.array(bounds[1:])[segment])
+    takes = selection.before(stops) - selection.before(starts)
+    kept = takes > 0
+    starts, stops = selection.trimmed(starts[kept], stops[kept])
+    return Blocks(starts, stops, takes[kept], segment[kept])

@@ -3,51 +3,77 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from loaders.blocks import Range
-from loaders.errors import LoaderError
+from loaders.blocks import tile
+from loaders.errors import LoaderError, at_least_one
+from loaders.memory import Budget, Needs, parse_bytes, share_out
 from loaders.minibatch import Minibatch
 from loaders.pipeline import Pipeline, Work
-from loaders.plan import EpochPlan
+from loaders.plan import EpochPlan, sizes
+from loaders.reader import Ahead, read_held
+from loaders.selection import RowsLike, Selection
 from loaders.sequential import SequentialPlan
-from loaders.source import RowSource
+from loaders.source import RowBlock, RowSource
+from loaders.stalls import Stalls
 from loaders.state import Fingerprint, Position, restore, save
+from loaders.weights import Draws, balanced
 
-# Share of the buffer that is read before it is needed, on top of the buffer itself.
+# Share of the buffer that is read before it is needed, on top of the buffer itself, and the share
+# of it that heavy rows may fill.
 _AHEAD_SHARE = 4
+_HEAVY_SHARE = 4
 
 
 class MinibatchLoader:
     """Shuffled minibatches, epoch after epoch.
 
     Iterating yields the rest of the current epoch, after which the next one begins. Every row comes
-    exactly once in an epoch, in an order that depends on nothing but the source, the parameters
-    below (except ``threads``) and the number of the epoch: see :mod:`loaders.plan`. Reading and
-    gathering run in background threads. An error there is raised when the minibatch that it
-    concerns would have come; leaving the loop early stops the threads.
-
-    Memory holds the rows of ``buffer_size``, about a quarter of that read ahead, and at most 64 MiB
-    of minibatches (or one, if larger) that wait to be taken.
+    exactly once in an epoch, unless rows are drawn by weight, in an order that depends on nothing
+    but the source, the parameters in the first group below and the number of the epoch: see
+    :mod:`loaders.plan`. Reading and gathering run in background threads. An error there is raised
+    when the minibatch that it concerns would have come; leaving the loop early stops the threads.
 
     Parameters
     ----------
     source
         Where the rows are.
-    minibatch_size, seed, rows, block_size, buffer_size, lanes, drop_last
-        See :class:`EpochPlan`.
+    minibatch_size, seed, block_size, buffer_size, lanes, drop_last
+        See :class:`EpochPlan`. ``minibatch_size`` is that over all ranks.
+    rows
+        Rows to go through: ranges ``(start, stop)``, a mask, or rising row numbers; by default all.
+    weights
+        Draw rows with replacement in proportion to these, (n_obs,), in place of taking each once.
+    balance
+        Name of an obs code: draw each of its values equally often. Rows with code -1 count as one
+        value more.
+    rows_per_epoch
+        How many rows to draw in an epoch; by default as many as there are to go through. Only with
+        ``weights`` or ``balance``.
+
+    rank, world_size
+        Hand out only the part of every minibatch that belongs to one of several processes. All
+        ranks together hand out the same minibatches, whatever their number, and as many each.
     threads
-        Number of reading threads; by default 2, or 1 on a machine of one core.
+        Number of reading threads; by default as many as the process may use cores.
+    memory
+        Bytes that may be held, as a number or as ``"512MB"``: windows, those read ahead, scratch,
+        minibatches that wait, and rows that are held. By default what the settings need, with some
+        room. It never changes the order.
+    narrow
+        Hand out columns and counts as uint16, as they are stored: half the bytes, to be widened on
+        the device (:meth:`Minibatch.to_torch` does).
 
     Raises
     ------
     LoaderError
-        A parameter out of range, or a source whose segments or codes do not fit its rows.
+        A parameter out of range, a source whose segments or codes do not fit its rows, too little
+        memory, or ``narrow`` from a source that is not.
     """
 
     def __init__(
@@ -56,32 +82,100 @@ class MinibatchLoader:
         minibatch_size: int = 128,
         seed: int = 0,
         *,
-        rows: Sequence[Range] | None = None,
+        rows: RowsLike = None,
+        weights: npt.ArrayLike | None = None,
+        balance: str | None = None,
+        rows_per_epoch: int | None = None,
         block_size: int | None = None,
         buffer_size: int | None = None,
         lanes: int = 8,
         drop_last: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
         threads: int | None = None,
+        memory: int | str | None = None,
+        narrow: bool = False,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise LoaderError("threads is out of range", found=threads, expected="at least 1")
+        if narrow and not source.narrow:
+            raise LoaderError(
+                "narrow minibatches cannot be made from this source",
+                found="columns or counts of 2^16 or more",
+                expected="a source whose columns and counts all fit in uint16",
+                do="leave out narrow=True",
+            )
         self._source = source
-        self._threads = _default_threads() if threads is None else threads
+        self._narrow = narrow
+        self._threads = cores() if threads is None else at_least_one("threads", threads)
+        segments = _segments(source)
+        self._obs_codes = _obs_codes(source)
+        selection = Selection(rows, source.n_obs)
+        lanes = at_least_one("lanes", lanes)
+        block_size, buffer_size = sizes(selection.n_rows, lanes, block_size, buffer_size)
+        blocks = tile(segments, selection, block_size)
+        draws = None
+        if weights is not None or balance is not None:
+            draws = Draws(
+                self._weights(weights, balance, selection),
+                selection,
+                blocks,
+                at_least_one("rows_per_epoch", rows_per_epoch or selection.n_rows),
+                block_size,
+                held=buffer_size // _HEAVY_SHARE,
+            )
+            blocks.takes[:] = block_size
+        elif rows_per_epoch is not None:
+            raise LoaderError(
+                "rows_per_epoch is given, but rows are not drawn",
+                found=rows_per_epoch,
+                expected="weights or balance beside it",
+                do="leave it out: an epoch is each row once",
+            )
         self._plan_of = partial(
             EpochPlan,
-            _segments(source),
+            segments,
             minibatch_size,
             seed,
-            rows=rows,
+            rows=selection,
             block_size=block_size,
             buffer_size=buffer_size,
             lanes=lanes,
             drop_last=drop_last,
+            draws=draws,
+            rank=rank,
+            world_size=world_size,
         )
-        self._obs_codes = _obs_codes(source)
         self._position = Position()
         self._plan = self._plan_of(epoch=0)
+        self._held: RowBlock | None = None
         self._pipeline: Pipeline | None = None
+        ahead = max(buffer_size // _AHEAD_SHARE, 2 * self._threads * block_size)
+        self._ahead_rows = -(-ahead // world_size)
+        self.budget: Budget = share_out(
+            source,
+            Needs(
+                blocks=blocks,
+                selection=selection,
+                drawn=draws is not None,
+                n_rows=self._plan.n_rows,
+                minibatch_size=-(-self._plan.minibatch_size // world_size),
+                buffer_size=buffer_size // world_size,
+                ahead=self._ahead_rows,
+                threads=self._threads,
+                value_bytes=4 if narrow else 8,
+                held=(self._plan.held, 0 if draws is None else draws.nbytes),
+            ),
+            None if memory is None else parse_bytes(memory),
+        )
+
+    @property
+    def source(self) -> RowSource:
+        """Where the rows are."""
+        return self._source
+
+    @property
+    def plan(self) -> EpochPlan:
+        """The order of the current epoch."""
+        return self._plan
 
     @property
     def epoch(self) -> int:
@@ -100,8 +194,13 @@ class MinibatchLoader:
 
     @property
     def n_rows(self) -> int:
-        """Rows in an epoch, those left out by ``drop_last`` included."""
+        """Rows in an epoch over all ranks, those left out by ``drop_last`` included."""
         return self._plan.n_rows
+
+    @property
+    def stalls(self) -> Stalls:
+        """Where the iteration under way, or the last one, spent its time."""
+        return Stalls() if self._pipeline is None else self._pipeline.stalls
 
     def __len__(self) -> int:
         """Minibatches in every epoch, as :attr:`steps_per_epoch`."""
@@ -111,6 +210,8 @@ class MinibatchLoader:
         """The rest of the current epoch. A new iteration ends one that is still under way."""
         self._end_iteration()
         position, plan = self._position, self._plan
+        if len(plan.held) and self._held is None:
+            self._held = read_held(self._source, plan.held, self._threads)
         pipeline = self._pipeline = Pipeline(
             Work(
                 self._source,
@@ -118,7 +219,11 @@ class MinibatchLoader:
                 plan,
                 position.step,
                 self._threads,
-                ahead=max(plan.buffer_size // _AHEAD_SHARE, 2 * self._threads * plan.block_size),
+                Ahead(self._ahead_rows, self.budget.windows),
+                held=self._held,
+                narrow=self._narrow,
+                at_once=self.budget.at_once,
+                waiting=self.budget.waiting,
             )
         )
         try:
@@ -134,11 +239,35 @@ class MinibatchLoader:
         finally:
             pipeline.close()
 
+    def describe(self) -> str:
+        """What runs and why, for people: how rows are read, in what order, with what memory."""
+        plan = self._plan
+        part = f", rank {plan.rank} of {plan.world_size}" if plan.world_size > 1 else ""
+        kind = "uint16 columns and counts" if self._narrow else "int32 columns, float32 counts"
+        drawn = (
+            "drawn by weight"
+            if plan.held.size or plan.settings["weights"] != "none"
+            else "each once"
+        )
+        return "\n".join(
+            [
+                f"reading   {self._source.reading}",
+                f"rows      {plan.n_rows:,} of {self._source.n_obs:,}, {drawn}; "
+                f"{self._source.n_vars:,} columns",
+                f"steps     {plan.n_steps:,} minibatches of {plan.minibatch_size:,}{part}",
+                f"order     blocks of {plan.block_size:,} rows, {plan.buffer_size:,} rows mixed, "
+                f"{plan.lanes} lanes, seed {plan.seed}",
+                f"output    CSR, {kind}",
+                f"threads   {self._threads} reading, 1 gathering",
+                f"memory    {self.budget}",
+            ]
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands, as a small dict of JSON values.
 
         It counts minibatches handed out, not those prepared: inside the loop, the state is that
-        after the minibatch at hand.
+        after the minibatch at hand. It is the same for every rank and any number of threads.
         """
         return save(self._position, self._fingerprint())
 
@@ -153,6 +282,26 @@ class MinibatchLoader:
         position = restore(state, self._fingerprint(), self.steps_per_epoch)
         self._end_iteration()
         self._go_to(position)
+
+    def _weights(
+        self, weights: npt.ArrayLike | None, balance: str | None, selection: Selection
+    ) -> npt.ArrayLike:
+        if balance is None:
+            assert weights is not None  # one of the two was given
+            return weights
+        if weights is not None:
+            raise LoaderError(
+                "weights and balance are both given",
+                expected="one of them",
+                do="multiply the weights yourself, or leave one out",
+            )
+        if balance not in self._obs_codes:
+            raise LoaderError(
+                "there are no such codes to balance by",
+                found=repr(balance),
+                expected="one of " + (", ".join(self._obs_codes) or "(there are none)"),
+            )
+        return balanced(self._obs_codes[balance], selection)
 
     def _go_to(self, position: Position) -> None:
         if position.epoch != self._plan.epoch:
@@ -171,9 +320,8 @@ class MinibatchLoader:
 class SequentialLoader:
     """Minibatches in the order of the source, for validation and embedding.
 
-    A minibatch never crosses the end of a segment or of a row range, so it may be shorter there.
-    Each iteration begins anew. Reading and gathering run in background threads as in
-    :class:`MinibatchLoader`.
+    A minibatch never crosses the end of a segment, so it may be shorter there. Each iteration
+    begins anew. Reading and gathering run in background threads as in :class:`MinibatchLoader`.
 
     Parameters
     ----------
@@ -182,7 +330,9 @@ class SequentialLoader:
     minibatch_size
         Rows of a minibatch at most.
     rows
-        Sorted, disjoint row ranges ``(start, stop)`` to go through; by default all rows.
+        Rows to go through: ranges ``(start, stop)``, a mask, or rising row numbers; by default all.
+    narrow
+        Hand out columns and counts as uint16; see :class:`MinibatchLoader`.
 
     Raises
     ------
@@ -191,9 +341,15 @@ class SequentialLoader:
     """
 
     def __init__(
-        self, source: RowSource, minibatch_size: int, rows: Sequence[Range] | None = None
+        self,
+        source: RowSource,
+        minibatch_size: int,
+        rows: RowsLike = None,
+        *,
+        narrow: bool = False,
     ) -> None:
         self._source = source
+        self._narrow = narrow and source.narrow
         self._plan = SequentialPlan(_segments(source), minibatch_size, rows)
         self._obs_codes = _obs_codes(source)
 
@@ -208,7 +364,7 @@ class SequentialLoader:
 
     def __iter__(self) -> Iterator[Minibatch]:
         """All minibatches, from the first."""
-        threads = _default_threads()
+        threads = cores()
         pipeline = Pipeline(
             Work(
                 self._source,
@@ -216,7 +372,9 @@ class SequentialLoader:
                 self._plan,
                 step=0,
                 threads=threads,
-                ahead=2 * threads * self._plan.block_size,
+                ahead=Ahead(2 * threads * self._plan.block_size),
+                narrow=self._narrow,
+                waiting=4,
             )
         )
         try:
@@ -225,8 +383,9 @@ class SequentialLoader:
             pipeline.close()
 
 
-def _default_threads() -> int:
-    return min(2, os.cpu_count() or 1)
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _segments(source: RowSource) -> tuple[int, ...]:

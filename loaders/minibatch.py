@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,11 @@ class Minibatch:
     indptr
         int64, (n_rows + 1,), starting at 0.
     indices
-        Column of each value: int32, (nnz,), in the order in which the source gave them.
+        Column of each value: int32, or uint16 from a narrow loader, (nnz,), in the order in which
+        the source gave them.
     data
-        Counts: float32, (nnz,).
+        Counts: float32, or uint16 from a narrow loader, (nnz,). Arithmetic on uint16 overflows
+        silently: widen first.
     rows
         Position of each row in the source: int64, (n_rows,).
     obs
@@ -34,8 +36,8 @@ class Minibatch:
     """
 
     indptr: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.int32]
-    data: npt.NDArray[np.float32]
+    indices: npt.NDArray[Any]
+    data: npt.NDArray[Any]
     rows: npt.NDArray[np.int64]
     obs: dict[str, npt.NDArray[np.int32]]
     n_vars: int
@@ -57,7 +59,8 @@ class Minibatch:
         A copy: sorting the columns leaves the minibatch as it is.
         """
         shape = (self.n_rows, self.n_vars)
-        matrix = csr_matrix((self.data, self.indices, self.indptr), shape=shape, copy=True)
+        indices, data = self.indices.astype(np.int32), self.data.astype(np.float32)
+        matrix = csr_matrix((data, indices, self.indptr), shape=shape, copy=True)
         matrix.sort_indices()
         return matrix
 
@@ -67,7 +70,8 @@ class Minibatch:
         Parameters
         ----------
         device
-            Where the tensor goes. Only the sparse parts travel; dense rows are made there.
+            Where the tensor goes. Only the sparse parts travel, narrow ones as they are; they are
+            widened, and dense rows are made, there.
         dense
             Whether to return a dense tensor, or one in ``torch.sparse_csr`` layout.
 
@@ -76,6 +80,6 @@ class Minibatch:
         float32, (n_rows, n_vars).
         """
         # Torch takes seconds to import, and whoever reads rows with scipy does without it.
-        from loaders.device import to_torch
+        from loaders.device import DeviceFeed
 
-        return to_torch(self, device, dense)
+        return DeviceFeed(device, slots=1)(self, dense=dense)

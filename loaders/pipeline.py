@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -20,38 +20,40 @@ import numpy.typing as npt
 
 from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
-from loaders.reader import Stopped, WindowReader
-from loaders.shuffle import gather, open_window
-from loaders.source import RowSource
-from loaders.windows import Plan, walk
-
-# Minibatches that wait to be taken: at most so many, and (beyond one) at most so many bytes.
-MAX_WAITING: Final = 16
-MAX_WAITING_BYTES: Final = 64 * 2**20
+from loaders.reader import Ahead, Stopped, WindowReader
+from loaders.shuffle import OpenWindow, gather, open_window
+from loaders.source import RowBlock, RowSource
+from loaders.stalls import Stalls
+from loaders.windows import Plan, Window, walk
 
 _THREAD_NAME: Final = "loaders-produce"
 
 
 class Handover:
-    """A bounded queue from one producer to one consumer, which either side can end."""
+    """A bounded queue from one producer to one consumer, which either side can end.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    waiting
+        Groups of minibatches that may wait to be taken.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self._most = waiting
         # Reentrant, because a collection inside these methods may stop another pipeline, or this.
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: deque[Minibatch] = deque()
-        self._bytes = 0
+        self._waiting: deque[list[Minibatch]] = deque()
         self._finished = False
         self._error: BaseException | None = None
         self._stopped = False
 
-    def put(self, minibatch: Minibatch) -> None:
+    def put(self, minibatches: list[Minibatch]) -> None:
         """Wait for room, then add; raises :class:`Stopped` once the consumer has stopped."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._has_room(minibatch.nbytes))
+            self._changed.wait_for(lambda: self._stopped or len(self._waiting) < self._most)
             if self._stopped:
                 raise Stopped
-            self._waiting.append(minibatch)
-            self._bytes += minibatch.nbytes
+            self._waiting.append(minibatches)
             self._changed.notify_all()
 
     def finish(self, error: BaseException | None = None) -> None:
@@ -61,21 +63,20 @@ class Handover:
             self._error = error
             self._changed.notify_all()
 
-    def get(self) -> Minibatch | None:
-        """Wait for the next minibatch; ``None`` at the end. Raises the error of the producer."""
+    def get(self) -> list[Minibatch]:
+        """Wait for the next minibatches; none at the end. Raises the error of the producer."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._waiting or self._finished)
             if self._stopped:
-                return None
+                return []
             if self._waiting:
-                minibatch = self._waiting.popleft()
-                self._bytes -= minibatch.nbytes
+                minibatches = self._waiting.popleft()
                 self._changed.notify_all()
-                return minibatch
+                return minibatches
             error, self._error = self._error, None
         if error is not None:
             raise error
-        return None
+        return []
 
     def stop(self) -> None:
         """Nothing more is wanted."""
@@ -87,11 +88,6 @@ class Handover:
     def stopped(self) -> bool:
         """Whether nothing more is wanted."""
         return self._stopped
-
-    def _has_room(self, nbytes: int) -> bool:
-        if not self._waiting:
-            return True
-        return len(self._waiting) < MAX_WAITING and self._bytes + nbytes <= MAX_WAITING_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +107,15 @@ class Work:
     threads
         Number of reading threads.
     ahead
-        Rows that may be read before their window is needed.
+        How far reading may run ahead.
+    held
+        The rows of :attr:`Plan.held`.
+    narrow
+        Whether minibatches are narrow.
+    at_once
+        Minibatches that are made in one go.
+    waiting
+        Such groups that may wait to be taken.
     """
 
     source: RowSource
@@ -119,17 +123,26 @@ class Work:
     plan: Plan
     step: int
     threads: int
-    ahead: int
+    ahead: Ahead
+    held: RowBlock | None = None
+    narrow: bool = False
+    at_once: int = 1
+    waiting: int = 16
 
 
 class Pipeline:
     """An iterator over minibatches that are made in the background."""
 
     def __init__(self, work: Work) -> None:
-        self._handover = Handover()
+        self.stalls = Stalls()
+        self._handover = Handover(work.waiting)
+        self._ready: deque[Minibatch] = deque()
         self._process = os.getpid()
         producer = threading.Thread(
-            target=_produce, args=(work, self._handover), name=_THREAD_NAME, daemon=True
+            target=_produce,
+            args=(work, self._handover, self.stalls),
+            name=_THREAD_NAME,
+            daemon=True,
         )
         # Also called on collection and, before daemon threads are cut off, at exit.
         self.close = weakref.finalize(self, _close, self._handover, producer, self._process)
@@ -146,34 +159,62 @@ class Pipeline:
                 expected="the process in which the iteration began",
                 do="begin a new iteration in this process",
             )
-        minibatch = self._handover.get()
-        if minibatch is None:
-            raise StopIteration
-        return minibatch
+        if not self.close.alive:
+            self._ready.clear()
+        if not self._ready:
+            with self.stalls.timed("wait_for_minibatch"):
+                self._ready.extend(self._handover.get())
+            if not self._ready:
+                raise StopIteration
+        return self._ready.popleft()
 
 
-def _produce(work: Work, handover: Handover) -> None:
+def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
+    plan = work.plan
     try:
-        windows = work.plan.windows(work.step)
         with WindowReader(
-            work.source, windows, work.threads, work.ahead, handover.stopped
+            work.source,
+            plan,
+            work.step,
+            work.held,
+            work.threads,
+            work.ahead,
+            handover.stopped,
+            stalls,
         ) as reader:
-            opened = (
-                (window, open_window(window, blocks, work.plan.mix(window)))
-                for window, blocks in reader
-            )
             n_vars = work.source.n_vars
-            for parts in walk(work.plan, work.step, opened):
-                minibatch = gather(parts, work.obs_codes, n_vars)
+            for parts, course in walk(
+                plan, work.step, work.at_once, _opened(reader, plan, work.source), reader.close
+            ):
+                with stalls.timed("gathering"):
+                    made = gather(parts, course, work.obs_codes, n_vars, work.narrow)
                 parts.clear()  # Frees windows that have ended before the wait.
-                handover.put(minibatch)
+                with stalls.timed("wait_for_room"):
+                    handover.put(made)
+                del made
     except Stopped:
         handover.finish()
     except BaseException as error:
         handover.finish(error)
     else:
         handover.finish()
+
+
+def _opened(
+    reader: WindowReader, plan: Plan, source: RowSource
+) -> Iterator[tuple[Window, OpenWindow]]:
+    """The windows that are read, laid out."""
+    for window, order, blocks in reader:
+        rows = window.rows()
+        if len(plan.held):
+            held = rows >= source.n_obs
+            rows[held] = plan.held[rows[held] - source.n_obs]
+        spans = [stop - start for start, stop in window.blocks]
+        opened = open_window(rows, blocks, spans, order)
+        del blocks
+        yield window, opened
+        del opened
 
 
 def _close(handover: Handover, producer: threading.Thread, process: int) -> None:

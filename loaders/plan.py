@@ -8,42 +8,41 @@ the steps before, and so that rows are read in blocks and mixed in a bounded buf
    taken in the order of these places. So every segment (a study) has its share of every part of
    the epoch, which a plain permutation of the blocks leaves to chance.
 2. The blocks are dealt one by one to ``lanes``, each to the lane that has the fewest rows so far.
-   Lanes therefore differ by at most one block.
+   What one lane then has more than another is cut off at its end and dealt again: lane ``l`` of
+   ``L`` has ``(n + l) // L`` of the ``n`` rows.
 3. Blocks that follow each other in a lane make a window, whose rows are mixed by a permutation of
    its own. The first windows of the lanes differ in length, so that later on the lanes do not all
    need their next window at the same step.
-4. Minibatch ``s`` of ``m`` rows takes from lane ``l`` of ``L`` the rows of its mixed sequence from
-   position ``(s*m + l) // L`` to ``((s+1)*m + l) // L``. By Hermite's identity these are ``m`` rows
-   in all.
-5. When a lane would run dry, the rows left in all lanes form one pool, which is permuted and dealt
-   out as the last minibatches.
+4. Let ``b(s)`` be the rows of all minibatches before ``s``. Minibatch ``s`` takes from lane ``l``
+   the rows of its mixed sequence from position ``(b(s) + l) // L`` to ``(b(s+1) + l) // L``. By
+   Hermite's identity these are ``b(s+1) - b(s)`` rows in all, and the lanes end together.
+5. The last minibatch holds what is left. If that is less than a row for each lane, the last two
+   minibatches share their rows evenly.
 
-Random numbers are the raw stream of Philox4x64-10 (Salmon et al. 2011), keyed by the seed and
-counted by (epoch, lane, window). NumPy keeps that stream the same in all its versions, which it
-does not promise for what is built upon it (``Generator.permutation``).
+Rank ``r`` of ``W`` serves the lanes ``l`` with ``l % W == r``: whatever the number of ranks, a step
+is the same rows, and every rank has a part of every step.
+
+Where weights are given, the blocks of an epoch are visits, and a visit takes rows that are drawn:
+see :mod:`loaders.weights`. All else is the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import operator
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from functools import cached_property
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
-from numba import njit
 
-from loaders.blocks import Range, cut, default_block_size, row_pieces
+from loaders import philox
+from loaders.blocks import Blocks, default_block_size, tile
 from loaders.errors import LoaderError, at_least_one
-from loaders.windows import Ints, Take, Window, walk
+from loaders.lanes import Lane, Piece, deal
+from loaders.selection import Ints, RowsLike, Selection
+from loaders.weights import Draws
+from loaders.windows import Course, Take, Window, walk
 
 DEFAULT_BUFFER: Final = 16 * 1024
-
-# The second word of the key: what a permutation is for.
-_BLOCKS, _WINDOW, _POOL, _PLACES = 0, 1, 2, 3
 
 
 class EpochPlan:
@@ -54,13 +53,13 @@ class EpochPlan:
     segments
         Row at which each segment starts, and the number of rows at the end.
     minibatch_size
-        Rows of a minibatch; the last one may be shorter.
+        Rows of a minibatch over all ranks; the last ones may be shorter.
     seed
         In [0, 2^64).
     epoch
         In [0, 2^64). Every pair of seed and epoch has an order of its own.
     rows
-        Sorted, disjoint row ranges to go through; by default all rows.
+        Rows to go through: sorted, disjoint ranges, a mask, or rising row numbers; by default all.
     block_size
         Rows that are read in one go. By default 256, and fewer for a small source
         (:func:`loaders.blocks.default_block_size`).
@@ -72,11 +71,16 @@ class EpochPlan:
     drop_last
         Leave out the last minibatch if it would be short. Which rows are left out changes with the
         epoch.
+    draws
+        Draw rows by weight (made for the same segments, rows and sizes) in place of taking each
+        once.
+    rank, world_size
+        Which part of every minibatch this plan is about.
 
     Attributes
     ----------
     n_rows, n_steps
-        Number of rows and of minibatches.
+        Number of rows and of minibatches of an epoch, over all ranks.
 
     Raises
     ------
@@ -91,56 +95,46 @@ class EpochPlan:
         seed: int = 0,
         epoch: int = 0,
         *,
-        rows: Sequence[Range] | None = None,
+        rows: RowsLike = None,
         block_size: int | None = None,
         buffer_size: int | None = None,
         lanes: int = 8,
         drop_last: bool = False,
+        draws: Draws | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.minibatch_size = minibatch_size = at_least_one("minibatch_size", minibatch_size)
         self.lanes = lanes = at_least_one("lanes", lanes)
         self.seed = seed = _word("seed", seed)
         self.epoch = epoch = _word("epoch", epoch)
         self.drop_last = bool(drop_last)
-        pieces = row_pieces(segments, rows)
-        self.n_rows = sum(stop - start for start, stop in pieces)
-        self.block_size, self.buffer_size = _sizes(self.n_rows, lanes, block_size, buffer_size)
-        self.n_steps = self.n_rows // minibatch_size
-        if not drop_last:
-            self.n_steps = -(-self.n_rows // minibatch_size)
-        if self.n_steps == 0:
-            raise LoaderError(
-                "there is no minibatch in an epoch",
-                found=f"{self.n_rows} rows with drop_last",
-                expected=f"at least minibatch_size={minibatch_size} rows",
-                do="take smaller minibatches, or keep the last one",
-            )
-        starts, stops = cut(pieces, self.block_size)
-        self._blocks_digest = hashlib.sha256(starts.tobytes() + stops.tobytes()).hexdigest()[:16]
-        order = _spread(np.searchsorted(segments, starts, side="right"), seed, epoch)
-        starts, stops = starts[order], stops[order]
-        dealt = _deal(stops - starts, lanes)
-        blocks = self.buffer_size // (lanes * self.block_size)
-        self._lanes = [
-            _Lane(
-                starts[dealt == lane],
-                stops[dealt == lane],
-                first=-(-blocks * (lane + 1) // lanes),
-                later=blocks,
-            )
-            for lane in range(lanes)
-        ]
-        # The first step whose share some lane cannot give: here the pool begins.
-        self._pool_step = min(
-            ((lane.n_rows + 1) * lanes - number - 1) // minibatch_size
-            for number, lane in enumerate(self._lanes)
+        self._n_obs = int(segments[-1]) if len(segments) else 0
+        self._selection = Selection(rows, self._n_obs)
+        self._draws = draws
+        self.n_rows = self._selection.n_rows if draws is None else draws.n_draws
+        self.block_size, self.buffer_size = sizes(
+            self._selection.n_rows, lanes, block_size, buffer_size
         )
+        self.n_steps, self._bound_before_last = _steps(
+            self.n_rows, minibatch_size, lanes, self.drop_last
+        )
+        self.rank, self.world_size = _checked_rank(rank, world_size, lanes, self._smallest())
+        pieces = deal(self._blocks(segments), lanes, self._split)
+        size = self.buffer_size // lanes
+        self._lanes = [
+            Lane(piece, first=-(-size * (number + 1) // lanes), size=size)
+            for number, piece in enumerate(pieces)
+        ]
+        self._own = np.arange(self.rank, lanes, self.world_size)
 
     @property
     def settings(self) -> dict[str, str | int]:
         """What fixes the order besides the epoch, as JSON values."""
         return {
-            "rows": f"{self.n_rows} rows, blocks {self._blocks_digest}",
+            "rows": f"{self._selection.n_rows} rows, ranges {self._selection.digest}",
+            "weights": "none" if self._draws is None else self._draws.digest,
+            "rows_per_epoch": self.n_rows,
             "minibatch_size": self.minibatch_size,
             "seed": self.seed,
             "block_size": self.block_size,
@@ -149,167 +143,162 @@ class EpochPlan:
             "drop_last": self.drop_last,
         }
 
+    @property
+    def partial(self) -> bool:
+        """Whether minibatches may leave out rows of the blocks that are read for them."""
+        return self._draws is not None or len(self._selection.starts) > 1
+
+    @property
+    def held(self) -> Ints:
+        """Rows that are read once and held: the heavy ones where rows are drawn by weight."""
+        return np.empty(0, np.int64) if self._draws is None else self._draws.heavy
+
     def windows(self, step: int = 0) -> Iterator[Window]:
         """The windows that minibatches from ``step`` on take from, in the order of first need."""
-        step = min(step, self._pool_step)
-        found = [
-            (self._first_step(number, lane.bounds[index]), number, index)
-            for number, lane in enumerate(self._lanes)
-            for index in range(
-                bisect_right(lane.bounds, self._position(number, step)) - 1, lane.n_windows
-            )
-        ]
+        found = []
+        for number in self._own.tolist():
+            lane = self._lanes[number]
+            begin, end = (int(p) for p in self._positions(number, [step, self.n_steps]))
+            if begin < end:
+                found += [
+                    (self._first_step(number, lane.bounds[index]), number, index)
+                    for index in range(lane.window_at(begin), lane.window_at(end - 1) + 1)
+                ]
         for _, number, index in sorted(found):
-            yield Window(number, index, self._lanes[number].blocks(index))
+            yield Window(number, index, *self._lanes[number].blocks(index))
 
     def mix(self, window: Window) -> Ints:
-        """The order in which the rows of a window are taken: int64 permutation, (n_rows,)."""
-        return _permutation(
-            window.n_rows, self.seed, _WINDOW, self.epoch, window.lane, window.index
-        )
+        """Positions in :meth:`Window.rows` in the order in which they are taken: int64."""
+        key = self.epoch, window.lane, window.index
+        order = philox.permutation(window.n_rows, self.seed, philox.WINDOW, *key)
+        if not self.partial:
+            return order
+        spans = [stop - start for start, stop in window.blocks]
+        offsets = np.concatenate([[0], np.cumsum(spans)[:-1]])
+        if self._draws is None:
+            chosen = [self._selection.between(*block) - block[0] for block in window.blocks]
+        else:
+            u = philox.uniform(len(spans), self.seed, philox.DRAWS, *key)
+            chosen = [
+                self._draws.draw(*block, take, float(u[i]))
+                for i, (block, take) in enumerate(zip(window.blocks, window.takes, strict=True))
+            ]
+        positions = [part + offset for part, offset in zip(chosen, offsets.tolist(), strict=True)]
+        return np.concatenate(positions)[order]
 
-    def takes(self, step: int) -> list[Take]:
-        """What minibatch ``step`` takes, lane after lane."""
-        if step >= self._pool_step:
-            return self._pool_takes(step)
-        return [
-            Take(number, index, slice(start, stop), stop == size)
-            for number, lane in enumerate(self._lanes)
-            for index, start, stop, size in lane.spans(
-                self._position(number, step), self._position(number, step + 1)
+    def course(self, step: int, stop: int) -> Course:
+        """What minibatches ``step`` to ``stop`` (exclusive) take."""
+        bounds = np.array([self._bound(s) for s in range(step, stop + 1)])
+        ends = (bounds[:, None] + self._own) // self.lanes
+        takes = [
+            Take(number, index, start, upto, upto == size)
+            for number, begin, end in zip(
+                self._own.tolist(), ends[0].tolist(), ends[-1].tolist(), strict=True
             )
+            for index, start, upto, size in self._lanes[number].spans(begin, end)
         ]
+        counts = np.diff(ends, axis=0)
+        order = None
+        if stop - step > 1:
+            minibatch = np.repeat(np.tile(np.arange(stop - step), len(self._own)), counts.T.ravel())
+            order = np.argsort(minibatch, kind="stable")
+        return Course(takes, order, counts.sum(axis=1))
 
     def minibatches(self, step: int = 0) -> Iterator[Ints]:
         """Rows of the source in each minibatch from ``step`` on: int64, (rows of minibatch,)."""
-        opened = ((window, window.rows()[self.mix(window)]) for window in self.windows(step))
-        for parts in walk(self, step, opened):
-            yield np.concatenate([rows[positions] for rows, positions in parts])
+        opened = (
+            (window, self.source_rows(window)[self.mix(window)]) for window in self.windows(step)
+        )
+        for parts, _ in walk(self, step, 1, opened, lambda _: None):
+            yield np.concatenate([rows[stretch] for rows, stretch in parts])
 
-    def _position(self, lane: int, step: int) -> int:
-        """Rows that minibatches before ``step`` have taken from a lane."""
-        return (step * self.minibatch_size + lane) // self.lanes
+    def source_rows(self, window: Window) -> Ints:
+        """:meth:`Window.rows`, with held rows by their number in the source."""
+        rows = window.rows()
+        if len(self.held):
+            held = rows >= self._n_obs
+            rows[held] = self.held[rows[held] - self._n_obs]
+        return rows
+
+    def _blocks(self, segments: Sequence[int]) -> Blocks:
+        """The blocks of the epoch, in the order in which they are dealt."""
+        if self._draws is None:
+            blocks = tile(segments, self._selection, self.block_size)
+            return blocks[self._spread(blocks.segment)]
+        (u,) = philox.uniform(1, self.seed, philox.VISITS, self.epoch)
+        blocks = self._draws.visits(float(u))
+        blocks = blocks[self._spread(blocks.segment)]
+        # the last visit may be short
+        blocks.takes[-1] -= int(blocks.takes.sum()) - self.n_rows
+        return blocks
+
+    def _spread(self, segment: Ints) -> Ints:
+        """The order of blocks, given the segment of each: int64 permutation, (n_blocks,).
+
+        The j-th of a segment's n permuted blocks is placed at random between j/n and (j+1)/n of the
+        epoch.
+        """
+        n_blocks = len(segment)
+        order = philox.permutation(n_blocks, self.seed, philox.BLOCKS, self.epoch)
+        # by segment, and within one in the permuted order
+        order = order[np.argsort(segment[order], kind="stable")]
+        _, first, size = np.unique(segment[order], return_index=True, return_counts=True)
+        rank = np.arange(n_blocks) - np.repeat(first, size)
+        within = philox.words(n_blocks, self.seed, philox.PLACES, self.epoch) / 2.0**64
+        places = (rank + within) / np.repeat(size, size)
+        return order[np.argsort(places, kind="stable")]
+
+    def _split(self, piece: Piece, n: int) -> tuple[Piece, Piece]:
+        """A block in two, of which the first gives ``n`` rows."""
+        start, stop, take = piece
+        if self._draws is not None:
+            return (start, stop, n), (start, stop, take - n)
+        rows = self._selection.between(start, stop)
+        return (start, int(rows[n - 1]) + 1, n), (int(rows[n]), stop, take - n)
+
+    def _bound(self, step: int) -> int:
+        """Rows of all minibatches before ``step``, over all ranks."""
+        if step == self.n_steps - 1:
+            return self._bound_before_last
+        return min(step * self.minibatch_size, self.n_rows)
+
+    def _positions(self, lane: int, steps: Sequence[int]) -> list[int]:
+        """Rows that minibatches before each step take from a lane."""
+        return [(self._bound(step) + lane) // self.lanes for step in steps]
 
     def _first_step(self, lane: int, position: int) -> int:
-        """The step that takes the row at a position of a lane, or the one where the pool begins."""
-        step = ((position + 1) * self.lanes - lane - 1) // self.minibatch_size
-        return min(step, self._pool_step)
+        """The step that takes the row at a position of a lane."""
+        rows = (position + 1) * self.lanes - lane
+        if rows > self._bound_before_last:
+            return self.n_steps - 1
+        return min((rows - 1) // self.minibatch_size, self.n_steps - 2)
 
-    @cached_property
-    def _pool(self) -> tuple[list[tuple[int, int, int, int]], Ints]:
-        """Parts of the pool as (lane, window, first and last position), and its permutation."""
-        parts = [
-            (number, index, start, stop)
-            for number, lane in enumerate(self._lanes)
-            for index, start, stop, _ in lane.spans(
-                self._position(number, self._pool_step), lane.n_rows
-            )
-        ]
-        n_rows = sum(stop - start for *_, start, stop in parts)
-        return parts, _permutation(n_rows, self.seed, _POOL, self.epoch)
-
-    def _pool_takes(self, step: int) -> list[Take]:
-        parts, order = self._pool
-        first = (step - self._pool_step) * self.minibatch_size
-        # In the order of the lanes, so that each window is taken from once.
-        chosen = np.sort(order[first : first + self.minibatch_size])
-        takes = []
-        offset = 0
-        for lane, index, start, stop in parts:
-            low, high = np.searchsorted(chosen, (offset, offset + stop - start))
-            if low < high:
-                positions = chosen[low:high] - offset + start
-                takes.append(Take(lane, index, positions, last=step == self.n_steps - 1))
-            offset += stop - start
-        return takes
+    def _smallest(self) -> int:
+        """Rows of the smallest minibatch."""
+        steps = {0, 1, self.n_steps - 1, self.n_steps}
+        bounds = [self._bound(s) for s in sorted(steps) if s <= self.n_steps]
+        return min(int(d) for d in np.diff(bounds))
 
 
-class _Lane:
-    """The blocks of one lane, grouped into windows.
-
-    ``bounds`` are the positions, counted in rows of the lane, at which its windows begin, and its
-    number of rows at the end.
-    """
-
-    def __init__(self, starts: Ints, stops: Ints, first: int, later: int) -> None:
-        self._starts, self._stops = starts, stops
-        n_blocks = len(starts)
-        self._cuts = [0, *range(first, n_blocks, later), n_blocks] if n_blocks else [0]
-        ends = np.concatenate([[0], np.cumsum(stops - starts)])
-        self.bounds: list[int] = ends[self._cuts].tolist()
-
-    @property
-    def n_rows(self) -> int:
-        return self.bounds[-1]
-
-    @property
-    def n_windows(self) -> int:
-        return len(self.bounds) - 1
-
-    def blocks(self, index: int) -> tuple[Range, ...]:
-        """Row ranges of the blocks of a window."""
-        inside = slice(self._cuts[index], self._cuts[index + 1])
-        starts, stops = self._starts[inside].tolist(), self._stops[inside].tolist()
-        return tuple(zip(starts, stops, strict=True))
-
-    def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
-        """Positions ``start`` to ``stop`` of the lane as (window, start, stop, size), in windows"""
-        while start < stop:
-            index = bisect_right(self.bounds, start) - 1
-            begin, end = self.bounds[index], self.bounds[index + 1]
-            upto = min(stop, end)
-            yield index, start - begin, upto - begin, end - begin
-            start = upto
+def _steps(n_rows: int, minibatch_size: int, lanes: int, drop_last: bool) -> tuple[int, int]:
+    """Number of minibatches, and of rows before the last of them."""
+    n_steps, rest = divmod(n_rows, minibatch_size)
+    if rest and not drop_last:
+        n_steps += 1
+    if n_steps == 0:
+        raise LoaderError(
+            "there is no minibatch in an epoch",
+            found=f"{n_rows} rows with drop_last",
+            expected=f"at least minibatch_size={minibatch_size} rows",
+            do="take smaller minibatches, or keep the last one",
+        )
+    before_last = (n_steps - 1) * minibatch_size
+    if rest and not drop_last and rest < lanes and n_steps > 1:
+        before_last = n_rows - (minibatch_size + rest) // 2
+    return n_steps, before_last
 
 
-def _permutation(
-    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
-) -> Ints:
-    """A permutation of ``range(n)``: int64, (n,). Equal keys, if ever, stay in order."""
-    return np.argsort(_words(n, seed, purpose, epoch, lane, window), kind="stable")
-
-
-def _words(
-    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
-) -> npt.NDArray[np.uint64]:
-    """Random words, (n,). Philox counts up in the first word of its counter: no streams overlap."""
-    bits = np.random.Philox(
-        key=np.array([seed, purpose], dtype=np.uint64),
-        counter=np.array([0, epoch, lane, window], dtype=np.uint64),
-    )
-    return bits.random_raw(n)
-
-
-def _spread(segment: Ints, seed: int, epoch: int) -> Ints:
-    """The order of blocks, given the segment of each: int64 permutation, (n_blocks,).
-
-    The j-th of a segment's n permuted blocks is placed at random between j/n and (j+1)/n of the
-    epoch.
-    """
-    n_blocks = len(segment)
-    order = _permutation(n_blocks, seed, _BLOCKS, epoch)
-    # by segment, and within one in the permuted order
-    order = order[np.argsort(segment[order], kind="stable")]
-    _, first, size = np.unique(segment[order], return_index=True, return_counts=True)
-    rank = np.arange(n_blocks) - np.repeat(first, size)
-    within = _words(n_blocks, seed, _PLACES, epoch) / 2.0**64
-    places = (rank + within) / np.repeat(size, size)
-    return order[np.argsort(places, kind="stable")]
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _deal(sizes: Ints, lanes: int) -> npt.NDArray[np.int32]:
-    """The lane of each block: the one with the fewest rows so far, and of those the lowest."""
-    filled = np.zeros(lanes, dtype=np.int64)
-    dealt = np.empty(len(sizes), dtype=np.int32)
-    for block in range(len(sizes)):
-        lane = np.argmin(filled)
-        filled[lane] += sizes[block]
-        dealt[block] = lane
-    return dealt
-
-
-def _sizes(
+def sizes(
     n_rows: int, lanes: int, block_size: int | None, buffer_size: int | None
 ) -> tuple[int, int]:
     """Block and buffer size, where one is not given chosen so that it fits the other."""
@@ -343,3 +332,26 @@ def _word(name: str, value: int) -> int:
     if not 0 <= word < 2**64:
         raise LoaderError(f"{name} is out of range", found=word, expected="in [0, 2^64)")
     return word
+
+
+def _checked_rank(rank: int, world_size: int, lanes: int, smallest: int) -> tuple[int, int]:
+    rank, world_size = operator.index(rank), at_least_one("world_size", world_size)
+    if not 0 <= rank < world_size:
+        raise LoaderError(
+            "rank is out of range", found=rank, expected=f"0 to world_size - 1 = {world_size - 1}"
+        )
+    if lanes % world_size:
+        raise LoaderError(
+            "lanes cannot be shared evenly by the ranks",
+            found=f"world_size={world_size}, lanes={lanes}",
+            expected="a number of ranks that divides lanes",
+            do="give lanes as a multiple of world_size; the order of rows changes with lanes",
+        )
+    if smallest < world_size:
+        raise LoaderError(
+            "a minibatch has fewer rows than there are ranks",
+            found=f"{smallest} rows in the smallest minibatch, world_size={world_size}",
+            expected="at least one row for each rank",
+            do="take larger minibatches, or drop_last=True",
+        )
+    return rank, world_size

@@ -1,10 +1,12 @@
-"""Blocks of coming windows are read ahead by a few threads, under a budget of rows."""
+"""Blocks of coming windows are read ahead by a few threads, under a budget of rows and bytes."""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,12 +14,36 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.errors import LoaderError
-from loaders.source import RowBlock, RowSource
-from loaders.windows import Window
+from loaders.memory import block_bytes
+from loaders.selection import Ints
+from loaders.shuffle import ReadBlock
+from loaders.source import RowBlock, RowSource, joined
+from loaders.stalls import Stalls
+from loaders.windows import Plan, Window
+
+_NEAR = 64
+"""Held rows that lie within so many of each other are read together."""
 
 
 class Stopped(Exception):
     """Nobody wants the minibatches any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """How far reading may run ahead of what is needed.
+
+    Attributes
+    ----------
+    rows
+        Rows that may be read before their window is asked for; one window always may.
+    nbytes
+        Bytes of windows, open and read ahead, that may be held; None for no limit. The window that
+        is needed next is always read.
+    """
+
+    rows: int
+    nbytes: int | None = None
 
 
 class WindowReader:
@@ -27,31 +53,40 @@ class WindowReader:
     ----------
     source
         Where the rows are.
-    windows
+    plan
         What to read.
+    step
+        The first minibatch to read for.
+    held
+        The rows of :attr:`Plan.held`, where there are any.
     threads
         Number of reading threads.
     ahead
-        Rows that may be read before their window is asked for; one window always may.
+        How far ahead.
     stopped
         Asked before each read; once it says yes, reads that have not begun raise :class:`Stopped`.
+    stalls
+        Where waiting and reading are counted.
     """
 
     def __init__(
         self,
         source: RowSource,
-        windows: Iterator[Window],
+        plan: Plan,
+        step: int,
+        held: RowBlock | None,
         threads: int,
-        ahead: int,
+        ahead: Ahead,
         stopped: Callable[[], bool],
+        stalls: Stalls,
     ) -> None:
-        self._source = source
-        self._windows = windows
-        self._ahead = ahead
-        self._stopped = stopped
-        self._pending: deque[tuple[Window, list[Future[RowBlock]]]] = deque()
+        self._source, self._plan, self._held_rows = source, plan, held
+        self._windows = plan.windows(step)
+        self._ahead, self._stopped, self._stalls = ahead, stopped, stalls
+        self._pending: deque[tuple[Window, Ints, list[Future[ReadBlock]]]] = deque()
         self._pending_rows = 0
-        self._next = next(windows, None)
+        self._bytes: dict[tuple[int, int], int] = {}
+        self._next = next(self._windows, None)
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="loaders-read")
 
     def __enter__(self) -> Self:
@@ -65,35 +100,95 @@ class WindowReader:
     ) -> None:
         self._executor.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[tuple[Window, list[RowBlock]]]:
+    def __iter__(self) -> Iterator[tuple[Window, Ints, list[ReadBlock]]]:
+        """Each window with its mixed order and its blocks."""
         while True:
             self._read_ahead()
             if not self._pending:
                 return
-            window, futures = self._pending.popleft()
+            window, order, futures = self._pending.popleft()
             self._pending_rows -= window.n_rows
             # Before waiting, so that the threads have work meanwhile.
             self._read_ahead()
-            yield window, [future.result() for future in futures]
+            with self._stalls.timed("wait_for_blocks"):
+                blocks = [future.result() for future in futures]
             del futures  # The blocks belong to the window now.
+            yield window, order, blocks
+            del blocks
+
+    def close(self, window: Window) -> None:
+        """Nothing is taken from a window any more."""
+        del self._bytes[window.lane, window.index]
 
     def _read_ahead(self) -> None:
-        while self._next is not None and (
-            not self._pending or self._pending_rows + self._next.n_rows <= self._ahead
-        ):
-            futures = [
-                self._executor.submit(self._read, start, stop) for start, stop in self._next.blocks
-            ]
-            self._pending.append((self._next, futures))
-            self._pending_rows += self._next.n_rows
+        while self._next is not None and (not self._pending or self._fits(self._next)):
+            window = self._next
+            order = self._plan.mix(window)
+            self._bytes[window.lane, window.index] = self._window_bytes(window)
+            self._stalls.hold(sum(self._bytes.values()))
+            chosen = np.unique(order) if self._plan.partial else None
+            futures, begin = [], 0
+            for start, stop in window.blocks:
+                kept = None
+                if chosen is not None:
+                    low, high = np.searchsorted(chosen, (begin, begin + stop - start))
+                    kept = chosen[low:high] - begin
+                begin += stop - start
+                futures.append(self._executor.submit(self._read, start, stop, kept))
+            self._pending.append((window, order, futures))
+            self._pending_rows += window.n_rows
             self._next = next(self._windows, None)
 
-    def _read(self, start: int, stop: int) -> RowBlock:
+    def _fits(self, window: Window) -> bool:
+        if self._pending_rows + window.n_rows > self._ahead.rows:
+            return False
+        if self._ahead.nbytes is None:
+            return True
+        return sum(self._bytes.values()) + self._window_bytes(window) <= self._ahead.nbytes
+
+    def _window_bytes(self, window: Window) -> int:
+        """Bytes that the blocks of a window will take, by the share of their rows that is kept."""
+        ranges = np.array(window.blocks)
+        takes = np.array(window.takes)
+        own = ranges[:, 0] < self._source.n_obs
+        ranges, takes = ranges[own], takes[own]
+        if not len(ranges):
+            return 0
+        sizes = block_bytes(self._source, ranges[:, 0], ranges[:, 1])
+        share = takes / (ranges[:, 1] - ranges[:, 0])
+        return int((sizes * np.where(2 * share < 1, share, 1.0)).sum())
+
+    def _read(self, start: int, stop: int, kept: Ints | None) -> ReadBlock:
         if self._stopped():
             raise Stopped
+        n_obs = self._source.n_obs
+        if start >= n_obs:
+            assert self._held_rows is not None  # the plan draws them only where it names them
+            return ReadBlock(self._held_rows.take(np.arange(start - n_obs, stop - n_obs)), None)
+        began = time.perf_counter()
         block = self._source.read_rows(start, stop)
         check_block(block, stop - start, self._source.n_vars, f"rows {start} to {stop}")
-        return block
+        if kept is not None and 2 * len(kept) < stop - start:
+            block = block.take(kept)
+        else:
+            kept = None
+        self._stalls.add("reading", time.perf_counter() - began)
+        return ReadBlock(block, kept)
+
+
+def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
+    """Rows that are held for the whole time, in the order given, which rises."""
+    segment = np.searchsorted(source.segments, rows, side="right")
+    groups = np.split(rows, np.flatnonzero(np.diff(rows // _NEAR) | np.diff(segment)) + 1)
+
+    def read(group: Ints) -> RowBlock:
+        start, stop = int(group[0]), int(group[-1]) + 1
+        block = source.read_rows(start, stop)
+        check_block(block, stop - start, source.n_vars, f"rows {start} to {stop}")
+        return block.take(group - start)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
+        return joined(list(executor.map(read, groups)))
 
 
 def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
@@ -105,10 +200,11 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
         Wrong types, lengths or columns.
     """
     indptr, indices, data = block.indptr, block.indices, block.data
+    narrow = indices.dtype == np.uint16
     arrays: list[tuple[str, npt.NDArray[Any], type]] = [
         ("indptr", indptr, np.int64),
-        ("indices", indices, np.int32),
-        ("data", data, np.float32),
+        ("indices", indices, np.uint16 if narrow else np.int32),
+        ("data", data, np.uint16 if narrow else np.float32),
     ]
     for name, array, dtype in arrays:
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
@@ -130,7 +226,8 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
             expected=f"{n_rows} rows, and an indptr that rises from 0 to the number of values",
         )
     # As unsigned numbers negative columns are out of range as well.
-    if len(indices) and indices.view(np.uint32).max() >= n_vars:
+    unsigned = indices if narrow else indices.view(np.uint32)
+    if len(indices) and unsigned.max() >= n_vars:
         raise LoaderError(
             f"the source gave columns out of range for {where}",
             found=f"{indices.min()} to {indices.max()}",

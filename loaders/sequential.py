@@ -7,62 +7,80 @@ from typing import Final
 
 import numpy as np
 
-from loaders.blocks import Range, cut, row_pieces
+from loaders.blocks import tile
 from loaders.errors import at_least_one
-from loaders.windows import Ints, Take, Window
+from loaders.selection import Ints, RowsLike, Selection
+from loaders.windows import Course, Take, Window
 
 _BLOCK: Final = 1024
 
 
 class SequentialPlan:
-    """Minibatches of rows in the order of the source.
+    """Minibatches of rows in the order of the source. Every block is a window.
 
     Parameters
     ----------
     segments
         Row at which each segment starts, and the number of rows at the end.
     minibatch_size
-        Rows of a minibatch; it is shorter where a segment or a row range ends.
+        Rows of a minibatch; the last one of a segment may be shorter.
     rows
-        Sorted, disjoint row ranges to go through; by default all rows.
+        Rows to go through: sorted, disjoint ranges, a mask, or rising row numbers; by default all.
 
     Attributes
     ----------
     n_rows, n_steps
         Number of rows and of minibatches.
     block_size
-        Rows that are read in one go.
+        Rows that are read in one go, at most.
+    partial
+        Whether blocks hold rows that are not gone through.
+    held
+        None.
     """
 
-    def __init__(
-        self, segments: Sequence[int], minibatch_size: int, rows: Sequence[Range] | None = None
-    ) -> None:
-        self.minibatch_size = minibatch_size = at_least_one("minibatch_size", minibatch_size)
-        pieces = row_pieces(segments, rows)
-        self.n_rows = sum(stop - start for start, stop in pieces)
-        # Whole minibatches, so that each lies in one block.
+    def __init__(self, segments: Sequence[int], minibatch_size: int, rows: RowsLike = None) -> None:
+        minibatch_size = at_least_one("minibatch_size", minibatch_size)
+        self._selection = Selection(rows, int(segments[-1]) if len(segments) else 0)
+        self.n_rows = self._selection.n_rows
+        self.partial = len(self._selection.starts) > 1
+        self.held: Ints = np.empty(0, np.int64)
+        # Whole minibatches, so that each lies in one block where all rows are taken.
         self.block_size = minibatch_size * max(1, _BLOCK // minibatch_size)
-        self._starts, self._stops = cut(pieces, self.block_size)
-        steps = -(-(self._stops - self._starts) // minibatch_size)
-        self._first_steps = np.concatenate([[0], np.cumsum(steps)])
-        self.n_steps = int(self._first_steps[-1])
+        self._blocks = tile(segments, self._selection, self.block_size)
+        self._ends = np.cumsum(self._blocks.takes)
+        in_segments = np.bincount(self._blocks.segment, self._blocks.takes).astype(np.int64)
+        lasts = np.cumsum(in_segments)
+        starts = [
+            np.arange(last - size, last, minibatch_size)
+            for last, size in zip(lasts.tolist(), in_segments.tolist(), strict=True)
+        ]
+        self._bounds: Ints = np.concatenate([*starts, [self.n_rows]])
+        self.n_steps = len(self._bounds) - 1
 
     def windows(self, step: int = 0) -> Iterator[Window]:
-        """The blocks from the one that holds minibatch ``step`` on."""
-        for index in range(self._block(step), len(self._starts)):
-            yield Window(0, index, ((int(self._starts[index]), int(self._stops[index])),))
+        """The blocks from the one that minibatch ``step`` begins in on."""
+        blocks = self._blocks
+        for index in range(self._block(int(self._bounds[step])), len(blocks)):
+            block = int(blocks.starts[index]), int(blocks.stops[index])
+            yield Window(0, index, (block,), (int(blocks.takes[index]),))
 
     def mix(self, window: Window) -> Ints:
-        """Rows as they are."""
-        return np.arange(window.n_rows)
+        """Rows as they come."""
+        ((start, stop),) = window.blocks
+        return self._selection.between(start, stop) - start
 
-    def takes(self, step: int) -> list[Take]:
-        """The rows of minibatch ``step``."""
-        block = self._block(step)
-        size = int(self._stops[block] - self._starts[block])
-        start = (step - int(self._first_steps[block])) * self.minibatch_size
-        stop = min(start + self.minibatch_size, size)
-        return [Take(0, block, slice(start, stop), stop == size)]
+    def course(self, step: int, stop: int) -> Course:
+        """The rows of minibatches ``step`` to ``stop`` (exclusive)."""
+        begin, end = int(self._bounds[step]), int(self._bounds[stop])
+        takes = []
+        for index in range(self._block(begin), self._block(end - 1) + 1):
+            size = int(self._blocks.takes[index])
+            first = int(self._ends[index]) - size
+            upto = min(end - first, size)
+            takes.append(Take(0, index, max(0, begin - first), upto, upto == size))
+        return Course(takes, None, np.diff(self._bounds[step : stop + 1]))
 
-    def _block(self, step: int) -> int:
-        return int(np.searchsorted(self._first_steps, step, side="right")) - 1
+    def _block(self, position: int) -> int:
+        """The block that holds a position among the chosen rows."""
+        return int(np.searchsorted(self._ends, position, side="right"))

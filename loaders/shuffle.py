@@ -12,11 +12,28 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from loaders.minibatch import Minibatch
+from loaders.selection import Ints
 from loaders.source import RowBlock
-from loaders.windows import Ints, Window
+from loaders.windows import Course
 
 # Columns of the table of an open window.
-_ROW, _LENGTH, _INDICES, _DATA = range(4)
+_ROW, _LENGTH, _INDICES, _DATA, _NARROW = range(5)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlock:
+    """A block as it was read.
+
+    Attributes
+    ----------
+    block
+        Its rows, or some of them.
+    kept
+        Which of its rows these are: int64, rising; None for all.
+    """
+
+    block: RowBlock
+    kept: Ints | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,77 +46,142 @@ class OpenWindow:
     Attributes
     ----------
     table
-        For each row its position in the source, its number of values, and the addresses of its
-        columns and of its values: int64, (n_rows, 4).
+        For each row its position in the source, its number of values, the addresses of its columns
+        and of its values, and whether they are narrow: int64, (n_rows, 5).
     blocks
         What the addresses point into; kept alive here.
     """
 
     table: Ints
-    blocks: Sequence[RowBlock]
+    blocks: Sequence[ReadBlock]
 
 
-def open_window(window: Window, blocks: Sequence[RowBlock], order: Ints) -> OpenWindow:
+def open_window(
+    rows: Ints, blocks: Sequence[ReadBlock], spans: Sequence[int], order: Ints
+) -> OpenWindow:
     """Lay out the rows of a window in the order in which they will be taken.
 
     Parameters
     ----------
-    window
-        The window.
+    rows
+        Source rows of all its blocks, one behind the other.
     blocks
         Its blocks as read.
+    spans
+        Rows of each block, kept or not.
     order
-        Its permutation, (n_rows,).
+        Positions in ``rows``, as they are taken.
     """
-    table = np.empty((len(order), 4), dtype=np.int64)
-    table[:, _ROW] = window.rows()
+    table = np.empty((len(rows), 5), dtype=np.int64)
+    table[:, _ROW] = rows
     begin = 0
-    for block in blocks:
-        part = table[begin : begin + block.n_rows]
-        begin += block.n_rows
-        part[:, _LENGTH] = np.diff(block.indptr)
-        offsets = 4 * block.indptr[:-1]  # Columns and values have four bytes each.
-        part[:, _INDICES] = block.indices.ctypes.data + offsets
-        part[:, _DATA] = block.data.ctypes.data + offsets
+    for read, span in zip(blocks, spans, strict=True):
+        block, at = read.block, slice(begin, begin + span)
+        begin += span
+        where = at if read.kept is None else read.kept + at.start
+        table[where, _LENGTH] = np.diff(block.indptr)
+        offsets = block.indptr[:-1]
+        table[where, _INDICES] = block.indices.ctypes.data + block.indices.itemsize * offsets
+        table[where, _DATA] = block.data.ctypes.data + block.data.itemsize * offsets
+        table[where, _NARROW] = block.narrow
     return OpenWindow(table[order], blocks)
 
 
 def gather(
-    parts: Sequence[tuple[OpenWindow, slice | Ints]],
+    parts: Sequence[tuple[OpenWindow, slice]],
+    course: Course,
     obs_codes: Mapping[str, npt.NDArray[np.int32]],
     n_vars: int,
-) -> Minibatch:
-    """Copy rows of open windows into a minibatch of its own arrays."""
-    table = np.concatenate([window.table[positions] for window, positions in parts])
+    narrow: bool,
+) -> list[Minibatch]:
+    """Copy rows of open windows into minibatches.
+
+    Their arrays are stretches of arrays that belong to these minibatches alone.
+    """
+    table = np.concatenate([window.table[stretch] for window, stretch in parts])
+    if course.order is not None:
+        table = table[course.order]
     indptr = np.zeros(len(table) + 1, dtype=np.int64)
     np.cumsum(table[:, _LENGTH], out=indptr[1:])
-    indices = np.empty(indptr[-1], dtype=np.int32)
-    data = np.empty(indptr[-1], dtype=np.float32)
-    _copy(table, indptr, indices, data.view(np.int32))
+    n_values = int(indptr[-1])
+    indices: npt.NDArray[Any]
+    data: npt.NDArray[Any]
+    if narrow:
+        indices, data = np.empty(n_values, np.uint16), np.empty(n_values, np.uint16)
+        _copy_narrow(table, indptr, indices, data)
+    else:
+        indices, data = np.empty(n_values, np.int32), np.empty(n_values, np.float32)
+        _copy_wide(table, indptr, indices, data)
     rows = table[:, _ROW].copy()
     obs = {name: codes[rows] for name, codes in obs_codes.items()}
-    return Minibatch(indptr, indices, data, rows, obs, n_vars)
+    out = []
+    begin = 0
+    for size in course.sizes.tolist():
+        stop = begin + size
+        pointers = indptr[begin : stop + 1]
+        low, high = int(pointers[0]), int(pointers[-1])
+        out.append(
+            Minibatch(
+                pointers - low,
+                indices[low:high],
+                data[low:high],
+                rows[begin:stop],
+                {name: codes[begin:stop] for name, codes in obs.items()},
+                n_vars,
+            )
+        )
+        begin = stop
+    return out
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _words_at(_: Any, address: Any) -> Any:
-    """A pointer to 32-bit words from an address."""
+def _pointer(kind: Any) -> Any:
+    @intrinsic  # type: ignore[untyped-decorator]
+    def at(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+        return types.CPointer(kind)(address), generate
 
-    return types.CPointer(types.int32)(address), generate
+    return at
+
+
+_halves_at = _pointer(types.uint16)
+_words_at = _pointer(types.int32)
+_floats_at = _pointer(types.float32)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copy(
-    table: Ints, indptr: Ints, indices: npt.NDArray[np.int32], data: npt.NDArray[np.int32]
+def _copy_narrow(
+    table: Ints, indptr: Ints, indices: npt.NDArray[np.uint16], data: npt.NDArray[np.uint16]
 ) -> None:
-    """Copy each row of ``table`` to where ``indptr`` puts it; values as the words they are."""
+    """Copy each row of ``table`` to where ``indptr`` puts it."""
     for row in range(len(table)):
-        begin = indptr[row]
-        columns, values = _words_at(table[row, _INDICES]), _words_at(table[row, _DATA])
-        for k in range(table[row, _LENGTH]):
-            indices[begin + k] = columns[k]
-        for k in range(table[row, _LENGTH]):
-            data[begin + k] = values[k]
+        begin, length = indptr[row], table[row, _LENGTH]
+        columns, values = _halves_at(table[row, _INDICES]), _halves_at(table[row, _DATA])
+        to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
+        for k in range(length):
+            to_indices[k] = columns[k]
+        for k in range(length):
+            to_data[k] = values[k]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _copy_wide(
+    table: Ints, indptr: Ints, indices: npt.NDArray[np.int32], data: npt.NDArray[np.float32]
+) -> None:
+    """Copy each row of ``table`` to where ``indptr`` puts it, and widen it where it is narrow."""
+    for row in range(len(table)):
+        begin, length = indptr[row], table[row, _LENGTH]
+        to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
+        if table[row, _NARROW]:
+            columns, values = _halves_at(table[row, _INDICES]), _halves_at(table[row, _DATA])
+            for k in range(length):
+                to_indices[k] = columns[k]
+            for k in range(length):
+                to_data[k] = values[k]
+        else:
+            words, floats = _words_at(table[row, _INDICES]), _floats_at(table[row, _DATA])
+            for k in range(length):
+                to_indices[k] = words[k]
+            for k in range(length):
+                to_data[k] = floats[k]

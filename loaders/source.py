@@ -8,35 +8,99 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 from scipy.sparse import csr_matrix
+
+from loaders.selection import Ints
+
+NARROW_MAX = 2**16 - 1
+"""Largest column and count of a narrow block."""
 
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Consecutive rows of one source in CSR form.
+    """Consecutive rows of one source in CSR form, wide or narrow.
 
     Attributes
     ----------
     indptr
         int64, (n_rows + 1,), starting at 0.
     indices
-        Column of each value: int32, (nnz,), unique within a row, in any order.
+        Column of each value: int32, or uint16 where narrow, (nnz,), unique within a row, in any
+        order.
     data
-        Counts: float32, (nnz,).
+        Counts: float32, or uint16 where narrow, (nnz,).
     """
 
-    indptr: npt.NDArray[np.int64]
-    indices: npt.NDArray[np.int32]
-    data: npt.NDArray[np.float32]
+    indptr: Ints
+    indices: npt.NDArray[Any]
+    data: npt.NDArray[Any]
 
     @property
     def n_rows(self) -> int:
         """Number of rows."""
         return len(self.indptr) - 1
+
+    @property
+    def narrow(self) -> bool:
+        """Whether columns and counts are uint16."""
+        return self.indices.dtype == np.uint16 and self.data.dtype == np.uint16
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return self.indptr.nbytes + self.indices.nbytes + self.data.nbytes
+
+    def take(self, rows: Ints) -> RowBlock:
+        """Some of the rows, as a block with arrays of its own."""
+        lengths = np.diff(self.indptr)[rows]
+        indptr = np.concatenate([[0], np.cumsum(lengths)])
+        indices = np.empty(int(indptr[-1]), self.indices.dtype)
+        data = np.empty(int(indptr[-1]), self.data.dtype)
+        _take(self.indptr, self.indices, self.data, rows, indptr, indices, data)
+        return RowBlock(indptr, indices, data)
+
+    def widened(self) -> RowBlock:
+        """The same with int32 columns and float32 counts."""
+        return RowBlock(
+            self.indptr,
+            self.indices.astype(np.int32, copy=False),
+            self.data.astype(np.float32, copy=False),
+        )
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _take(
+    indptr: Ints,
+    indices: npt.NDArray[Any],
+    data: npt.NDArray[Any],
+    rows: Ints,
+    new_indptr: Ints,
+    new_indices: npt.NDArray[Any],
+    new_data: npt.NDArray[Any],
+) -> None:
+    for i in range(len(rows)):
+        begin, to = indptr[rows[i]], new_indptr[i]
+        for k in range(new_indptr[i + 1] - to):
+            new_indices[to + k] = indices[begin + k]
+        for k in range(new_indptr[i + 1] - to):
+            new_data[to + k] = data[begin + k]
+
+
+def joined(blocks: Sequence[RowBlock]) -> RowBlock:
+    """Blocks one behind the other, wide if any of them is."""
+    if not all(block.narrow for block in blocks):
+        blocks = [block.widened() for block in blocks]
+    lengths = np.concatenate([np.diff(block.indptr) for block in blocks])
+    return RowBlock(
+        np.concatenate([[0], np.cumsum(lengths)]),
+        np.concatenate([block.indices for block in blocks]),
+        np.concatenate([block.data for block in blocks]),
+    )
 
 
 @runtime_checkable
@@ -68,6 +132,28 @@ class RowSource(Protocol):
         """Integer codes per row, each int32 (n_obs,); -1 stands for none."""
         ...
 
+    @property
+    def narrow(self) -> bool:
+        """Whether every block is narrow: columns and counts below 2^16, as uint16."""
+        ...
+
+    @property
+    def reading(self) -> str:
+        """How rows are read, and why so: a sentence for people."""
+        ...
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that one :meth:`read_rows` takes besides twice what it returns."""
+        ...
+
+    def count_values(self, starts: Ints, stops: Ints) -> Ints:
+        """Values in each range of rows at most, without reading them: int64, (n_ranges,).
+
+        Each range lies in one segment.
+        """
+        ...
+
     def read_rows(self, start: int, stop: int) -> RowBlock:
         """Read rows ``start`` to ``stop`` (exclusive), which lie in one segment; thread-safe."""
         ...
@@ -84,6 +170,13 @@ class ArraySource:
         Integer codes per row by name, (n_obs,) each; by default none.
     segments
         Row at which each segment starts, and ``n_obs`` at the end; by default one segment.
+    narrow
+        Hold columns and counts as uint16.
+
+    Raises
+    ------
+    ValueError
+        ``narrow``, but a column or count does not fit.
     """
 
     def __init__(
@@ -91,14 +184,16 @@ class ArraySource:
         counts: csr_matrix | npt.NDArray[np.generic],
         obs_codes: Mapping[str, npt.ArrayLike] | None = None,
         segments: Sequence[int] | None = None,
+        *,
+        narrow: bool = False,
     ) -> None:
         matrix = csr_matrix(counts, dtype=np.float32, copy=True)
         matrix.sum_duplicates()
         n_obs, n_vars = matrix.shape
         self._n_obs, self._n_vars = int(n_obs), int(n_vars)
         self._indptr = matrix.indptr.astype(np.int64)
-        self._indices = matrix.indices.astype(np.int32)
-        self._data: npt.NDArray[np.float32] = matrix.data
+        self._indices: npt.NDArray[Any] = matrix.indices.astype(np.int32)
+        self._data: npt.NDArray[Any] = matrix.data
         self._segments = (0, self._n_obs) if segments is None else tuple(map(int, segments))
         self._obs_codes = {
             name: np.array(codes, dtype=np.int32) for name, codes in (obs_codes or {}).items()
@@ -109,6 +204,12 @@ class ArraySource:
         for name, codes in sorted(self._obs_codes.items()):
             digest.update(name.encode() + codes.tobytes())
         self._fingerprint = digest.hexdigest()
+        self._narrow = narrow
+        if narrow:
+            self._indices = self._indices.astype(np.uint16)
+            self._data = matrix.data.astype(np.uint16)
+            if n_vars > NARROW_MAX + 1 or (self._data != matrix.data).any():
+                raise ValueError("columns or counts do not fit in uint16")
 
     @property
     def n_obs(self) -> int:
@@ -134,6 +235,25 @@ class ArraySource:
     def obs_codes(self) -> Mapping[str, npt.NDArray[np.int32]]:
         """Integer codes per row, each int32 (n_obs,)."""
         return self._obs_codes
+
+    @property
+    def narrow(self) -> bool:
+        """Whether columns and counts are uint16."""
+        return self._narrow
+
+    @property
+    def reading(self) -> str:
+        """How rows are read."""
+        return "fast: from memory, nothing is copied"
+
+    @property
+    def read_overhead(self) -> int:
+        """Nothing."""
+        return 0
+
+    def count_values(self, starts: Ints, stops: Ints) -> Ints:
+        """Values in each range of rows: int64, (n_ranges,)."""
+        return self._indptr[stops] - self._indptr[starts]
 
     def read_rows(self, start: int, stop: int) -> RowBlock:
         """Rows ``start`` to ``stop`` (exclusive), not copied."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from loaders.blocks import Range
+from loaders.selection import Ints, Range
 
-Ints = npt.NDArray[np.int64]
 Content = TypeVar("Content")
 
 
@@ -24,41 +22,65 @@ class Window:
     lane, index
         The lane, and the position of the window in it.
     blocks
-        Row ranges of the source, in the order in which their rows are concatenated.
+        Row ranges of the source, in the order in which their rows are concatenated. Ranges from
+        ``n_obs`` on are those of :attr:`Plan.held`.
+    takes
+        How many rows minibatches take from each block.
     """
 
     lane: int
     index: int
     blocks: tuple[Range, ...]
+    takes: tuple[int, ...]
 
     @property
     def n_rows(self) -> int:
-        """Number of rows."""
-        return sum(stop - start for start, stop in self.blocks)
+        """Rows that minibatches take."""
+        return sum(self.takes)
 
     def rows(self) -> Ints:
-        """Rows of the source, block after block: int64, (n_rows,)."""
+        """All rows of the blocks, block after block, taken or not: int64."""
         return np.concatenate([np.arange(start, stop) for start, stop in self.blocks])
 
 
 @dataclass(frozen=True, slots=True)
 class Take:
-    """What one minibatch takes from one window.
+    """A stretch of a mixed window that goes into minibatches.
 
     Attributes
     ----------
     lane, index
         The window.
-    positions
-        Positions in the mixed rows of the window.
+    start, stop
+        Positions in its mixed rows.
     last
-        Whether no later minibatch takes from the window.
+        Whether nothing is taken from the window later.
     """
 
     lane: int
     index: int
-    positions: slice | Ints
+    start: int
+    stop: int
     last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What some minibatches in a row take.
+
+    Attributes
+    ----------
+    takes
+        Stretches of windows; their rows follow each other in this order.
+    order
+        Positions in these rows, minibatch after minibatch: int64; None where they come as taken.
+    sizes
+        Rows of each minibatch: int64, (n_minibatches,).
+    """
+
+    takes: list[Take]
+    order: Ints | None
+    sizes: Ints
 
 
 class Plan(Protocol):
@@ -69,22 +91,36 @@ class Plan(Protocol):
         """Number of minibatches."""
         ...
 
+    @property
+    def partial(self) -> bool:
+        """Whether minibatches may leave out rows of the blocks that are read for them."""
+        ...
+
+    @property
+    def held(self) -> Ints:
+        """Rows that are read once and held, numbered from ``n_obs`` on in blocks: int64."""
+        ...
+
     def windows(self, step: int = 0) -> Iterator[Window]:
         """The windows that minibatches from ``step`` on take from, in the order of first need."""
         ...
 
     def mix(self, window: Window) -> Ints:
-        """The order in which the rows of a window are taken: a permutation, (n_rows,)."""
+        """Positions in :meth:`Window.rows` in the order in which they are taken: int64."""
         ...
 
-    def takes(self, step: int) -> list[Take]:
-        """What minibatch ``step`` takes, in the order in which its rows come."""
+    def course(self, step: int, stop: int) -> Course:
+        """What minibatches ``step`` to ``stop`` (exclusive) take."""
         ...
 
 
 def walk(
-    plan: Plan, step: int, opened: Iterator[tuple[Window, Content]]
-) -> Iterator[list[tuple[Content, slice | Ints]]]:
+    plan: Plan,
+    step: int,
+    at_once: int,
+    opened: Iterator[tuple[Window, Content]],
+    closed: Callable[[Window], None],
+) -> Iterator[tuple[list[tuple[Content, slice]], Course]]:
     """Go through the minibatches from ``step`` on, holding the windows that they need.
 
     Parameters
@@ -93,25 +129,34 @@ def walk(
         The order.
     step
         First minibatch.
+    at_once
+        How many minibatches to yield at a time.
     opened
         The windows of ``plan.windows(step)``, in that order, each with its content; pulled only
         when a minibatch needs the window.
+    closed
+        Told of each window that no later minibatch takes from, once the caller has come back.
 
     Yields
     ------
-    For each minibatch the contents that it takes from, with the positions in each. No other
-    reference is kept to a content that no later minibatch takes from: clear the list to free it.
+    The contents that the next minibatches take from, with the stretch of each; and their course. No
+    other reference is kept to a content that no later minibatch takes from: clear the list to free
+    it.
     """
-    live: dict[tuple[int, int], Content] = {}
-    for current in range(step, plan.n_steps):
-        takes = plan.takes(current)
-        for take in takes:
-            while (take.lane, take.index) not in live:
+    live: dict[tuple[int, int], tuple[Window, Content]] = {}
+    for first in range(step, plan.n_steps, at_once):
+        course = plan.course(first, min(first + at_once, plan.n_steps))
+        parts: list[tuple[Content, slice]] = []
+        ended = []
+        for take in course.takes:
+            key = take.lane, take.index
+            while key not in live:
                 window, content = next(opened)
-                live[window.lane, window.index] = content
+                live[window.lane, window.index] = window, content
                 del content
-        parts = [(live[take.lane, take.index], take.positions) for take in takes]
-        for take in takes:
+            parts.append((live[key][1], slice(take.start, take.stop)))
             if take.last:
-                del live[take.lane, take.index]
-        yield parts
+                ended.append(live.pop(key)[0])
+        yield parts, course
+        for window in ended:
+            closed(window)

@@ -197,6 +197,27 @@ class CountStore:
         """Rows of one study over the whole gene table; thread-safe."""
         return self._all_genes.read_rows(start, stop)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether columns and counts of all studies fit in uint16."""
+        return self._all_genes.narrow
+
+    @property
+    def reading(self) -> str:
+        """How rows are read, for people."""
+        return self._all_genes.reading
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns."""
+        return self._all_genes.read_overhead
+
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Stored values in each range of rows, each of one study: int64, (n_ranges,)."""
+        return self._all_genes.count_values(starts, stops)
+
     def select(self, genes: Sequence[str]) -> CountView:
         """The same rows over chosen genes, in the order given.
 

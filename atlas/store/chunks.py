@@ -26,6 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
+from atlas.store import kernels
 from atlas.store.schema import RESTORE
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
@@ -98,16 +99,16 @@ class _Recipe:
     dtype: np.dtype[Any]
     chunk: int
     per_shard: int
-    decompress: Callable[[memoryview, npt.NDArray[Any]], None]
+    decompress: Callable[[bytes, npt.NDArray[Any]], None]
     delta: bool
 
 
-def _decompress_blosc(source: memoryview, target: npt.NDArray[Any]) -> None:
+def _decompress_blosc(source: bytes, target: npt.NDArray[Any]) -> None:
     numcodecs.blosc.decompress(source, target)
 
 
-def _decompress_pcodec(source: memoryview, target: npt.NDArray[Any]) -> None:
-    pcodec.standalone.simple_decompress_into(bytes(source), target)
+def _decompress_pcodec(source: bytes, target: npt.NDArray[Any]) -> None:
+    pcodec.standalone.simple_decompress_into(source, target)
 
 
 def _recipe(path: Path) -> _Recipe:
@@ -132,7 +133,7 @@ def _recipe(path: Path) -> _Recipe:
             expected="one dimension, codec sharding_indexed",
             path=path / "zarr.json",
         ) from None
-    known: dict[tuple[str, ...], tuple[Callable[[memoryview, npt.NDArray[Any]], None], bool]] = {
+    known: dict[tuple[str, ...], tuple[Callable[[bytes, npt.NDArray[Any]], None], bool]] = {
         ("numcodecs.delta", "bytes", "blosc", "crc32c"): (_decompress_blosc, True),
         ("bytes", "blosc", "crc32c"): (_decompress_blosc, False),
         ("numcodecs.pcodec", "crc32c"): (_decompress_pcodec, False),
@@ -152,6 +153,17 @@ def _missing(path: Path, what: str) -> CorruptStoreError:
     return CorruptStoreError(what, do=RESTORE, path=path)
 
 
+_thread = threading.local()
+
+
+def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that each thread keeps for what it is decoding: uint8, (at least nbytes,)."""
+    kept: npt.NDArray[np.uint8] | None = getattr(_thread, "scratch", None)
+    if kept is None or len(kept) < nbytes:
+        kept = _thread.scratch = np.empty(nbytes, np.uint8)
+    return kept
+
+
 class ChunkedArray:
     """One array of a study, read by element range from any number of threads.
 
@@ -164,8 +176,7 @@ class ChunkedArray:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._recipe = _recipe(path)
-        self._indices: dict[int, npt.NDArray[np.uint64]] = {}
-        self._lock = threading.Lock()
+        self._indices: dict[int, tuple[tuple[int, int, int], npt.NDArray[np.uint64]]] = {}
 
     def __len__(self) -> int:
         return self._recipe.n
@@ -175,13 +186,18 @@ class ChunkedArray:
         """Type of the elements, as stored."""
         return self._recipe.dtype
 
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a decoded chunk."""
+        return self._recipe.chunk * self._recipe.dtype.itemsize
+
     def read(self, start: int, stop: int) -> npt.NDArray[Any]:
         """Elements ``start`` to ``stop`` (exclusive), checked and decoded.
 
         Raises
         ------
         CorruptStoreError
-            A shard or chunk is missing, short, or fails its checksum.
+            A shard or chunk is missing, short, unreadable, or fails its checksum.
         """
         r = self._recipe
         if not 0 <= start <= stop <= r.n:
@@ -193,20 +209,22 @@ class ChunkedArray:
         for shard in range(first // r.per_shard, last // r.per_shard + 1):
             low = max(first, shard * r.per_shard)
             high = min(last, (shard + 1) * r.per_shard - 1)
-            for number, chunk in self._chunks(shard, low, high):
+            path = self.path / "c" / str(shard)
+            for number, data in enumerate(self._stored(shard, low, high, path), start=low):
                 begin = number * r.chunk
                 a, b = max(start, begin), min(stop, begin + r.chunk)
-                out[a - start : b - start] = chunk[a - begin : b - begin]
+                self._decode(data, path, number, a - begin, out[a - start : b - start])
         return out
 
-    def _chunks(self, shard: int, low: int, high: int) -> list[tuple[int, npt.NDArray[Any]]]:
-        """Decode chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard."""
+    def _stored(self, shard: int, low: int, high: int, path: Path) -> list[memoryview]:
+        """Bytes of chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard."""
         r = self._recipe
-        path = self.path / "c" / str(shard)
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise _missing(path, "A shard of the store is missing") from None
+        except OSError as error:
+            raise self._unreadable(path, error) from error
         try:
             index = self._index(shard, descriptor, path)
             local = index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
@@ -216,43 +234,71 @@ class ChunkedArray:
             begin = int(local[:, 0].min())
             end = int((local[:, 0] + local[:, 1]).max())
             data = memoryview(os.pread(descriptor, end - begin, begin))
+        except OSError as error:
+            raise self._unreadable(path, error) from error
         finally:
             os.close(descriptor)
         if len(data) != end - begin:
             raise self._flipped(path, f"{begin + len(data)} bytes", f"at least {end} bytes")
-        out = []
-        for number, (offset, length) in enumerate(local.tolist(), start=low):
-            at = offset - begin
-            out.append((number, self._decode(data[at : at + length], path, number)))
-        return out
+        return [data[at - begin : at - begin + n] for at, n in local.tolist()]
 
-    def _decode(self, data: memoryview, path: Path, number: int) -> npt.NDArray[Any]:
+    def _decode(
+        self, data: memoryview, path: Path, number: int, skip: int, out: npt.NDArray[Any]
+    ) -> None:
+        """Decode the elements of a chunk from ``skip`` on into ``out``."""
         r = self._recipe
-        body = data[:-4]
-        if google_crc32c.value(bytes(body)) != int.from_bytes(data[-4:], "little"):
+        body = bytes(data[:-4])
+        if google_crc32c.value(body) != int.from_bytes(data[-4:], "little"):
             raise self._flipped(path, f"another checksum in chunk {number}", "the crc32c stored")
-        chunk = np.empty(r.chunk, r.dtype)
-        r.decompress(body, chunk)
+        if len(out) == r.chunk:
+            r.decompress(body, out)
+            if r.delta:
+                kernels.sum_deltas(out, 0, out)
+            return
+        # A part of a chunk goes through scratch memory that the thread keeps.
+        scratch = _scratch(r.chunk * r.dtype.itemsize)[: r.chunk * r.dtype.itemsize].view(r.dtype)
+        r.decompress(body, scratch)
         if r.delta:
-            np.cumsum(chunk, dtype=r.dtype, out=chunk)
-        return chunk
+            kernels.sum_deltas(scratch, skip, out)
+        else:
+            out[:] = scratch[skip : skip + len(out)]
 
     def _index(self, shard: int, descriptor: int, path: Path) -> npt.NDArray[np.uint64]:
-        """Offset and length of each chunk in a shard, (per_shard, 2), from the shard's end."""
-        with self._lock:
-            if shard in self._indices:
-                return self._indices[shard]
+        """Offset and length of each chunk in a shard, (per_shard, 2), from the shard's end.
+
+        Read once; afterwards the file must be the one it was read from.
+        """
+        status = os.fstat(descriptor)
+        identity = status.st_ino, status.st_size, status.st_mtime_ns
+        # No lock: a fork could leave it taken for ever. At worst an index is read twice.
+        known = self._indices.get(shard)
+        if known is not None:
+            if known[0] != identity:
+                raise CorruptStoreError(
+                    "A shard of the store was replaced or changed while the store was open",
+                    found=f"{status.st_size} bytes, changed {status.st_mtime_ns} ns",
+                    expected=f"{known[0][1]} bytes, changed {known[0][2]} ns",
+                    do="open the store again, and check it with `atlas verify`",
+                    path=path,
+                )
+            return known[1]
         length = self._recipe.per_shard * 16 + 4
-        size = os.fstat(descriptor).st_size
-        data = os.pread(descriptor, length, max(0, size - length))
+        data = os.pread(descriptor, length, max(0, status.st_size - length))
         if len(data) < length:
-            raise self._flipped(path, f"{size} bytes", f"at least {length} bytes")
+            raise self._flipped(path, f"{status.st_size} bytes", f"at least {length} bytes")
         if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise self._flipped(path, "another checksum in its index", "the crc32c stored")
         index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
-        with self._lock:
-            self._indices[shard] = index
+        self._indices[shard] = identity, index
         return index
+
+    def _unreadable(self, path: Path, error: OSError) -> CorruptStoreError:
+        return CorruptStoreError(
+            "A shard of the store cannot be read",
+            found=str(error),
+            do="check the disk, then " + RESTORE,
+            path=path,
+        )
 
     def _flipped(self, path: Path, found: str, expected: str) -> CorruptStoreError:
         return CorruptStoreError(

@@ -106,7 +106,7 @@ def _counts(store: CountStore, positions: npt.NDArray[np.int64]) -> sp.csr_matri
             inside = rising[np.searchsorted(rising, a) : np.searchsorted(rising, b)]
             if not len(inside):
                 continue
-            block = store.read_rows(a, b)
+            block = store.read_rows(a, b).widened()
             shape = (b - a, store.n_vars)
             piece = sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
             whole = np.array_equal(inside, np.arange(a, b))

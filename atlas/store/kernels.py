@@ -14,6 +14,45 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def sum_deltas(deltas: npt.NDArray[Any], skip: int, out: npt.NDArray[Any]) -> None:
+    """Running sums of ``deltas``, modulo their type, from element ``skip`` on into ``out``.
+
+    ``out`` may be ``deltas`` itself.
+    """
+    total = deltas.dtype.type(0)
+    for k in range(skip):
+        total = deltas.dtype.type(total + deltas[k])
+    for k in range(len(out)):
+        total = deltas.dtype.type(total + deltas[skip + k])
+        out[k] = total
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def select_columns(
+    indptr: npt.NDArray[np.int64],
+    indices: npt.NDArray[np.uint16],
+    data: npt.NDArray[np.uint16],
+    table: npt.NDArray[np.int32],
+) -> npt.NDArray[np.int64]:
+    """Rename the columns of narrow CSR rows by ``table``, in place; -1 drops a value.
+
+    What stays moves to the front of ``indices`` and ``data``; returns the new row pointers.
+    """
+    new_indptr = np.empty(len(indptr), np.int64)
+    new_indptr[0] = 0
+    at = 0
+    for row in range(len(indptr) - 1):
+        for j in range(indptr[row], indptr[row + 1]):
+            column = table[indices[j]]
+            # Written in any case, and overwritten where it is dropped: no branch to mispredict.
+            indices[at] = np.uint16(column)
+            data[at] = data[j]
+            at += column >= 0
+        new_indptr[row + 1] = at
+    return new_indptr
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def map_columns(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[Any],

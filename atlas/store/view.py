@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from atlas.store.kernels import map_columns
+from atlas.store.kernels import map_columns, select_columns
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
+from loaders.source import NARROW_MAX
 
 
 class CountView:
@@ -61,6 +62,27 @@ class CountView:
         """Chosen genes."""
         return len(self._positions)
 
+    @functools.cached_property
+    def _identity(self) -> tuple[bool, ...]:
+        """Whether the columns of each study are the chosen genes, in this order."""
+        every = np.arange(self.n_vars)
+        return tuple(np.array_equal(table, every) for table in self._tables)
+
+    @functools.cached_property
+    def narrow(self) -> bool:
+        """Whether columns and counts of all studies are uint16."""
+        return self.n_vars <= NARROW_MAX + 1 and all(s.counts.narrow for s in self._studies)
+
+    @property
+    def reading(self) -> str:
+        """How rows are read."""
+        return "fast: chunks of the store are checked and decoded by Atlas's own kernels"
+
+    @functools.cached_property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns."""
+        return max((study.counts.read_overhead for study in self._studies), default=0)
+
     @property
     def obs_codes(self) -> Mapping[str, npt.NDArray[np.int32]]:
         """``study``, ``batch`` and ``label`` of every row."""
@@ -101,5 +123,27 @@ class CountView:
         ):
             raise IndexError(f"rows {start}:{stop} do not lie in one study of {self.segments}")
         offset = self.segments[i]
-        indptr, indices, data = self._studies[i].counts.read(start - offset, stop - offset)
-        return RowBlock(*map_columns(indptr, indices, data, self._tables[i]))
+        counts, table = self._studies[i].counts, self._tables[i]
+        indptr, indices, data = counts.read(start - offset, stop - offset)
+        if not counts.narrow or self.n_vars > NARROW_MAX + 1:
+            return RowBlock(*map_columns(indptr, indices, data, table))
+        if not self._identity[i]:
+            indptr = select_columns(indptr, indices, data, table)
+            n_values = int(indptr[-1])
+            if 4 * n_values < 3 * len(indices):  # else the room is not worth a copy
+                indices, data = indices[:n_values].copy(), data[:n_values].copy()
+            indices, data = indices[:n_values], data[:n_values]
+        return RowBlock(indptr, indices, data)
+
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Stored values in each range of rows, each of one study: int64, (n_ranges,)."""
+        out = np.empty(len(starts), np.int64)
+        study_of = np.searchsorted(self.segments, starts, side="right") - 1
+        for i in np.unique(study_of).tolist():
+            mine, offset = study_of == i, self.segments[i]
+            out[mine] = self._studies[i].counts.count_values(
+                starts[mine] - offset, stops[mine] - offset
+            )
+        return out

@@ -165,6 +165,22 @@ class CSRMatrix:
     def _data(self) -> chunks.ChunkedArray:
         return chunks.ChunkedArray(self.folder / "data")
 
+    @property
+    def narrow(self) -> bool:
+        """Whether columns and values are uint16."""
+        return self._indices.dtype == np.uint16 and self._data.dtype == np.uint16
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns: chunks at both ends, scratch."""
+        return 4 * max(self._indices.chunk_bytes, self._data.chunk_bytes)
+
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Values in each range of rows: int64, (n_ranges,)."""
+        return self._indptr[stops] - self._indptr[starts]
+
     def read(self, start: int, stop: int) -> Rows:
         """Rows ``start`` to ``stop`` (exclusive), checked and decoded."""
         indptr = self._indptr[start : stop + 1]

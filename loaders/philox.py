@@ -1,0 +1,48 @@
+"""Random words and permutations as a pure function of what they are for.
+
+They are the raw stream of Philox4x64-10 (Salmon et al. 2011), keyed by the seed and a purpose, and
+counted by (epoch, lane, window). NumPy keeps that stream the same in all its versions, which it
+does not promise for what is built upon it (``Generator.permutation``).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+# The second word of the key: what the words are for. 2 was once the pool at the end of an epoch.
+BLOCKS: Final = 0
+WINDOW: Final = 1
+PLACES: Final = 3
+VISITS: Final = 4
+DRAWS: Final = 5
+
+
+def words(
+    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
+) -> npt.NDArray[np.uint64]:
+    """Random words, (n,). Philox counts up in the first word of its counter: no streams overlap."""
+    bits = np.random.Philox(
+        key=np.array([seed, purpose], dtype=np.uint64),
+        counter=np.array([0, epoch, lane, window], dtype=np.uint64),
+    )
+    return bits.random_raw(n)
+
+
+def uniform(
+    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
+) -> npt.NDArray[np.float64]:
+    """Random numbers in [0, 1), float64 (n,): the upper 53 bits of :func:`words`."""
+    drawn: npt.NDArray[np.float64] = (
+        words(n, seed, purpose, epoch, lane, window) >> np.uint64(11)
+    ) / 2.0**53
+    return drawn
+
+
+def permutation(
+    n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
+) -> npt.NDArray[np.int64]:
+    """A permutation of ``range(n)``: int64, (n,). Equal words, if ever, stay in order."""
+    return np.argsort(words(n, seed, purpose, epoch, lane, window), kind="stable")
