@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 
+from atlas.cli import main
 from atlas.errors import ConfigError, InputError
 from atlas.store import create_store, open_store, to_anndata
 
@@ -180,3 +181,18 @@ def test_a_bad_file_among_good_ones_is_named_and_leaves_nothing(
         p for p in store.path.rglob("*") if p in before
     ]
     assert open_store(store.path).studies == ()
+
+
+def test_the_command_line(
+    tmp_path: Path,
+    three: tuple[list[Path], list[AnnData]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = [str(path) for path in three[0]]
+    where = str(tmp_path / "s.atlas")
+    options = ["--study", "s", "--batch-key", "file", "--memory", "300MB"]
+    assert main(["ingest", where, *paths, *options, "--prefix-rows"]) == 0
+    assert "s: 76 cells" in capsys.readouterr().out
+    assert open_store(where).batches == ("s/part0", "s/part1", "s/part2")
+    assert main(["ingest", where, *paths, "--study", "t", "--memory", "1kB"]) == 2
+    assert "give --memory 1MB or more" in capsys.readouterr().err

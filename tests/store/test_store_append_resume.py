@@ -19,6 +19,7 @@ from atlas import files, workflows
 from atlas.errors import CountsError, StoreError
 from atlas.ingest import CountsSource
 from atlas.store import CountStore, chunks, create_store, journal, open_store, study_writer
+from atlas.store import append as append_module
 
 MakeStudy = Callable[..., AnnData]
 MEMORY = 256 * 6 * 5 // 2
@@ -241,11 +242,28 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, path: Path, door: str, strid
                 append(store, path)
                 break
             except StoreError as error:
-                assert "the store is as it was\n  found: [Errno 28]" in str(error)
+                message = str(error)
+        assert "the store is as it was\n  found: [Errno 28]" in message
         assert content(store.path) == before
         n += stride
     assert n > 2 * stride
     store.verify()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_an_interrupt_after_the_study_was_moved_in_place(
+    tmp_path: Path, path: Path, n: int
+) -> None:
+    store = create_store(tmp_path / "s.atlas")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(append_module, "write_part", Counted(append_module.write_part, n))
+        with pytest.raises(KeyboardInterrupt, match="goes on"):
+            append(store, path)
+    assert not list((store.path / "studies").iterdir())
+    append(store, path)
+    whole = create_store(tmp_path / "whole.atlas")
+    append(whole, path)
+    assert content(store.path) == content(whole.path)
 
 
 def test_progress_goes_on_too(
