@@ -259,7 +259,7 @@ def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
         journal.write()
         if isinstance(interrupt, KeyboardInterrupt):
             raise KeyboardInterrupt(
-                "; what was done is kept: the same command goes on, --fresh starts anew"
+                "(what was done is kept: the same command goes on, --fresh starts anew)"
             ) from None
         raise
 
