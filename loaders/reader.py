@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from loaders.errors import LoaderError
 from loaders.memory import block_bytes
@@ -21,6 +22,8 @@ from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
 
+_TASK_ROWS = 256
+"""Rows that a thread reads before it hands them over, about."""
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
 
@@ -83,7 +86,7 @@ class WindowReader:
         self._source, self._plan, self._held_rows = source, plan, held
         self._windows = plan.windows(step)
         self._ahead, self._stopped, self._stalls = ahead, stopped, stalls
-        self._pending: deque[tuple[Window, Ints, list[Future[ReadBlock]]]] = deque()
+        self._pending: deque[tuple[Window, Ints, list[Future[list[ReadBlock]]]]] = deque()
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
         self._next = next(self._windows, None)
@@ -111,7 +114,7 @@ class WindowReader:
             # Before waiting, so that the threads have work meanwhile.
             self._read_ahead()
             with self._stalls.timed("wait_for_blocks"):
-                blocks = [future.result() for future in futures]
+                blocks = [block for future in futures for block in future.result()]
             del futures  # The blocks belong to the window now.
             yield window, order, blocks
             del blocks
@@ -127,14 +130,21 @@ class WindowReader:
             self._bytes[window.lane, window.index] = self._window_bytes(window)
             self._stalls.hold(sum(self._bytes.values()))
             chosen = np.unique(order) if self._plan.partial else None
-            futures, begin = [], 0
+            asked: list[tuple[int, int, Ints | None]] = []
+            begin = 0
             for start, stop in window.blocks:
                 kept = None
                 if chosen is not None:
                     low, high = np.searchsorted(chosen, (begin, begin + stop - start))
                     kept = chosen[low:high] - begin
                 begin += stop - start
-                futures.append(self._executor.submit(self._read, start, stop, kept))
+                asked.append((start, stop, kept))
+            # Short blocks are read several in a task, since handing over costs as much as reading.
+            per_task = max(1, _TASK_ROWS * len(asked) // begin)
+            futures = [
+                self._executor.submit(self._read, asked[first : first + per_task])
+                for first in range(0, len(asked), per_task)
+            ]
             self._pending.append((window, order, futures))
             self._pending_rows += window.n_rows
             self._next = next(self._windows, None)
@@ -158,22 +168,24 @@ class WindowReader:
         share = takes / (ranges[:, 1] - ranges[:, 0])
         return int((sizes * np.where(2 * share < 1, share, 1.0)).sum())
 
-    def _read(self, start: int, stop: int, kept: Ints | None) -> ReadBlock:
+    def _read(self, asked: Sequence[tuple[int, int, Ints | None]]) -> list[ReadBlock]:
+        began = time.perf_counter()
+        blocks = [self._read_block(*block) for block in asked]
+        self._stalls.add("reading", time.perf_counter() - began)
+        return blocks
+
+    def _read_block(self, start: int, stop: int, kept: Ints | None) -> ReadBlock:
         if self._stopped():
             raise Stopped
         n_obs = self._source.n_obs
         if start >= n_obs:
             assert self._held_rows is not None  # the plan draws them only where it names them
             return ReadBlock(self._held_rows.take(np.arange(start - n_obs, stop - n_obs)), None)
-        began = time.perf_counter()
         block = self._source.read_rows(start, stop)
-        check_block(block, stop - start, self._source.n_vars, f"rows {start} to {stop}")
+        check_block(block, stop - start, self._source.n_vars, start)
         if kept is not None and 2 * len(kept) < stop - start:
-            block = block.take(kept)
-        else:
-            kept = None
-        self._stalls.add("reading", time.perf_counter() - began)
-        return ReadBlock(block, kept)
+            return ReadBlock(block.take(kept), kept)
+        return ReadBlock(block, None)
 
 
 def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
@@ -184,14 +196,14 @@ def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
     def read(group: Ints) -> RowBlock:
         start, stop = int(group[0]), int(group[-1]) + 1
         block = source.read_rows(start, stop)
-        check_block(block, stop - start, source.n_vars, f"rows {start} to {stop}")
+        check_block(block, stop - start, source.n_vars, start)
         return block.take(group - start)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
         return joined(list(executor.map(read, groups)))
 
 
-def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
+def check_block(block: RowBlock, n_rows: int, n_vars: int, start: int) -> None:
     """Refuse a block that is not what :class:`RowBlock` says: its arrays are read by address.
 
     Raises
@@ -200,6 +212,7 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
         Wrong types, lengths or columns.
     """
     indptr, indices, data = block.indptr, block.indices, block.data
+    where = f"rows {start} to {start + n_rows}"
     narrow = indices.dtype == np.uint16
     arrays: list[tuple[str, npt.NDArray[Any], type]] = [
         ("indptr", indptr, np.int64),
@@ -213,12 +226,7 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
                 found=f"{array.dtype}, {array.ndim} dimensions, strides {array.strides}",
                 expected=f"{np.dtype(dtype)}, 1 dimension, contiguous",
             )
-    if (
-        len(indptr) != n_rows + 1
-        or indptr[0] != 0
-        or not indptr[-1] == len(indices) == len(data)
-        or (np.diff(indptr) < 0).any()
-    ):
+    if len(indptr) != n_rows + 1 or not _is_csr(indptr, len(indices), len(data)):
         raise LoaderError(
             f"the source gave a block that is no CSR for {where}",
             found=f"{block.n_rows} rows, {len(indices)} columns, {len(data)} values, "
@@ -233,3 +241,13 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, where: str) -> None:
             found=f"{indices.min()} to {indices.max()}",
             expected=f"0 to {n_vars - 1}",
         )
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _is_csr(indptr: Ints, n_indices: int, n_data: int) -> bool:
+    if indptr[0] != 0 or indptr[-1] != n_indices or n_indices != n_data:
+        return False
+    for row in range(len(indptr) - 1):
+        if indptr[row + 1] < indptr[row]:
+            return False
+    return True

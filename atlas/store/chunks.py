@@ -11,7 +11,9 @@ import json
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
-from atlas.store import kernels
+from atlas.store import fused, kernels
 from atlas.store.schema import RESTORE
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
@@ -38,6 +40,11 @@ SHARD = 64 * CHUNK
 """Elements of a shard: one file."""
 
 _ABSENT = 2**64 - 1
+_STORED = "the crc32c stored"
+_OPEN = 64
+"""Shards of an array that stay open."""
+_KEPT = 64 * 2**20
+"""Bytes of scratch memory that a thread keeps; larger ones are made for the occasion."""
 
 
 def create(
@@ -101,6 +108,7 @@ class _Recipe:
     per_shard: int
     decompress: Callable[[bytes, npt.NDArray[Any]], None]
     delta: bool
+    blosc: bool
 
 
 def _decompress_blosc(source: bytes, target: npt.NDArray[Any]) -> None:
@@ -146,7 +154,8 @@ def _recipe(path: Path) -> _Recipe:
             path=path / "zarr.json",
         )
     decompress, delta = known[tuple(codecs)]
-    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta)
+    blosc = decompress is _decompress_blosc
+    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta, blosc)
 
 
 def _missing(path: Path, what: str) -> CorruptStoreError:
@@ -156,12 +165,36 @@ def _missing(path: Path, what: str) -> CorruptStoreError:
 _thread = threading.local()
 
 
-def _scratch(nbytes: int) -> npt.NDArray[np.uint8]:
-    """Memory that each thread keeps for what it is decoding: uint8, (at least nbytes,)."""
-    kept: npt.NDArray[np.uint8] | None = getattr(_thread, "scratch", None)
+def _room(name: str, nbytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that each thread keeps for what it is decoding: uint8, (nbytes,)."""
+    kept: npt.NDArray[np.uint8] | None = getattr(_thread, name, None)
     if kept is None or len(kept) < nbytes:
-        kept = _thread.scratch = np.empty(nbytes, np.uint8)
-    return kept
+        kept = np.empty(nbytes, np.uint8)
+        if nbytes <= _KEPT:
+            setattr(_thread, name, kept)
+    return kept[:nbytes]
+
+
+class _Shard:
+    """An open shard; closed when nobody reads from it any more.
+
+    Attributes
+    ----------
+    descriptor, size
+        Of the file.
+    tail
+        Its last bytes, which hold the index and a checksum.
+    index
+        Offset and length of each chunk: uint64, (per_shard, 2).
+    """
+
+    def __init__(self, path: str, length: int) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        self.size = os.fstat(self.descriptor).st_size
+        self.tail = os.pread(self.descriptor, length, max(0, self.size - length))
+        whole = len(self.tail) == length
+        self.index = np.frombuffer(self.tail[:-4] if whole else b"", "<u8").reshape(-1, 2)
 
 
 class ChunkedArray:
@@ -175,8 +208,9 @@ class ChunkedArray:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._folder = f"{path}/c/"  # Path costs as much as opening the file
         self._recipe = _recipe(path)
-        self._indices: dict[int, tuple[tuple[int, int, int], npt.NDArray[np.uint64]]] = {}
+        self._shards: dict[int, _Shard] = {}
 
     def __len__(self) -> int:
         return self._recipe.n
@@ -209,90 +243,101 @@ class ChunkedArray:
         for shard in range(first // r.per_shard, last // r.per_shard + 1):
             low = max(first, shard * r.per_shard)
             high = min(last, (shard + 1) * r.per_shard - 1)
-            path = self.path / "c" / str(shard)
-            for number, data in enumerate(self._stored(shard, low, high, path), start=low):
-                begin = number * r.chunk
-                a, b = max(start, begin), min(stop, begin + r.chunk)
-                self._decode(data, path, number, a - begin, out[a - start : b - start])
+            begin = max(start, low * r.chunk)
+            part = out[begin - start : min(stop, (high + 1) * r.chunk) - start]
+            self._read_shard(shard, low, high, begin - low * r.chunk, part)
         return out
 
-    def _stored(self, shard: int, low: int, high: int, path: Path) -> list[memoryview]:
-        """Bytes of chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard."""
+    def _read_shard(
+        self, shard: int, low: int, high: int, skip: int, out: npt.NDArray[Any]
+    ) -> None:
+        """Decode chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard.
+
+        All elements of them but the first ``skip``, and as many as ``out`` holds.
+        """
         r = self._recipe
+        path = f"{self._folder}{shard}"
+        file = self._open(shard, path)
+        index = file.index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
+        if (index == _ABSENT).any():
+            raise _missing(Path(path), "A chunk is missing from a shard of the store")
+        begin = int(index[:, 0].min())
+        end = int((index[:, 0] + index[:, 1]).max())
+        if end > file.size:
+            raise self._flipped(path, f"{file.size} bytes", f"at least {end} bytes")
+        if r.blosc and fused.AVAILABLE:
+            raw = _room("raw", end - begin)
+            chunk = _room("chunk", r.chunk * r.dtype.itemsize).view(r.dtype)
+            status = fused.read_chunks(file.descriptor, index, raw, chunk, skip, r.delta, out)
+            if status == fused.UNREADABLE:
+                raise self._unreadable(path, OSError("read error"))
+            if status == fused.SHORT:
+                raise self._flipped(path, "fewer bytes", f"at least {end} bytes")
+            if status >= fused.FLIPPED:
+                number = low + status - fused.FLIPPED
+                raise self._flipped(path, f"another checksum in chunk {number}", _STORED)
+            return
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise _missing(path, "A shard of the store is missing") from None
+            data = memoryview(os.pread(file.descriptor, end - begin, begin))
         except OSError as error:
             raise self._unreadable(path, error) from error
-        try:
-            index = self._index(shard, descriptor, path)
-            local = index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
-            if (local == _ABSENT).any():
-                raise _missing(path, "A chunk is missing from a shard of the store")
-            # neighbouring chunks lie one behind the other: one read for all
-            begin = int(local[:, 0].min())
-            end = int((local[:, 0] + local[:, 1]).max())
-            data = memoryview(os.pread(descriptor, end - begin, begin))
-        except OSError as error:
-            raise self._unreadable(path, error) from error
-        finally:
-            os.close(descriptor)
         if len(data) != end - begin:
             raise self._flipped(path, f"{begin + len(data)} bytes", f"at least {end} bytes")
-        return [data[at - begin : at - begin + n] for at, n in local.tolist()]
+        at = 0
+        for number, (offset, length) in enumerate(index.tolist(), start=low):
+            n = min(r.chunk - skip, len(out) - at)
+            stored = data[offset - begin : offset - begin + length]
+            self._decode(stored, path, number, skip, out[at : at + n])
+            at, skip = at + n, 0
 
     def _decode(
-        self, data: memoryview, path: Path, number: int, skip: int, out: npt.NDArray[Any]
+        self, data: memoryview, path: str, number: int, skip: int, out: npt.NDArray[Any]
     ) -> None:
         """Decode the elements of a chunk from ``skip`` on into ``out``."""
         r = self._recipe
         body = bytes(data[:-4])
         if google_crc32c.value(body) != int.from_bytes(data[-4:], "little"):
-            raise self._flipped(path, f"another checksum in chunk {number}", "the crc32c stored")
+            raise self._flipped(path, f"another checksum in chunk {number}", _STORED)
         if len(out) == r.chunk:
             r.decompress(body, out)
             if r.delta:
                 kernels.sum_deltas(out, 0, out)
             return
         # A part of a chunk goes through scratch memory that the thread keeps.
-        scratch = _scratch(r.chunk * r.dtype.itemsize)[: r.chunk * r.dtype.itemsize].view(r.dtype)
+        scratch = _room("chunk", r.chunk * r.dtype.itemsize).view(r.dtype)
         r.decompress(body, scratch)
         if r.delta:
             kernels.sum_deltas(scratch, skip, out)
         else:
             out[:] = scratch[skip : skip + len(out)]
 
-    def _index(self, shard: int, descriptor: int, path: Path) -> npt.NDArray[np.uint64]:
-        """Offset and length of each chunk in a shard, (per_shard, 2), from the shard's end.
+    def _open(self, shard: int, path: str) -> _Shard:
+        """A shard that is open, or is opened now; the last :data:`_OPEN` stay so.
 
-        Read once; afterwards the file must be the one it was read from.
+        What is open goes on being read if another file takes its place.
         """
-        status = os.fstat(descriptor)
-        identity = status.st_ino, status.st_size, status.st_mtime_ns
-        # No lock: a fork could leave it taken for ever. At worst an index is read twice.
-        known = self._indices.get(shard)
+        # No lock: a fork could leave it taken for ever. At worst a file is opened twice.
+        known = self._shards.get(shard)
         if known is not None:
-            if known[0] != identity:
-                raise CorruptStoreError(
-                    "A shard of the store was replaced or changed while the store was open",
-                    found=f"{status.st_size} bytes, changed {status.st_mtime_ns} ns",
-                    expected=f"{known[0][1]} bytes, changed {known[0][2]} ns",
-                    do="open the store again, and check it with `atlas verify`",
-                    path=path,
-                )
-            return known[1]
+            return known
         length = self._recipe.per_shard * 16 + 4
-        data = os.pread(descriptor, length, max(0, status.st_size - length))
-        if len(data) < length:
-            raise self._flipped(path, f"{status.st_size} bytes", f"at least {length} bytes")
-        if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise self._flipped(path, "another checksum in its index", "the crc32c stored")
-        index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
-        self._indices[shard] = identity, index
-        return index
+        try:
+            opened = _Shard(path, length)
+        except FileNotFoundError:
+            raise _missing(Path(path), "A shard of the store is missing") from None
+        except OSError as error:
+            raise self._unreadable(path, error) from error
+        if len(opened.tail) < length:
+            raise self._flipped(path, f"{opened.size} bytes", f"at least {length} bytes")
+        if google_crc32c.value(opened.tail[:-4]) != int.from_bytes(opened.tail[-4:], "little"):
+            raise self._flipped(path, "another checksum in its index", _STORED)
+        if len(self._shards) >= _OPEN:
+            with suppress(StopIteration, RuntimeError):  # other threads may change it meanwhile
+                self._shards.pop(next(iter(self._shards)), None)
+        self._shards[shard] = opened
+        return opened
 
-    def _unreadable(self, path: Path, error: OSError) -> CorruptStoreError:
+    def _unreadable(self, path: str, error: OSError) -> CorruptStoreError:
         return CorruptStoreError(
             "A shard of the store cannot be read",
             found=str(error),
@@ -300,7 +345,7 @@ class ChunkedArray:
             path=path,
         )
 
-    def _flipped(self, path: Path, found: str, expected: str) -> CorruptStoreError:
+    def _flipped(self, path: str, found: str, expected: str) -> CorruptStoreError:
         return CorruptStoreError(
             "A shard of the store is damaged",
             found=found,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from atlas.store import fused
 from atlas.store.kernels import map_columns, select_columns
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
@@ -76,7 +77,9 @@ class CountView:
     @property
     def reading(self) -> str:
         """How rows are read."""
-        return "fast: chunks of the store are checked and decoded by Atlas's own kernels"
+        if fused.AVAILABLE:
+            return "fast: chunks are read, checked and decoded in one compiled call"
+        return f"step by step: chunks are decoded by numcodecs, because {fused.WHY_NOT}"
 
     @functools.cached_property
     def read_overhead(self) -> int:

@@ -1,0 +1,223 @@
+"""One compiled call from a file to decoded elements: read, check, decompress, sum deltas.
+
+Every step of it releases the GIL when called from Python, but taking it back costs a thread more
+than the step itself where blocks are short (two threads then read no faster than one). Here the GIL
+is given up once. The functions called are libc's ``pread``, c-blosc's ``blosc_decompress_ctx`` as
+numcodecs carries it, and the processor's CRC-32C instruction; where one of them is absent,
+:data:`AVAILABLE` is False, :data:`WHY_NOT` says why, and :mod:`atlas.store.chunks` goes the longer
+way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import sys
+from typing import Any, Final
+
+import llvmlite.binding
+import numcodecs.blosc
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+FINE: Final = 0
+UNREADABLE: Final = -1
+SHORT: Final = -2
+FLIPPED: Final = 1
+"""Statuses; from ``FLIPPED`` on, the chunk (counted from 0) whose checksum or content is wrong."""
+
+
+def _addresses() -> tuple[int, int, str]:
+    """Addresses of pread and of blosc_decompress_ctx, or why there is none."""
+    if sys.platform != "linux" or platform.machine() not in ("x86_64", "AMD64"):
+        return 0, 0, f"it is made for Linux on x86-64, not {sys.platform} on {platform.machine()}"
+    if not llvmlite.binding.get_host_cpu_features().get("sse4.2", False):
+        return 0, 0, "the processor has no CRC-32C instruction"
+    try:
+        pread = ctypes.CDLL(None).pread
+        decompress = ctypes.CDLL(numcodecs.blosc.__file__).blosc_decompress_ctx
+    except (OSError, AttributeError) as error:
+        return 0, 0, f"numcodecs does not show its c-blosc ({error})"
+    cast = ctypes.cast
+    return cast(pread, ctypes.c_void_p).value or 0, cast(decompress, ctypes.c_void_p).value or 0, ""
+
+
+_PREAD, _DECOMPRESS, WHY_NOT = _addresses()
+AVAILABLE: Final = bool(_PREAD and _DECOMPRESS)
+
+
+def read_chunks(
+    descriptor: int,
+    index: npt.NDArray[np.uint64],
+    raw: npt.NDArray[np.uint8],
+    scratch: npt.NDArray[Any],
+    skip: int,
+    delta: bool,
+    out: npt.NDArray[Any],
+) -> int:
+    """Read neighbouring chunks of one shard in one go and decode the elements wanted.
+
+    Parameters
+    ----------
+    descriptor
+        Of the shard.
+    index
+        Offset and length of each chunk in the file, uint64 (n_chunks, 2).
+    raw
+        Room for the bytes of all of them.
+    scratch
+        Room for one decoded chunk, of the elements' type.
+    skip
+        Elements of the first chunk to leave out.
+    delta
+        Whether the elements are stored as differences.
+    out
+        Where the elements go, as many as are wanted.
+
+    Returns
+    -------
+    ``FINE``, or what is wrong.
+    """
+    status: int = _read_chunks(
+        _PREAD, _DECOMPRESS, descriptor, index, raw, scratch, skip, delta, out
+    )
+    return status
+
+
+def _call(name: str, result: Any, *arguments: Any) -> Any:
+    """A call of a C function at an address, for compiled code."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def call(_: Any, address: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        signature = result(types.int64, *arguments)
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            kinds = [context.get_value_type(kind) for kind in signature.args[1:]]
+            function = ir.FunctionType(context.get_value_type(signature.return_type), kinds)
+            return builder.call(builder.inttoptr(args[0], function.as_pointer()), args[1:])
+
+        return signature, generate
+
+    return call
+
+
+# ssize_t pread(int, void *, size_t, off_t); int blosc_decompress_ctx(src, dest, destsize, threads)
+_pread = _call("pread", types.int64, types.int32, types.int64, types.uint64, types.int64)
+_decompress = _call("decompress", types.int32, types.int64, types.int64, types.uint64, types.int32)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _crc_word(_: Any, crc: Any, word: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64), ir.IntType(64)])
+        name = "llvm.x86.sse42.crc32.64.64"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _crc_byte(_: Any, crc: Any, byte: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), ir.IntType(8)])
+        name = "llvm.x86.sse42.crc32.32.8"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+    return types.uint32(types.uint32, types.uint8), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _words_at(_: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.uint64)(address), generate
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _crc32c(data: npt.NDArray[np.uint8]) -> np.uint32:
+    """CRC-32C (Castagnoli) as Zarr v3 defines it."""
+    crc = np.uint64(0xFFFFFFFF)
+    words = _words_at(np.int64(data.ctypes.data))
+    n_words = len(data) // 8
+    for k in range(n_words):
+        crc = _crc_word(crc, words[k])
+    tail = np.uint32(crc)
+    for k in range(8 * n_words, len(data)):
+        tail = _crc_byte(tail, data[k])
+    return np.uint32(tail ^ np.uint32(0xFFFFFFFF))
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _read_chunks(
+    pread: int,
+    decompress: int,
+    descriptor: int,
+    index: npt.NDArray[np.uint64],
+    raw: npt.NDArray[np.uint8],
+    scratch: npt.NDArray[Any],
+    skip: int,
+    delta: bool,
+    out: npt.NDArray[Any],
+) -> int:
+    begin, end = np.int64(index[0, 0]), np.int64(0)
+    for k in range(len(index)):
+        begin = min(begin, np.int64(index[k, 0]))
+        end = max(end, np.int64(index[k, 0] + index[k, 1]))
+    got = np.int64(0)
+    while got < end - begin:  # a signal or a network may give less than was asked for
+        n = _pread(
+            pread,
+            np.int32(descriptor),
+            np.int64(raw.ctypes.data) + got,
+            np.uint64(end - begin - got),
+            begin + got,
+        )
+        if n < 0:
+            return UNREADABLE
+        if n == 0:
+            return SHORT
+        got += n
+    chunk_bytes = len(scratch) * scratch.itemsize
+    at = 0
+    for k in range(len(index)):
+        first = np.int64(index[k, 0]) - begin
+        length = np.int64(index[k, 1]) - 4
+        if length < 16:
+            return FLIPPED + k
+        body = raw[first : first + length]
+        stored = np.uint32(0)
+        for byte in range(4):
+            stored |= np.uint32(raw[first + length + byte]) << np.uint32(8 * byte)
+        if _crc32c(body) != stored:
+            return FLIPPED + k
+        n = min(len(scratch) - skip, len(out) - at)
+        whole = n == len(scratch)
+        target = out[at : at + n] if whole else scratch
+        done = _decompress(
+            decompress,
+            np.int64(body.ctypes.data),
+            np.int64(target.ctypes.data),
+            np.uint64(chunk_bytes),
+            np.int32(1),
+        )
+        if done != chunk_bytes:
+            return FLIPPED + k
+        to = out[at : at + n]
+        if delta:
+            total = scratch.dtype.type(0)
+            for j in range(skip):
+                total = scratch.dtype.type(total + target[j])
+            for j in range(n):
+                total = scratch.dtype.type(total + target[skip + j])
+                to[j] = total
+        elif not whole:
+            for j in range(n):
+                to[j] = target[skip + j]
+        at += n
+        skip = 0
+    return FINE
