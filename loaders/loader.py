@@ -244,11 +244,7 @@ class MinibatchLoader:
         plan = self._plan
         part = f", rank {plan.rank} of {plan.world_size}" if plan.world_size > 1 else ""
         kind = "uint16 columns and counts" if self._narrow else "int32 columns, float32 counts"
-        drawn = (
-            "drawn by weight"
-            if plan.held.size or plan.settings["weights"] != "none"
-            else "each once"
-        )
+        drawn = "each once" if plan.settings["weights"] == "none" else "drawn by weight"
         return "\n".join(
             [
                 f"reading   {self._source.reading}",
@@ -282,6 +278,12 @@ class MinibatchLoader:
         position = restore(state, self._fingerprint(), self.steps_per_epoch)
         self._end_iteration()
         self._go_to(position)
+
+    def skip_to_epoch(self, epoch: int) -> None:
+        """Go to the beginning of an epoch, unless the loader is in it already."""
+        if epoch != self.epoch:
+            self._end_iteration()
+            self._go_to(Position(epoch))
 
     def _weights(
         self, weights: npt.ArrayLike | None, balance: str | None, selection: Selection

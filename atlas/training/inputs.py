@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from atlas.models.base import Inputs
-from loaders import Minibatch
+from loaders import DeviceFeed, Minibatch
 
 
 class InputsBuilder:
@@ -24,13 +24,14 @@ class InputsBuilder:
 
     def __init__(self, device: torch.device, presence: npt.NDArray[np.bool_] | None) -> None:
         self._device = device
+        self._feed = DeviceFeed(device)
         complete = presence is None or bool(presence.all())
         self._presence = None if complete else torch.as_tensor(presence, device=device)
 
     def __call__(self, minibatch: Minibatch) -> Inputs:
         """The inputs; on CUDA every copy is from pinned memory and none waits for the device."""
         return Inputs(
-            counts=minibatch.to_torch(self._device, dense=True),
+            counts=self._feed(minibatch),
             batch=self._codes(minibatch.obs["batch"]),
             present=None
             if self._presence is None
