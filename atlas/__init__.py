@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
     from atlas.models import TrainedModel, load_model
-    from atlas.store import CountStore, create_store, open_store, to_anndata
+    from atlas.store import CountStore, create_store, open_store, open_zarr, to_anndata
     from atlas.workflows import embed, evaluate, report, select_genes, train, verify
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
@@ -26,6 +26,7 @@ _HOME = {
     "evaluate": "atlas.workflows",
     "load_model": "atlas.models",
     "open_store": "atlas.store",
+    "open_zarr": "atlas.store",
     "report": "atlas.workflows",
     "select_genes": "atlas.workflows",
     "to_anndata": "atlas.store",
@@ -42,6 +43,7 @@ __all__ = [
     "evaluate",
     "load_model",
     "open_store",
+    "open_zarr",
     "report",
     "select_genes",
     "to_anndata",

@@ -1,5 +1,6 @@
 """The on-disk format: studies in Zarr, numbered manifests, one gene table, one row order."""
 
+from atlas.store.anndata_zarr import ZarrSource, open_zarr
 from atlas.store.append import AppendReport
 from atlas.store.base import CountStore
 from atlas.store.export import to_anndata
@@ -12,7 +13,9 @@ __all__ = [
     "CountStore",
     "CountView",
     "Split",
+    "ZarrSource",
     "create_store",
     "open_store",
+    "open_zarr",
     "to_anndata",
 ]
