@@ -29,6 +29,7 @@ _TABLE_ROW: Final = 64
 """Bytes of an open row besides its values: where it lies, and its place in the order."""
 _QUEUE: Final = 64 * 10**6
 _BUNDLE_ROWS: Final = 2048
+_WAITING: Final = 4
 _ROWS_AT_ONCE: Final = 2**20
 
 
@@ -184,7 +185,7 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
         reading=reading,
         queue=queue,
         at_once=at_once,
-        waiting=max(1, queue // (at_once * minibatch) - 2),
+        waiting=max(1, min(_WAITING, queue // (at_once * minibatch) - 2)),
     )
 
 

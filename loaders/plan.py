@@ -199,7 +199,7 @@ class EpochPlan:
         ]
         counts = np.diff(ends, axis=0)
         order = None
-        if stop - step > 1:
+        if stop - step > 1 and len(self._own):
             minibatch = np.repeat(np.tile(np.arange(stop - step), len(self._own)), counts.T.ravel())
             order = np.argsort(minibatch, kind="stable")
         return Course(takes, order, counts.sum(axis=1))

@@ -247,7 +247,7 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, start: int) -> None:
 def _is_csr(indptr: Ints, n_indices: int, n_data: int) -> bool:
     if indptr[0] != 0 or indptr[-1] != n_indices or n_indices != n_data:
         return False
+    falls = False
     for row in range(len(indptr) - 1):
-        if indptr[row + 1] < indptr[row]:
-            return False
-    return True
+        falls |= indptr[row + 1] < indptr[row]
+    return not falls

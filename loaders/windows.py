@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -145,18 +145,38 @@ def walk(
     """
     live: dict[tuple[int, int], tuple[Window, Content]] = {}
     for first in range(step, plan.n_steps, at_once):
-        course = plan.course(first, min(first + at_once, plan.n_steps))
+        stop, error = min(first + at_once, plan.n_steps), None
+        course = plan.course(first, stop)
+        try:
+            for take in course.takes:
+                while (take.lane, take.index) not in live:
+                    window, content = next(opened)
+                    live[window.lane, window.index] = window, content
+                    del content
+        except Exception as caught:
+            # Minibatches before the one that it concerns still come.
+            error = caught
+            course = _reachable(plan, first, stop, live)
+            if not len(course.sizes):
+                raise
         parts: list[tuple[Content, slice]] = []
         ended = []
         for take in course.takes:
             key = take.lane, take.index
-            while key not in live:
-                window, content = next(opened)
-                live[window.lane, window.index] = window, content
-                del content
             parts.append((live[key][1], slice(take.start, take.stop)))
             if take.last:
                 ended.append(live.pop(key)[0])
         yield parts, course
         for window in ended:
             closed(window)
+        if error is not None:
+            raise error
+
+
+def _reachable(plan: Plan, first: int, stop: int, live: Container[tuple[int, int]]) -> Course:
+    """What minibatches from ``first`` on take, up to the first that needs another window."""
+    for step in range(first, stop):
+        if any((take.lane, take.index) not in live for take in plan.course(step, step + 1).takes):
+            stop = step
+            break
+    return plan.course(first, stop)

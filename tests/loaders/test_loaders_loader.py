@@ -87,7 +87,7 @@ def test_width_is_that_of_the_source():
 def test_a_source_of_empty_rows():
     loader = MinibatchLoader(ArraySource(np.zeros((9, 3), np.float32)), 4)
     minibatches = list(loader)
-    assert [m.n_rows for m in minibatches] == [4, 4, 1]
+    assert [m.n_rows for m in minibatches] == [4, 3, 2]
     assert all(m.to_scipy().nnz == 0 and m.obs == {} for m in minibatches)
 
 
@@ -264,8 +264,8 @@ def test_a_state_of_another_source_is_refused():
     ("change", "message"),
     [
         (
-            {"version": 2},
-            "another version of the loader\n  found: version 2\n  expected: version 1",
+            {"version": 1},
+            "another version of the loader\n  found: version 1\n  expected: version 2",
         ),
         ({"step": 18}, "found: step 18\n  expected: 0 to 17"),
         ({"step": -1}, "found: step -1"),

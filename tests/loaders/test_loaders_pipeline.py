@@ -13,8 +13,9 @@ import pytest
 from loaders_helpers import Recording, counts, loader_threads, source
 
 from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
-from loaders.pipeline import MAX_WAITING, Handover
-from loaders.reader import Stopped, WindowReader
+from loaders.pipeline import Handover
+from loaders.reader import Ahead, Stopped, WindowReader
+from loaders.stalls import Stalls
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -66,9 +67,11 @@ def test_the_error_comes_where_the_block_is_needed(n, threads):
     windows = list(plan.windows())
     broken, window = [(block[0], window) for window in windows for block in window.blocks][n]
     key = (window.lane, window.index)
-    takes = [[(take.lane, take.index) for take in plan.takes(s)] for s in range(plan.n_steps)]
+    takes = [
+        [(take.lane, take.index) for take in plan.course(s, s + 1).takes]
+        for s in range(plan.n_steps)
+    ]
     order = [(w.lane, w.index) for w in windows]
-    # Windows are opened in order, in the pool also before they are taken from.
     expected = next(
         s for s, keys in enumerate(takes) if max(map(order.index, keys)) >= order.index(key)
     )
@@ -207,12 +210,12 @@ def test_interrupt_while_waiting_for_a_minibatch():
 
 def test_nothing_is_taken_in_after_the_stop():
     minibatch = next(iter(SequentialLoader(source(), 5)))
-    handover = Handover()
-    handover.put(minibatch)
+    handover = Handover(4)
+    handover.put([minibatch])
     handover.stop()
     with pytest.raises(Stopped):
-        handover.put(minibatch)
-    assert handover.get() is None
+        handover.put([minibatch])
+    assert handover.get() == []
 
 
 def run(script: str) -> subprocess.CompletedProcess[str]:
@@ -288,22 +291,17 @@ def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
 
 def test_a_slow_consumer_stops_the_reading():
     data = Recording(counts(5_000))
-    loader = MinibatchLoader(data, 5, **SMALL, threads=1)
+    loader = MinibatchLoader(data, 5, **SMALL, threads=1, memory=200_000)
     iterator = iter(loader)
     next(iterator)
     before = -1
     while before != data.rows_read:  # Until the producer waits for us.
         before = data.rows_read
         time.sleep(0.2)
-    handed_or_waiting = (1 + MAX_WAITING + 1) * 5
-    assert data.rows_read <= handed_or_waiting + 64 + max(64 // 4, 2 * 8) + 16
+    budget = loader.budget
+    handed_or_waiting = (1 + budget.waiting + 1) * budget.at_once * 5
+    assert data.rows_read <= handed_or_waiting + 2 * 64 + max(64 // 4, 2 * 8) + 16
     iterator.close()
-
-
-def test_a_minibatch_above_the_limit_of_bytes_passes(monkeypatch):
-    monkeypatch.setattr("loaders.pipeline.MAX_WAITING_BYTES", 1)
-    rows = np.concatenate([m.rows for m in MinibatchLoader(source(), 20, **SMALL)])
-    assert sorted(rows.tolist()) == list(range(500))
 
 
 def test_rows_are_read_ahead_within_the_budget():
@@ -312,11 +310,11 @@ def test_rows_are_read_ahead_within_the_budget():
     windows = list(plan.windows())
     for opened in (1, 3, 6):
         data.reads.clear()
-        with WindowReader(data, iter(windows), 1, 40, lambda: False) as reader:
+        with WindowReader(data, plan, 0, None, 1, Ahead(40), lambda: False, Stalls()) as reader:
             iterator = iter(reader)
             for _ in range(opened):
-                window, blocks = next(iterator)
-                assert [block.n_rows for block in blocks] == [b - a for a, b in window.blocks]
+                window, _, blocks = next(iterator)
+                assert [read.block.n_rows for read in blocks] == [b - a for a, b in window.blocks]
         used = sum(window.n_rows for window in windows[:opened])
         assert used <= data.rows_read <= used + 40
 
