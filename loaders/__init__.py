@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from loaders.audit import Audit, audit
 from loaders.errors import LoaderError
-from loaders.loader import MinibatchLoader, SequentialLoader
+from loaders.loader import MinibatchLoader
 from loaders.minibatch import Minibatch
 from loaders.plan import EpochPlan
+from loaders.sequential import SequentialLoader
 from loaders.source import ArraySource, RowBlock, RowSource
 
 if TYPE_CHECKING:

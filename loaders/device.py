@@ -79,8 +79,8 @@ class DeviceFeed:
             table = np.empty(0, np.int32) if self._columns is None else self._columns
             _densify(minibatch.indptr, minibatch.indices, minibatch.data, table, out)
             return torch.from_numpy(out)
-        parts = self._move([minibatch.indptr, minibatch.indices, minibatch.data])
-        return assemble(*parts, shape, self._table, dense)
+        indptr, indices, data = self._move([minibatch.indptr, minibatch.indices, minibatch.data])
+        return assemble(indptr, indices, data, shape, self._table, dense)
 
     def _move(self, arrays: list[npt.NDArray[Any]]) -> list[Tensor]:
         """Arrays on the device, in one copy."""
@@ -98,7 +98,7 @@ class DeviceFeed:
         for array, offset in zip(arrays, offsets[:-1], strict=True):
             host[offset : offset + array.nbytes] = array.view(np.uint8)
         sent = slot.buffer[: offsets[-1]].to(self._device, non_blocking=True)
-        slot.copied = torch.cuda.Event()
+        slot.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         slot.copied.record(torch.cuda.current_stream(self._device))
         return [
             sent[offset : offset + array.nbytes].view(_tensor(array[:0]).dtype)

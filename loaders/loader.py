@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from loaders.blocks import tile
 from loaders.errors import LoaderError, at_least_one
 from loaders.memory import Budget, Needs, parse_bytes, share_out
 from loaders.minibatch import Minibatch
-from loaders.pipeline import Pipeline, Work
+from loaders.pipeline import Pipeline, Work, cores
 from loaders.plan import EpochPlan, sizes
 from loaders.reader import Ahead, read_held
 from loaders.selection import RowsLike, Selection
-from loaders.sequential import SequentialPlan
-from loaders.source import RowBlock, RowSource
+from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
 from loaders.stalls import Stalls
 from loaders.state import Fingerprint, Position, restore, save
 from loaders.weights import Draws, balanced
@@ -106,8 +103,8 @@ class MinibatchLoader:
         self._source = source
         self._narrow = narrow
         self._threads = cores() if threads is None else at_least_one("threads", threads)
-        segments = _segments(source)
-        self._obs_codes = _obs_codes(source)
+        segments = checked_segments(source)
+        self._obs_codes = checked_codes(source)
         selection = Selection(rows, source.n_obs)
         lanes = at_least_one("lanes", lanes)
         block_size, buffer_size = sizes(selection.n_rows, lanes, block_size, buffer_size)
@@ -317,97 +314,3 @@ class MinibatchLoader:
 
     def _fingerprint(self) -> Fingerprint:
         return {"source": self._source.fingerprint, **self._plan.settings}
-
-
-class SequentialLoader:
-    """Minibatches in the order of the source, for validation and embedding.
-
-    A minibatch never crosses the end of a segment, so it may be shorter there. Each iteration
-    begins anew. Reading and gathering run in background threads as in :class:`MinibatchLoader`.
-
-    Parameters
-    ----------
-    source
-        Where the rows are.
-    minibatch_size
-        Rows of a minibatch at most.
-    rows
-        Rows to go through: ranges ``(start, stop)``, a mask, or rising row numbers; by default all.
-    narrow
-        Hand out columns and counts as uint16; see :class:`MinibatchLoader`.
-
-    Raises
-    ------
-    LoaderError
-        A parameter out of range, or a source whose segments or codes do not fit its rows.
-    """
-
-    def __init__(
-        self,
-        source: RowSource,
-        minibatch_size: int,
-        rows: RowsLike = None,
-        *,
-        narrow: bool = False,
-    ) -> None:
-        self._source = source
-        self._narrow = narrow and source.narrow
-        self._plan = SequentialPlan(_segments(source), minibatch_size, rows)
-        self._obs_codes = _obs_codes(source)
-
-    @property
-    def n_rows(self) -> int:
-        """Rows to go through."""
-        return self._plan.n_rows
-
-    def __len__(self) -> int:
-        """Number of minibatches."""
-        return self._plan.n_steps
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        """All minibatches, from the first."""
-        threads = cores()
-        pipeline = Pipeline(
-            Work(
-                self._source,
-                self._obs_codes,
-                self._plan,
-                step=0,
-                threads=threads,
-                ahead=Ahead(2 * threads * self._plan.block_size),
-                narrow=self._narrow,
-                waiting=4,
-            )
-        )
-        try:
-            yield from pipeline
-        finally:
-            pipeline.close()
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _segments(source: RowSource) -> tuple[int, ...]:
-    segments = tuple(int(bound) for bound in source.segments)
-    if not segments or segments[-1] != source.n_obs:
-        raise LoaderError(
-            "the segments of the source do not end at its last row",
-            found=segments,
-            expected=f"n_obs={source.n_obs} at the end",
-        )
-    return segments
-
-
-def _obs_codes(source: RowSource) -> dict[str, npt.NDArray[np.int32]]:
-    obs_codes = dict(source.obs_codes)
-    for name, codes in obs_codes.items():
-        if codes.shape != (source.n_obs,) or codes.dtype != np.int32:
-            raise LoaderError(
-                f"the codes {name!r} of the source do not fit its rows",
-                found=f"{codes.dtype} {codes.shape}",
-                expected=f"int32 ({source.n_obs},)",
-            )
-    return obs_codes

@@ -169,6 +169,11 @@ class Pipeline:
         return self._ready.popleft()
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
     plan = work.plan

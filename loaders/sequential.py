@@ -1,4 +1,4 @@
-"""The order of the source as a plan."""
+"""Minibatches in the order of the source: the plan, and the loader that follows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import numpy as np
 
 from loaders.blocks import tile
 from loaders.errors import at_least_one
+from loaders.minibatch import Minibatch
+from loaders.pipeline import Pipeline, Work, cores
+from loaders.reader import Ahead
 from loaders.selection import Ints, RowsLike, Selection
+from loaders.source import RowSource, checked_codes, checked_segments
 from loaders.windows import Course, Take, Window
 
 _BLOCK: Final = 1024
@@ -84,3 +88,69 @@ class SequentialPlan:
     def _block(self, position: int) -> int:
         """The block that holds a position among the chosen rows."""
         return int(np.searchsorted(self._ends, position, side="right"))
+
+
+class SequentialLoader:
+    """Minibatches in the order of the source, for validation and embedding.
+
+    A minibatch never crosses the end of a segment, so it may be shorter there. Each iteration
+    begins anew. Reading and gathering run in background threads as in :class:`MinibatchLoader`.
+
+    Parameters
+    ----------
+    source
+        Where the rows are.
+    minibatch_size
+        Rows of a minibatch at most.
+    rows
+        Rows to go through: ranges ``(start, stop)``, a mask, or rising row numbers; by default all.
+    narrow
+        Hand out columns and counts as uint16; see :class:`MinibatchLoader`.
+
+    Raises
+    ------
+    LoaderError
+        A parameter out of range, or a source whose segments or codes do not fit its rows.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        minibatch_size: int,
+        rows: RowsLike = None,
+        *,
+        narrow: bool = False,
+    ) -> None:
+        self._source = source
+        self._narrow = narrow and source.narrow
+        self._plan = SequentialPlan(checked_segments(source), minibatch_size, rows)
+        self._obs_codes = checked_codes(source)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows to go through."""
+        return self._plan.n_rows
+
+    def __len__(self) -> int:
+        """Number of minibatches."""
+        return self._plan.n_steps
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        """All minibatches, from the first."""
+        threads = cores()
+        pipeline = Pipeline(
+            Work(
+                self._source,
+                self._obs_codes,
+                self._plan,
+                step=0,
+                threads=threads,
+                ahead=Ahead(2 * threads * self._plan.block_size),
+                narrow=self._narrow,
+                waiting=4,
+            )
+        )
+        try:
+            yield from pipeline
+        finally:
+            pipeline.close()

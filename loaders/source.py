@@ -15,6 +15,7 @@ import numpy.typing as npt
 from numba import njit
 from scipy.sparse import csr_matrix
 
+from loaders.errors import LoaderError
 from loaders.selection import Ints
 
 NARROW_MAX = 2**16 - 1
@@ -253,10 +254,36 @@ class ArraySource:
 
     def count_values(self, starts: Ints, stops: Ints) -> Ints:
         """Values in each range of rows: int64, (n_ranges,)."""
-        return self._indptr[stops] - self._indptr[starts]
+        values: Ints = self._indptr[stops] - self._indptr[starts]
+        return values
 
     def read_rows(self, start: int, stop: int) -> RowBlock:
         """Rows ``start`` to ``stop`` (exclusive), not copied."""
         indptr = self._indptr[start : stop + 1]
         values = slice(indptr[0], indptr[-1])
         return RowBlock(indptr - indptr[0], self._indices[values], self._data[values])
+
+
+def checked_segments(source: RowSource) -> tuple[int, ...]:
+    """The segments of a source, which must end at its last row."""
+    segments = tuple(int(bound) for bound in source.segments)
+    if not segments or segments[-1] != source.n_obs:
+        raise LoaderError(
+            "the segments of the source do not end at its last row",
+            found=segments,
+            expected=f"n_obs={source.n_obs} at the end",
+        )
+    return segments
+
+
+def checked_codes(source: RowSource) -> dict[str, npt.NDArray[np.int32]]:
+    """The codes of a source, which must be one for each row."""
+    obs_codes = dict(source.obs_codes)
+    for name, codes in obs_codes.items():
+        if codes.shape != (source.n_obs,) or codes.dtype != np.int32:
+            raise LoaderError(
+                f"the codes {name!r} of the source do not fit its rows",
+                found=f"{codes.dtype} {codes.shape}",
+                expected=f"int32 ({source.n_obs},)",
+            )
+    return obs_codes

@@ -36,7 +36,8 @@ class TorchDataset(IterableDataset[dict[str, Tensor]]):
         super().__init__()
         self._loader = loader
         self._dense = dense
-        self._epoch = torch.tensor([loader.epoch], dtype=torch.int64).share_memory_()
+        self._epoch = torch.tensor([loader.epoch], dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
         """Minibatches in an epoch."""

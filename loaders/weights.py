@@ -11,7 +11,6 @@ one cell of a rare label does not come many times in a row.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -153,14 +152,14 @@ class Draws:
         self, blocks: Blocks, totals: npt.NDArray[np.float64], held: int
     ) -> npt.NDArray[np.int64]:
         """The heavy rows, of which the heaviest (among equals the first) where they are too many"""
-        rows: Sequence[Ints] = []
         limit = HEAVY_DRAWS * totals / self._per_visit
         sizes = blocks.stops - blocks.starts
         offsets = np.cumsum(sizes) - sizes
         every = np.repeat(blocks.starts - offsets, sizes) + np.arange(int(sizes.sum()))
         rows = every[self._light[every] > np.repeat(limit, sizes)]
         heaviest = np.argsort(-self._light[rows], kind="stable")[:held]
-        return np.sort(np.asarray(rows, np.int64)[heaviest])
+        heavy: Ints = np.sort(rows[heaviest])
+        return heavy
 
 
 def _systematic(ends: npt.NDArray[np.float64], n: int, u: float) -> Ints:
@@ -168,4 +167,5 @@ def _systematic(ends: npt.NDArray[np.float64], n: int, u: float) -> Ints:
     points = (np.arange(n) + u) * (ends[-1] / n)
     # rounding may carry the last point to the end; the last step that is not 0 holds it
     last = np.searchsorted(ends, ends[-1], side="left")
-    return np.minimum(np.searchsorted(ends, points, side="right"), last).astype(np.int64)
+    drawn: Ints = np.minimum(np.searchsorted(ends, points, side="right"), last).astype(np.int64)
+    return drawn
