@@ -1,0 +1,187 @@
+"""Reading chunks: both ways give what zarr-python reads, and every fault is an error at next()."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+import atlas
+from atlas.errors import CorruptStoreError
+from atlas.store import chunks, fused
+from loaders import MinibatchLoader, SequentialLoader
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(params=["compiled", "step by step"])
+def way(request, monkeypatch):
+    if request.param == "step by step":
+        monkeypatch.setattr(fused, "AVAILABLE", False)
+        monkeypatch.setattr(fused, "WHY_NOT", "a test says so")
+    elif not fused.AVAILABLE:
+        pytest.skip(fused.WHY_NOT)
+    return request.param
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK", 64)
+    monkeypatch.setattr(chunks, "SHARD", 256)
+
+
+@pytest.fixture
+def store(tmp_path, make_study, small_chunks):
+    out = atlas.create_store(tmp_path / "s.atlas")
+    for i, profile in enumerate(("fast", "portable", "small")):
+        genes = [f"gene{g}" for g in range(i * 5, 30 + i * 5)]
+        study = make_study(80, genes, seed=i, prefix=f"{i}-")
+        out.append(study, study=f"s{i}", batch_key="batch", label_key="cell_type", profile=profile)
+    return out
+
+
+def shards(store: atlas.CountStore, study: int = 0, name: str = "data") -> list[Path]:
+    return sorted((store.path / f"studies/s{study}/X/{name}/c").iterdir())
+
+
+def test_any_stretch_is_what_zarr_reads(store, way):
+    rng = np.random.default_rng(0)
+    for study in range(3):
+        for name in ("indices", "data", "indptr"):
+            folder = store.path / f"studies/s{study}/X/{name}"
+            array, expected = chunks.ChunkedArray(folder), zarr.open_array(folder, mode="r")[:]
+            n = len(expected)
+            assert n > 64 or name == "indptr"
+            cuts = [(0, n), (0, 0), (n, n), *np.sort(rng.integers(0, n + 1, (60, 2))).tolist()]
+            for start, stop in [*cuts, (0, min(64, n)), (min(63, n), min(129, n))]:
+                assert np.array_equal(array.read(start, stop), expected[start:stop])
+
+
+def test_the_way_is_said(store, way):
+    text = MinibatchLoader(store).describe()
+    assert ("in one compiled call" if way == "compiled" else "because a test says so") in text
+
+
+def test_rows_of_three_studies_over_chosen_genes_are_those_written(store, way):
+    whole = atlas.to_anndata(store)
+    genes = ["gene34", "gene7", "gene0", "gene12"]
+    expected = whole[:, genes].X.toarray()
+    view = store.select(genes)
+    assert view.narrow
+    loader = MinibatchLoader(view, 16, narrow=True, block_size=8, buffer_size=128)
+    seen = []
+    for minibatch in loader:
+        assert minibatch.data.dtype == np.uint16
+        assert np.array_equal(minibatch.to_scipy().toarray(), expected[minibatch.rows])
+        seen += minibatch.rows.tolist()
+    assert sorted(seen) == list(range(240))
+    every = whole.X.toarray()
+    for minibatch in SequentialLoader(store, 50):
+        assert np.array_equal(minibatch.to_scipy().toarray(), every[minibatch.rows])
+    stored = store.count_values(np.array([0, 80]), np.array([80, 160]))
+    assert stored.tolist() == [int((every[:80] > 0).sum()), int((every[80:160] > 0).sum())]
+
+
+def test_counts_above_16_bits_go_wide(tmp_path, make_study, way):
+    study = make_study(40)
+    study.X[3, 4] = 70_000
+    store = atlas.create_store(tmp_path / "s.atlas")
+    store.append(study, study="one")
+    store.append(make_study(40, prefix="other"), study="two")
+    assert not store.narrow
+    expected = atlas.to_anndata(store).X.toarray()
+    assert expected.max() == 70_000
+    for minibatch in MinibatchLoader(store, 7):
+        assert np.array_equal(minibatch.to_scipy().toarray(), expected[minibatch.rows])
+
+
+def drain(loader: MinibatchLoader, into: list[list[int]]) -> None:
+    for minibatch in loader:
+        into.append(minibatch.rows.tolist())  # noqa: PERF401
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[30] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "A shard of the store is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "A shard of the store is damaged"),
+        (lambda path: os.truncate(path, 0), "A shard of the store is damaged"),
+        (flip, "another checksum in chunk"),
+    ],
+)
+@pytest.mark.parametrize("study", [0, 1, 2])
+def test_a_fault_is_an_error_at_next_and_nothing_is_lost(store, way, spoil, message, study):
+    options = {"block_size": 8, "buffer_size": 64}
+    expected = [m.rows.tolist() for m in MinibatchLoader(store, 16, **options)]
+    path = shards(store, study)[1]
+    good = path.read_bytes()
+    spoil(path)
+    loader = MinibatchLoader(atlas.open_store(store.path), 16, **options)
+    found: list[list[int]] = []
+    with pytest.raises(CorruptStoreError, match=message) as caught:
+        drain(loader, found)
+    assert str(path) in str(caught.value)
+    assert found == expected[: loader.step]
+    path.write_bytes(good)
+    again = MinibatchLoader(atlas.open_store(store.path), 16, **options)
+    again.load_state_dict(loader.state_dict())
+    assert [m.rows.tolist() for m in again] == expected[len(found) :]
+
+
+def test_a_read_error_of_the_disk_is_said(store, way, monkeypatch):
+    """A folder cannot be read from: the system answers with an error, as a bad disk does."""
+    folder = os.open(store.path, os.O_RDONLY)
+    try:
+        real = chunks._Shard
+
+        def spoilt(path: str, length: int) -> chunks._Shard:
+            shard = real(path, length)
+            if path.endswith("X/data/c/0"):
+                shard.descriptor = folder
+            return shard
+
+        monkeypatch.setattr(chunks, "_Shard", spoilt)
+        with pytest.raises(CorruptStoreError, match="cannot be read"):
+            list(MinibatchLoader(atlas.open_store(store.path), 16))
+    finally:
+        os.close(folder)
+
+
+def test_a_file_put_in_place_of_another_is_not_read_by_who_has_the_store_open(store, way):
+    before = store.read_rows(0, 80)
+    mine, other = shards(store)[0], shards(store)[1]
+    replacement = mine.with_name("new")
+    shutil.copy(other, replacement)
+    replacement.rename(mine)
+    after = store.read_rows(0, 80)
+    assert np.array_equal(before.data, after.data)
+
+
+def test_a_shard_cut_short_under_an_open_store_is_an_error(store, way):
+    store.read_rows(0, 80)
+    path = shards(store)[0]
+    os.truncate(path, 50)
+    with pytest.raises(CorruptStoreError, match="A shard of the store is damaged"):
+        store.read_rows(0, 80)
+
+
+def test_files_are_closed_again(store, way):
+    held = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    if held is None:
+        pytest.skip("the system does not list open files")
+    again = atlas.open_store(store.path)
+    list(SequentialLoader(again, 50))
+    del again
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= held + 1
