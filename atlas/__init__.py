@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
     from atlas.models import TrainedModel, load_model
     from atlas.store import CountStore, create_store, open_store, open_zarr, to_anndata
-    from atlas.workflows import embed, evaluate, report, select_genes, train, verify
+    from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
 # the loader's threads, and whatever else runs, off the cores. Beside one other busy process on two
@@ -27,6 +27,7 @@ _HOME = {
     "load_model": "atlas.models",
     "open_store": "atlas.store",
     "open_zarr": "atlas.store",
+    "project": "atlas.workflows",
     "report": "atlas.workflows",
     "select_genes": "atlas.workflows",
     "to_anndata": "atlas.store",
@@ -44,6 +45,7 @@ __all__ = [
     "load_model",
     "open_store",
     "open_zarr",
+    "project",
     "report",
     "select_genes",
     "to_anndata",

@@ -125,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--flavour", choices=("seurat_v3", "dispersion"), default="seurat_v3")
     sub.add_argument("--list", action="store_true", help="print the names")
 
+    sub = command("project", _project, "write a training store of chosen genes, quicker to read")
+    sub.add_argument("store")
+    sub.add_argument(
+        "--genes", default="chosen", metavar="FILE|chosen", help="names, one a line; or as recorded"
+    )
+    sub.add_argument("--out", required=True, metavar="PATH")
+    sub.add_argument("--threads", type=int, help="as many as cores if not given")
+
     sub = command("train", _train, "train a model on all studies of a store")
     sub.add_argument("store")
     sub.add_argument("--model", choices=("scvi",), default="scvi")
@@ -328,6 +336,16 @@ def _genes(options: argparse.Namespace) -> None:
     store = open_store(options.store)
     genes = workflows.select_genes(store, options.n, flavour=options.flavour)
     print("\n".join(genes) if options.list else f"{len(genes):,} genes chosen and recorded")
+
+
+def _project(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    genes = None if options.genes == "chosen" else Path(options.genes).read_text().split()
+    made = workflows.project(
+        open_store(options.store), genes, options.out, progress=True, threads=options.threads
+    )
+    print(f"{options.out}: {made.n_obs:,} cells × {made.n_vars:,} genes, {made.nnz:,} counts")
 
 
 def _train(options: argparse.Namespace) -> None:

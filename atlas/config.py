@@ -142,6 +142,9 @@ class TrainConfig(_Config):
         at the end of each epoch.
     block_size, buffer_size
         Of the loader, in rows; 0 takes the loader's default.
+    project
+        Write the genes modelled to a training store in the run folder first, and read that: faster
+        epochs with the same result. It is removed when the run has ended.
     """
 
     max_epochs: int = 400
@@ -162,6 +165,7 @@ class TrainConfig(_Config):
     checkpoint_minutes: float = 5.0
     block_size: int = 0
     buffer_size: int = 0
+    project: bool = False
 
     def _check(self) -> None:
         self._require("max_epochs", self.max_epochs >= 1, "at least 1")

@@ -5,6 +5,7 @@ from atlas.store.append import AppendReport
 from atlas.store.base import CountStore
 from atlas.store.export import to_anndata
 from atlas.store.opening import create_store, open_store
+from atlas.store.projection import Projection, open_projection
 from atlas.store.split import Split
 from atlas.store.view import CountView
 
@@ -12,9 +13,11 @@ __all__ = [
     "AppendReport",
     "CountStore",
     "CountView",
+    "Projection",
     "Split",
     "ZarrSource",
     "create_store",
+    "open_projection",
     "open_store",
     "open_zarr",
     "to_anndata",

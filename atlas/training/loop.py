@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,6 +51,7 @@ def fit(
     resume: bool,
     describe: Mapping[str, Any],
     progress: bool = True,
+    reading: Callable[[RowSource], RowSource] | None = None,
 ) -> History:
     """Train a model, with a log and checkpoints in a run folder.
 
@@ -82,6 +83,9 @@ def fit(
         genes, batches. Kept in each checkpoint; a resume with another is refused.
     progress
         Show a line of progress on stderr.
+    reading
+        Gives what to read in place of ``source``: the same rows under the same fingerprint. Called
+        when the run folder is held, and only if there is something left to train.
 
     Returns
     -------
@@ -115,6 +119,9 @@ def fit(
             check_same_run(found.run, run, out)
             check_environment(found.environment, device, out)
         recorded_threads = None if found is None else found.environment.threads
+        if reading is not None and (found is None or not found.progress.finished):
+            source = reading(source)
+            loader = _training_loader(model, source, train_rows, config)
         with torch_threads(config.threads, recorded_threads, out):
             state = TrainingState.start(model, loader, config, device)
             if found is not None:

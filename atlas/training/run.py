@@ -23,7 +23,7 @@ _LOCK = ".lock"
 _MAX_DIFFERENCES = 5
 
 # Compared by what they resolve to (see environment.py), or without influence on the numbers.
-_NOT_IDENTIFYING = ("device", "threads", "checkpoint_steps", "checkpoint_minutes")
+_NOT_IDENTIFYING = ("device", "threads", "checkpoint_steps", "checkpoint_minutes", "project")
 
 
 @contextmanager

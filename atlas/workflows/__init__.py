@@ -7,6 +7,7 @@ from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import embed, train
 from atlas.workflows.output import write_json
+from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "export",
     "info",
     "ingest",
+    "project",
     "report",
     "select_genes",
     "train",

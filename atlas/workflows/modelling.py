@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from os import PathLike
@@ -25,6 +27,7 @@ from atlas.store.append import check_name
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
+from atlas.workflows.projecting import advice, project
 from loaders import SequentialLoader
 
 _EMBED_MINIBATCH = 512
@@ -66,7 +69,7 @@ def train(
     resume
         Go on with the run in ``out``, wherever it was interrupted; start it where there is none.
     progress
-        Show loss, cells/s and the time left on stderr.
+        Show loss, cells/s and the time left on stderr, and whether ``project`` would pay.
     **options
         Fields of :class:`atlas.config.ScviConfig` and :class:`atlas.config.TrainConfig`.
 
@@ -105,6 +108,9 @@ def train(
     module = build_model(
         architecture, view.n_vars, len(store.batches), seed=seed, library_prior=prior
     )
+    projected = folder / "projected"
+    if not training.project and progress and (line := advice(view, epochs, folder)):
+        print(line, file=sys.stderr)
     presence = view.presence
     split = store.split(training.validation_share)
     record = fit(
@@ -122,7 +128,11 @@ def train(
             "batches": list(store.batches),
         },
         progress=progress,
+        reading=(lambda _: project(store, genes, projected, progress=progress))
+        if training.project
+        else None,
     )
+    shutil.rmtree(projected, ignore_errors=True)  # an earlier part of the run may have written it
     ids = store.var["gene_id"].reindex(list(genes))
     trained = TrainedModel(
         module=module,
