@@ -177,10 +177,9 @@ class WindowReader:
     def _read_block(self, start: int, stop: int, kept: Ints | None) -> ReadBlock:
         if self._stopped():
             raise Stopped
-        n_obs = self._source.n_obs
-        if start >= n_obs:
+        if start >= self._source.n_obs:
             assert self._held_rows is not None  # the plan draws them only where it names them
-            return ReadBlock(self._held_rows.take(np.arange(start - n_obs, stop - n_obs)), None)
+            return ReadBlock(self._held_rows, None)
         block = self._source.read_rows(start, stop)
         check_block(block, stop - start, self._source.n_vars, start)
         if kept is not None and 2 * len(kept) < stop - start:
