@@ -139,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="run folder: log, checkpoints, model")
     sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
     sub.add_argument(
+        "--hold-out", help="cells to validate on in place of a share: column=value,value"
+    )
+    sub.add_argument(
         "--epochs",
         dest="max_epochs",
         type=int,
@@ -357,6 +360,7 @@ def _train(options: argparse.Namespace) -> None:
         open_store(options.store),
         options.model,
         out=options.out,
+        hold_out=options.hold_out,
         resume=options.resume,
         progress=True,
         **{name: values[name] for name in names},

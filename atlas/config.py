@@ -142,6 +142,9 @@ class TrainConfig(_Config):
         at the end of each epoch.
     block_size, buffer_size
         Of the loader, in rows; 0 takes the loader's default.
+    memory
+        What the loader may hold, e.g. ``512MB``; empty for what it needs, with some room. Never
+        changes the order of cells.
     project
         Write the genes modelled to a training store in the run folder first, and read that: faster
         epochs with the same result. It is removed when the run has ended.
@@ -165,6 +168,7 @@ class TrainConfig(_Config):
     checkpoint_minutes: float = 5.0
     block_size: int = 0
     buffer_size: int = 0
+    memory: str = ""
     project: bool = False
 
     def _check(self) -> None:

@@ -19,6 +19,8 @@ import loaders
 from atlas.errors import CheckpointError, ConfigError, MissingColumnError, ModelError
 from atlas.models import Inputs
 from atlas.simulate import Truth, simulate
+from atlas.workflows import modelling
+from loaders import LoaderError
 
 MakeStudy = Callable[..., AnnData]
 
@@ -270,3 +272,38 @@ def test_metrics_json(trained: tuple[Path, atlas.TrainedModel]) -> None:
     store = atlas.open_store(trained[0] / "s.atlas")
     values = atlas.evaluate(store, embedding="scvi").to_json()
     assert atlas.Metrics.from_json(json.loads(json.dumps(values))).to_json() == values
+
+
+def test_a_held_out_donor_is_validated_on_and_never_trained_on(
+    tmp_path: Path, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = atlas.create_store(tmp_path / "s.atlas")
+    for i in range(3):
+        store.append(make_study(60, seed=i, prefix=f"{i}-"), study=f"s{i}", batch_key="batch")
+    seen = {}
+
+    def spy(*args, **options):
+        seen.update(options)
+        return fit(*args, **options)
+
+    fit = modelling.fit
+    monkeypatch.setattr(modelling, "fit", spy)
+    options = {"genes": [f"gene{g}" for g in range(20)], "max_epochs": 2, "minibatch_size": 16}
+    model = atlas.train(
+        store, out=tmp_path / "run", hold_out="lane=1", memory="50MB", device="cpu", **options
+    )
+    lane = store.obs(["lane"])["lane"].to_numpy().astype(str)
+
+    def rows(ranges):
+        return np.concatenate([np.arange(a, b) for a, b in ranges])
+
+    assert set(lane[rows(seen["validation_rows"])]) == {"1"}
+    assert set(lane[rows(seen["train_rows"])]) == {"0"}
+    assert len(rows(seen["train_rows"])) + len(rows(seen["validation_rows"])) == 180
+    assert model.training["history"][-1]["validation_bound"] is not None
+    with pytest.raises(ConfigError, match="No cell has this value"):
+        atlas.train(store, out=tmp_path / "no", hold_out="lane=7", **options)
+    with pytest.raises(CheckpointError, match="train_rows"):
+        atlas.train(store, out=tmp_path / "run", hold_out="lane=0", resume=True, **options)
+    with pytest.raises(LoaderError, match="memory given is too small"):
+        atlas.train(store, out=tmp_path / "small", memory="10kB", **options)

@@ -111,7 +111,7 @@ def fit(
             do="raise --validation-share, or train without --early-stopping",
         )
     device = resolve_device(config.device)
-    loader = _training_loader(model, source, train_rows, config)
+    loader = _training_loader(model, source, train_rows, config, device)
     run = identity(config, source, train_rows, validation_rows, presence, describe)
     with open_run(out, resume=resume):
         found = load_checkpoint(out)
@@ -121,7 +121,7 @@ def fit(
         recorded_threads = None if found is None else found.environment.threads
         if reading is not None and (found is None or not found.progress.finished):
             source = reading(source)
-            loader = _training_loader(model, source, train_rows, config)
+            loader = _training_loader(model, source, train_rows, config, device)
         with torch_threads(config.threads, recorded_threads, out):
             state = TrainingState.start(model, loader, config, device)
             if found is not None:
@@ -129,7 +129,12 @@ def fit(
             write_log(out, state.history)
             validation = None
             if validates:
-                validation = SequentialLoader(source, config.minibatch_size, rows=validation_rows)
+                validation = SequentialLoader(
+                    source,
+                    config.minibatch_size,
+                    rows=validation_rows,
+                    narrow=device.type == "cuda",
+                )
             to_inputs = InputsBuilder(device, presence)
             trainer = _Trainer(state, validation, to_inputs, config, run, out)
             epoch_cells = _n_rows(train_rows)
@@ -329,9 +334,9 @@ def _n_rows(ranges: Ranges) -> int:
 
 
 def _training_loader(
-    model: Model, source: RowSource, rows: Ranges, config: TrainConfig
+    model: Model, source: RowSource, rows: Ranges, config: TrainConfig, device: torch.device
 ) -> MinibatchLoader:
-    """The loader of the run.
+    """The loader of the run; to a GPU counts travel narrow where the source has them so.
 
     Raises
     ------
@@ -339,10 +344,11 @@ def _training_loader(
         There is nothing to train on.
     """
     n_rows = _n_rows(rows)
-    # BatchNorm has no variance to divide by in a minibatch of one cell.
+    # BatchNorm has no variance to divide by in a minibatch of one cell. The loader shares the rows
+    # of a last minibatch that small with the one before; only a pair of them stays too small.
     has_batch_norm = any(isinstance(part, nn.BatchNorm1d) for part in model.modules())
-    drop_last = has_batch_norm and n_rows % config.minibatch_size == 1
-    if n_rows - drop_last < 1:
+    drop_last = has_batch_norm and config.minibatch_size == 2 and n_rows % 2 == 1
+    if n_rows < 1 + has_batch_norm:
         raise ConfigError(
             "There are too few cells to train on",
             found=f"{n_rows} training cells",
@@ -357,4 +363,6 @@ def _training_loader(
         block_size=config.block_size or None,
         buffer_size=config.buffer_size or None,
         drop_last=drop_last,
+        memory=config.memory or None,
+        narrow=device.type == "cuda" and source.narrow,
     )

@@ -21,9 +21,17 @@ from loaders.source import RowSource
 
 _LOCK = ".lock"
 _MAX_DIFFERENCES = 5
+_MAX_RANGES = 1000
 
 # Compared by what they resolve to (see environment.py), or without influence on the numbers.
-_NOT_IDENTIFYING = ("device", "threads", "checkpoint_steps", "checkpoint_minutes", "project")
+_NOT_IDENTIFYING = (
+    "device",
+    "threads",
+    "checkpoint_steps",
+    "checkpoint_minutes",
+    "memory",
+    "project",
+)
 
 
 @contextmanager
@@ -110,12 +118,21 @@ def identity(
     values = {
         "train": kept,
         "source": source.fingerprint,
-        "train_rows": [[int(start), int(stop)] for start, stop in train_rows],
-        "validation_rows": [[int(start), int(stop)] for start, stop in validation_rows],
+        "train_rows": _ranges(train_rows),
+        "validation_rows": _ranges(validation_rows),
         "presence": None if presence is None else _digest(presence),
         "describe": dict(describe),
     }
     return dict(json.loads(json.dumps(values, allow_nan=False)))
+
+
+def _ranges(rows: Sequence[tuple[int, int]]) -> Any:
+    """Ranges as they are, or as a digest where they are too many to be read by anyone."""
+    listed = [[int(start), int(stop)] for start, stop in rows]
+    if len(listed) <= _MAX_RANGES:
+        return listed
+    digest = hashlib.sha256(np.asarray(listed, "<i8").tobytes()).hexdigest()
+    return {"ranges": len(listed), "sha256": digest}
 
 
 def check_same_run(recorded: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> None:

@@ -24,10 +24,12 @@ from atlas.models import TrainedModel, build_model
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView
 from atlas.store.append import check_name
+from atlas.store.split import Split
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.projecting import advice, project
+from atlas.workflows.rows import Rows, ranges_of, rows_where
 from loaders import SequentialLoader
 
 _EMBED_MINIBATCH = 512
@@ -46,6 +48,7 @@ def train(
     genes: Sequence[str] | None = None,
     max_epochs: int | None = None,
     seed: int = 0,
+    hold_out: Rows | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
@@ -66,6 +69,9 @@ def train(
         Passes over the cells; by default as scvi-tools (:func:`default_epochs`).
     seed
         Of weights, noise and order.
+    hold_out
+        Cells to validate on and never to train on, by an obs column, such as ``"donor=D3"``; by
+        default a share of the cells by their hash.
     resume
         Go on with the run in ``out``, wherever it was interrupted; start it where there is none.
     progress
@@ -112,7 +118,11 @@ def train(
     if not training.project and progress and (line := advice(view, epochs, folder)):
         print(line, file=sys.stderr)
     presence = view.presence
-    split = store.split(training.validation_share)
+    if hold_out is None:
+        split = store.split(training.validation_share)
+    else:
+        held_out = rows_where(store, hold_out)
+        split = Split(ranges_of(~held_out), ranges_of(held_out), [])
     record = fit(
         module,
         view,
