@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas.errors import ConfigError
+from atlas.errors import ConfigError, StoreError
 from atlas.store import CountStore, CountView
 from atlas.store.parallel import resolve_threads
 from atlas.store.projection import Projection, write_projection
@@ -141,7 +141,10 @@ def advice(view: CountView, epochs: int, run: Path) -> str | None:
     """One line that offers ``--project`` to a new run, where that saves something."""
     if not view.n_obs or (run / CHECKPOINTS).exists():
         return None
-    seconds_per_row, kept = measure(view)
+    try:
+        seconds_per_row, kept = measure(view)
+    except StoreError:  # the training itself will say it, when it comes to these rows
+        return None
     saving = estimate(seconds_per_row, view.n_obs, kept, epochs)
     return str(saving) if saving.pays else None
 
