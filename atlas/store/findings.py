@@ -140,8 +140,11 @@ def ingest_again(root: Path, entry: StudyEntry, states: Sequence[Manifest]) -> s
                     f"restore it from a copy, or ingest the study again: {drop} && {state.command}"
                 )
             break
-    if Path(entry.source).suffix:
-        again = ["atlas", "ingest", str(root), entry.source, "--study", entry.name]
+    # several inputs are recorded one behind the other
+    one = Path(entry.source).exists()
+    sources = [entry.source] if one else entry.source.split(", ")
+    if all(Path(source).suffix for source in sources):
+        again = ["atlas", "ingest", str(root), *sources, "--study", entry.name]
         if entry.profile != "fast":
             again += ["--profile", entry.profile]
         return (

@@ -163,6 +163,21 @@ def test_what_to_do_depends_on_what_is_broken(store: CountStore) -> None:
     assert advice("parts/one/index/label.npy").endswith(f"--purge && {typed}")
 
 
+def test_several_inputs_are_ingested_again_together(
+    store: CountStore, make_study: MakeStudy, tmp_path: Path
+) -> None:
+    files = [tmp_path / "a.h5ad", tmp_path / "c.h5ad"]
+    for file in files:
+        make_study(prefix=file.stem).write_h5ad(file)
+    store.append(files[1:], study="three")
+    store.append(files, study="four")
+    for study, again in (("three", "c.h5ad"), ("four", f"a.h5ad {tmp_path}/c.h5ad")):
+        path = store.path / f"parts/{study}/index/label.npy"
+        _flip(path, 0)
+        (finding,) = (f for f in atlas.verify(store.path).findings if f.study == study)
+        assert finding.do.endswith(f"ingest {store.path} {tmp_path}/{again} --study {study}")
+
+
 def test_folders_that_are_gone(store: CountStore) -> None:
     shutil.rmtree(store.path / "studies" / "one")
     assert _named(atlas.verify(store.path), store.path) == {("one", "studies/one")}
