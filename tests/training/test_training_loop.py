@@ -409,7 +409,10 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
 def test_batch_norm_never_meets_a_minibatch_of_one(tmp_path: Path) -> None:
     model = Hooked(make_model(norm="batch"), nothing)
     train(tmp_path, model, train_rows=[(0, 65)])
-    assert {len(inputs.batch) for inputs in model.inputs} == {64}
+    assert {len(inputs.batch) for inputs in model.inputs} == {33, 32}
+    pairs = Hooked(make_model(norm="batch"), nothing)
+    train(tmp_path / "pairs", pairs, replace(CONFIG, minibatch_size=2), train_rows=[(0, 5)])
+    assert {len(inputs.batch) for inputs in pairs.inputs} == {2}
     with pytest.raises(ConfigError, match="too few cells to train on"):
         train(tmp_path / "one", make_model(norm="batch"), train_rows=[(0, 1)])
     assert not (tmp_path / "one").exists()
