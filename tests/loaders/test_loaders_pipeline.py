@@ -150,7 +150,8 @@ def test_leaving_early_ends_the_threads():
 
 def test_closing_and_forgetting_an_iterator_ends_the_threads():
     for end in ("close", "forget", "cycle"):
-        iterator = iter(MinibatchLoader(source(), 5, **SMALL))
+        # more rows than may wait, so that the threads cannot have ended by themselves
+        iterator = iter(MinibatchLoader(source(9_000, None), 5, **SMALL, memory=100_000))
         next(iterator)
         assert loader_threads()
         if end == "close":
