@@ -141,7 +141,7 @@ def test_a_block_that_breaks_its_promise_is_refused(change, message):
 
 
 def test_leaving_early_ends_the_threads():
-    loader = MinibatchLoader(source(), 5, **SMALL)
+    loader = MinibatchLoader(source(9_000, None), 5, **SMALL, memory=100_000)
     for _ in loader:
         assert loader_threads()
         break
