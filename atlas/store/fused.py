@@ -88,7 +88,7 @@ def read_chunks(
     return status
 
 
-def _call(name: str, result: Any, *arguments: Any) -> Any:
+def _call(result: Any, *arguments: Any) -> Any:
     """A call of a C function at an address, for compiled code."""
 
     @intrinsic  # type: ignore[untyped-decorator]
@@ -106,8 +106,8 @@ def _call(name: str, result: Any, *arguments: Any) -> Any:
 
 
 # ssize_t pread(int, void *, size_t, off_t); int blosc_decompress_ctx(src, dest, destsize, threads)
-_pread = _call("pread", types.int64, types.int32, types.int64, types.uint64, types.int64)
-_decompress = _call("decompress", types.int32, types.int64, types.int64, types.uint64, types.int32)
+_pread = _call(types.int64, types.int32, types.int64, types.uint64, types.int64)
+_decompress = _call(types.int32, types.int64, types.int64, types.uint64, types.int32)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
