@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
+from weakref import finalize
 
 import numpy.typing as npt
 
@@ -14,6 +15,7 @@ from loaders.memory import Budget, Needs, parse_bytes, share_out
 from loaders.minibatch import Minibatch
 from loaders.pipeline import Pipeline, Work, cores
 from loaders.plan import EpochPlan, sizes
+from loaders.pool import POOL
 from loaders.reader import Ahead, read_held
 from loaders.selection import RowsLike, Selection
 from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
@@ -163,6 +165,9 @@ class MinibatchLoader:
             ),
             None if memory is None else parse_bytes(memory),
         )
+        reusable = self.budget.windows + self.budget.queue
+        POOL.reserve(reusable)
+        finalize(self, POOL.release, reusable)
 
     @property
     def source(self) -> RowSource:

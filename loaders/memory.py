@@ -6,6 +6,7 @@ too small later on.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from loaders.blocks import Blocks
 from loaders.errors import LoaderError
+from loaders.pool import ROUNDING
 from loaders.selection import Ints, Selection
 from loaders.source import RowSource
 
@@ -27,7 +29,7 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 _TABLE_ROW: Final = 64
 """Bytes of an open row besides its values: where it lies, and its place in the order."""
-_QUEUE: Final = 64 * 10**6
+_QUEUE: Final = 128 * 10**6
 _BUNDLE_ROWS: Final = 2048
 _WAITING: Final = 4
 _ROWS_AT_ONCE: Final = 2**20
@@ -135,7 +137,8 @@ class Needs:
 def block_bytes(source: RowSource, starts: Ints, stops: Ints) -> Ints:
     """Bytes of blocks as they are read, at most: int64, (n_blocks,)."""
     values = source.count_values(starts, stops)
-    return values * (4 if source.narrow else 8) + (stops - starts + 1) * 8
+    arrays: Ints = np.ceil(values * ((1 + ROUNDING) * (4 if source.narrow else 8))).astype(np.int64)
+    return arrays + (stops - starts + 1) * 8
 
 
 def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
@@ -228,4 +231,5 @@ def _minibatch_bytes(source: RowSource, needs: Needs) -> int:
         values = size * int(largest.max(initial=0))
     else:
         values = int(np.sort(largest)[-size:].sum())
-    return values * needs.value_bytes + size * (24 + 4 * len(source.obs_codes)) + 64
+    arrays = math.ceil(values * needs.value_bytes * (1 + ROUNDING))
+    return arrays + size * (24 + 4 * len(source.obs_codes)) + 64

@@ -12,6 +12,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from loaders.minibatch import Minibatch
+from loaders.pool import POOL
 from loaders.selection import Ints
 from loaders.source import RowBlock
 from loaders.windows import Course
@@ -107,10 +108,10 @@ def gather(
     indices: npt.NDArray[Any]
     data: npt.NDArray[Any]
     if narrow:
-        indices, data = np.empty(n_values, np.uint16), np.empty(n_values, np.uint16)
+        indices, data = POOL.empty(n_values, np.uint16), POOL.empty(n_values, np.uint16)
         _copy_narrow(table, indptr, indices, data)
     else:
-        indices, data = np.empty(n_values, np.int32), np.empty(n_values, np.float32)
+        indices, data = POOL.empty(n_values, np.int32), POOL.empty(n_values, np.float32)
         _copy_wide(table, indptr, indices, data)
     rows = table[:, _ROW].copy()
     obs = {name: codes[rows] for name, codes in obs_codes.items()}

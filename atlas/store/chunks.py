@@ -30,13 +30,14 @@ from zarr.codecs.numcodecs import Delta, PCodec
 from atlas.errors import CorruptStoreError, FormatError
 from atlas.store import fused, kernels
 from atlas.store.schema import RESTORE
+from loaders.pool import POOL
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
 
-CHUNK = 131_072
+CHUNK = 32_768
 """Elements of an inner chunk: what is decoded at once."""
-SHARD = 64 * CHUNK
+SHARD = 256 * CHUNK
 """Elements of a shard: one file."""
 
 _ABSENT = 2**64 - 1
@@ -236,7 +237,7 @@ class ChunkedArray:
         r = self._recipe
         if not 0 <= start <= stop <= r.n:
             raise IndexError(f"elements {start}:{stop} of {r.n} in {self.path}")
-        out = np.empty(stop - start, r.dtype)
+        out = POOL.empty(stop - start, r.dtype)
         if start == stop:
             return out
         first, last = start // r.chunk, (stop - 1) // r.chunk
