@@ -28,7 +28,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
-from atlas.store import fused, kernels
+from atlas.store import fused
+from atlas.store.deltas import sum_deltas
 from atlas.store.schema import RESTORE
 from loaders.pool import POOL
 
@@ -302,13 +303,13 @@ class ChunkedArray:
         if len(out) == r.chunk:
             r.decompress(body, out)
             if r.delta:
-                kernels.sum_deltas(out, 0, out)
+                sum_deltas(out, 0, out)
             return
         # A part of a chunk goes through scratch memory that the thread keeps.
         scratch = _room("chunk", r.chunk * r.dtype.itemsize).view(r.dtype)
         r.decompress(body, scratch)
         if r.delta:
-            kernels.sum_deltas(scratch, skip, out)
+            sum_deltas(scratch, skip, out)
         else:
             out[:] = scratch[skip : skip + len(out)]
 

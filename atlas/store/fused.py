@@ -24,6 +24,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from atlas.store.deltas import sum_deltas
+
 FINE: Final = 0
 UNREADABLE: Final = -1
 SHORT: Final = -2
@@ -209,12 +211,7 @@ def _read_chunks(
             return FLIPPED + k
         to = out[at : at + n]
         if delta:
-            total = scratch.dtype.type(0)
-            for j in range(skip):
-                total = scratch.dtype.type(total + target[j])
-            for j in range(n):
-                total = scratch.dtype.type(total + target[skip + j])
-                to[j] = total
+            sum_deltas(target, skip, to)
         elif not whole:
             for j in range(n):
                 to[j] = target[skip + j]

@@ -14,20 +14,6 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def sum_deltas(deltas: npt.NDArray[Any], skip: int, out: npt.NDArray[Any]) -> None:
-    """Running sums of ``deltas``, modulo their type, from element ``skip`` on into ``out``.
-
-    ``out`` may be ``deltas`` itself.
-    """
-    total = deltas.dtype.type(0)
-    for k in range(skip):
-        total = deltas.dtype.type(total + deltas[k])
-    for k in range(len(out)):
-        total = deltas.dtype.type(total + deltas[skip + k])
-        out[k] = total
-
-
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def select_columns(
     indptr: npt.NDArray[np.int64],
     indices: npt.NDArray[np.uint16],

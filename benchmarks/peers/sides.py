@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-MEMORY = 800_000_000
+MEMORY = 900_000_000
 _BUDGET = {"memory": MEMORY}
-"""What 16,384 rows mixed in minibatches of 4,096 are proven not to exceed; 128 take 512 MB."""
+"""What 16,384 rows mixed, drawn by weight in minibatches of 4,096, are proven not to exceed."""
 BUFFER = 8192
 """Rows that are mixed at a time by the peers that take a number, and by ours beside them."""
 BLOCK = 32
