@@ -1,8 +1,8 @@
 """What bounds the loader: how fast can one core take each step from disk to minibatch?
 
 The steps are measured one by one on the store's own chunks, in one thread, with the plainest code
-that does each: what is read from the format on disk here shares nothing with Atlas' reader, so that
-the bound does not move when the reader does.
+that does each. It shares only the running sum with Atlas' reader, so that the bound does not move
+when the reader does.
 
 read
     ``pread`` of each run of chunks, from the page cache.

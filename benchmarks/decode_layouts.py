@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numcodecs.blosc
 import numpy as np
 import numpy.typing as npt
@@ -15,18 +14,16 @@ import pcodec
 import pcodec.standalone
 from common import say, table
 
+from atlas.store.deltas import sum_deltas
+
 Array = npt.NDArray[Any]
 
 REPEATS = 3
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def running_sum(values: Array) -> None:
-    """The inverse of the delta filter, in place, wrapping around."""
-    total = values[0]
-    for i in range(1, len(values)):
-        total += values[i]
-        values[i] = total
+    """The inverse of the delta filter, in place, wrapping around: the fastest way that we know."""
+    sum_deltas(values, 0, values)
 
 
 def fastest(work: Callable[[], Any], repeats: int = REPEATS) -> float:

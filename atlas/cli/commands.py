@@ -1,0 +1,234 @@
+"""What each command does: call a workflow, print what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from atlas.config import ScviConfig, TrainConfig
+
+# torch, zarr and the rest are imported by the command that needs them, so that --help is quick
+
+
+def ingest(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    report = workflows.ingest(
+        options.store,
+        options.source,
+        study=options.study,
+        batch_key=options.batch_key.split(",") if options.batch_key else None,
+        label_key=options.label_key,
+        unlabeled=options.unlabeled,
+        profile=options.profile,
+        layer=options.layer,
+        use_raw=options.use_raw,
+        round_counts=options.round,
+        feature_type=options.feature_type,
+        keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
+        prefix_rows=options.prefix_rows,
+        genes_of_all=options.genes_of_all,
+        memory=options.memory,
+        scheduler=options.scheduler,
+        fresh=options.fresh,
+        genes=Path(options.genes).read_text().split() if options.genes else None,
+        first=options.first,
+        progress=True,
+    )
+    speed = report.n_obs / max(report.seconds, 1e-9)
+    print(
+        f"{report.study}: {report.n_obs:,} cells, {report.nnz:,} counts, {report.new_genes:,} new "
+        f"genes, in {report.seconds:.1f} s ({speed:,.0f} cells/s)"
+    )
+    for note in report.notes:
+        print(note)
+    if report.missing_genes:
+        print(f"{report.missing_genes:,} genes of the store were not measured in this study")
+    for name, n in report.same_counts.items():
+        print(f"{n:,} cells of study {name} have the very same counts as cells of {report.study}")
+    for name, n in report.same_names.items():
+        print(f"{n:,} cells of study {name} have the same row names as cells of {report.study}")
+
+
+def info(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    info = workflows.info(open_store(options.store))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(info), indent=1))
+        return
+    print(f"{info.path}: {info.n_obs:,} cells × {info.n_vars:,} genes, {info.nnz:,} counts")
+    print(f"{info.bytes_on_disk / 1e6:,.1f} MB on disk, manifest {info.manifest}")
+    for title, rows in (("studies", info.studies), ("batches", info.batches)):
+        print(f"\n{title}")
+        for row in rows:
+            print(f"  {row['name']:<40} {row['cells']:>12,} cells")
+    print(f"\nlabels ({info.unlabeled:,} cells without one)")
+    for row in info.labels:
+        print(f"  {row['name']:<40} {row['cells']:>12,} cells")
+    print(f"\ngenes chosen: {info.genes_chosen or 'none yet (atlas genes)'}")
+    names = [f"{e['name']} ({e['n_latent']} dimensions)" for e in info.embeddings]
+    print(f"embeddings: {', '.join(names) or 'none yet (atlas embed)'}")
+    print("\nhistory")
+    for line in info.history:
+        print(f"  {line}")
+
+
+def verify(options: argparse.Namespace) -> int:
+    from atlas import workflows
+
+    report = workflows.verify(options.store, progress=True, threads=options.threads)
+    for finding in report.findings:
+        print(f"{finding.path}: {finding.what}")
+        if finding.study is not None:
+            print(f"  study: {finding.study}")
+        for name, value in (("found", finding.found), ("expected", finding.expected)):
+            if value is not None:
+                print(f"  {name}: {value}")
+        print(f"  what to do: {finding.do}")
+    if report.unlisted:
+        print(f"… and {report.unlisted:,} more")
+    checked = (
+        f"{report.states} states, {report.studies} studies, {report.chunks:,} chunks, "
+        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s"
+    )
+    faults = len(report.findings) + report.unlisted
+    print(f"{report.path}: {'whole' if report.whole else f'{faults:,} faults'} ({checked})")
+    if options.json:
+        workflows.write_json(options.json, report.to_json())
+    return 0 if report.whole else 1
+
+
+def drop(options: argparse.Namespace) -> None:
+    from atlas import open_store
+
+    report = open_store(options.store).drop(options.study, purge=options.purge)
+    print(f"{report.study}: {report.n_obs:,} cells dropped, manifest {report.manifest}")
+    if report.removed_states:
+        gone = ", ".join(map(str, report.removed_states))
+        print(f"removed for ever: states {gone}, {report.freed_bytes / 1e6:,.1f} MB")
+    if report.kept_states:
+        kept = ", ".join(map(str, report.kept_states))
+        print(
+            f"older states hold it still ({kept}), so {report.kept_bytes / 1e6:,.1f} MB of its "
+            "files stay; --purge removes both"
+        )
+    if report.genes_without_study:
+        print(
+            f"{report.genes_without_study:,} of the chosen genes were measured in no study that is "
+            "left: choose again with `atlas genes`"
+        )
+
+
+def genes(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    store = open_store(options.store)
+    genes = workflows.select_genes(store, options.n, flavour=options.flavour)
+    print("\n".join(genes) if options.list else f"{len(genes):,} genes chosen and recorded")
+
+
+def project(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    genes = None if options.genes == "chosen" else Path(options.genes).read_text().split()
+    made = workflows.project(
+        open_store(options.store), genes, options.out, progress=True, threads=options.threads
+    )
+    print(f"{options.out}: {made.n_obs:,} cells × {made.n_vars:,} genes, {made.nnz:,} counts")
+
+
+def train(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    values = vars(options)
+    names = {f.name for kind in (ScviConfig, TrainConfig) for f in dataclasses.fields(kind)}
+    model = workflows.train(
+        open_store(options.store),
+        options.model,
+        out=options.out,
+        hold_out=options.hold_out,
+        resume=options.resume,
+        progress=True,
+        **{name: values[name] for name in names},
+    )
+    history = model.training["history"]
+    bound = history[-1]["validation_bound"]
+    print(
+        f"trained {len(history)} epochs"
+        + (f", held-out bound {bound:.2f} nats per cell" if bound is not None else "")
+    )
+    print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
+
+
+def embed(options: argparse.Namespace) -> None:
+    from atlas import load_model, open_store, workflows
+
+    store = open_store(options.store)
+    model = load_model(options.model)
+    z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
+    print(f"embedding {options.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    metrics = workflows.evaluate(
+        open_store(options.store),
+        embedding=options.embedding,
+        reference=options.reference,
+        query=options.query,
+        seed=options.seed,
+    )
+    for measure in metrics.measures:
+        error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
+        value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
+        print(f"{measure.title:<48} {value}{f'  ({measure.skipped})' if measure.skipped else ''}")
+    if options.json:
+        workflows.write_json(options.json, metrics.to_json())
+
+
+def report(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    path = workflows.report(
+        open_store(options.store),
+        embedding=options.embedding,
+        out=options.out,
+        reference=options.reference,
+        query=options.query,
+        seed=options.seed,
+    )
+    print(path)
+
+
+def export(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    adata = workflows.export(
+        open_store(options.store),
+        options.out,
+        embedding=options.embedding,
+        rows=options.rows,
+        order=options.order,
+    )
+    print(f"{options.out}: {adata.n_obs:,} cells × {adata.n_vars:,} genes")
+
+
+def simulate(options: argparse.Namespace) -> None:
+    from atlas.simulate import simulate
+
+    paths = simulate(
+        Path(options.out_dir),
+        options.cells,
+        options.studies,
+        options.seed,
+        genes=options.genes,
+        types=options.types,
+        batches=options.batches,
+        library=options.library,
+        missing_genes=options.missing_genes,
+    )
+    print("\n".join(map(str, paths)))

@@ -1,0 +1,196 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any, get_args, get_type_hints
+
+from atlas.cli import commands
+from atlas.config import Profile, ScviConfig, TrainConfig
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="atlas", description="Train on single-cell atlases that do not fit in memory."
+    )
+    parser.add_argument("--version", action="version", version=version("atlas-trainer"))
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> Any:
+        sub = subparsers.add_parser(
+            name,
+            help=help,
+            description=help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command(
+        "ingest", commands.ingest, "append a study to a store, which is made where there is none"
+    )
+    sub.add_argument("store")
+    sub.add_argument("source", nargs="+", help="an .h5ad or 10x .h5 file; several become one study")
+    sub.add_argument("--study", required=True, help="name of the study")
+    sub.add_argument(
+        "--batch-key",
+        help="obs column of the batch; a,b combines two; 'file' is the file a cell came from",
+    )
+    sub.add_argument("--label-key", help="obs column of the label")
+    sub.add_argument("--unlabeled", default="Unknown", help="value that stands for no label")
+    sub.add_argument("--profile", choices=get_args(Profile), default="fast", help="compression")
+    sub.add_argument("--layer", help="layer that holds the counts")
+    sub.add_argument("--use-raw", action="store_true", help="take the counts from raw.X")
+    sub.add_argument("--round", action="store_true", help="round counts that have fractions")
+    sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file")
+    sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
+    sub.add_argument(
+        "--prefix-rows", action="store_true", help="put FILE: before the names of cells"
+    )
+    sub.add_argument(
+        "--genes-of-all",
+        action="store_true",
+        help="keep the genes that all files have, where they differ",
+    )
+    sub.add_argument("--memory", default="512MB", help="what counts may take at a time")
+    sub.add_argument(
+        "--scheduler",
+        default="threads",
+        help="threads, processes, or the address of a dask scheduler that sees the same files",
+    )
+    sub.add_argument(
+        "--fresh", action="store_true", help="do not go on with an ingest that was interrupted"
+    )
+    new = sub.add_mutually_exclusive_group()
+    new.add_argument("--genes", metavar="FILE", help="of a new store: hold these, one a line")
+    new.add_argument("--first", action="store_true", help="of a new store: hold this study's only")
+
+    sub = command("info", commands.info, "show what a store holds")
+    sub.add_argument("store")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = command(
+        "verify", commands.verify, "check all that a store holds; code 1 where it is broken"
+    )
+    sub.add_argument("store")
+    sub.add_argument("--threads", type=int, help="as many as cores if not given")
+    sub.add_argument("--json", metavar="FILE", help="write the report as JSON")
+
+    sub = command("drop", commands.drop, "take a study out of a store; older states keep it")
+    sub.add_argument("store")
+    sub.add_argument("study")
+    sub.add_argument(
+        "--purge", action="store_true", help="remove the older states that hold it, and its files"
+    )
+
+    sub = command("genes", commands.genes, "choose and record the genes to model")
+    sub.add_argument("store")
+    sub.add_argument("--n", type=int, default=2000, help="how many")
+    sub.add_argument("--flavour", choices=("seurat_v3", "dispersion"), default="seurat_v3")
+    sub.add_argument("--list", action="store_true", help="print the names")
+
+    sub = command(
+        "project", commands.project, "write a training store of chosen genes, quicker to read"
+    )
+    sub.add_argument("store")
+    sub.add_argument(
+        "--genes", default="chosen", metavar="FILE|chosen", help="names, one a line; or as recorded"
+    )
+    sub.add_argument("--out", required=True, metavar="PATH")
+    sub.add_argument("--threads", type=int, help="as many as cores if not given")
+
+    sub = command("train", commands.train, "train a model on all studies of a store")
+    sub.add_argument("store")
+    sub.add_argument("--model", choices=("scvi",), default="scvi")
+    sub.add_argument("--out", required=True, help="run folder: log, checkpoints, model")
+    sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
+    sub.add_argument(
+        "--hold-out", help="cells to validate on in place of a share: column=value,value"
+    )
+    sub.add_argument(
+        "--epochs",
+        dest="max_epochs",
+        type=int,
+        help="passes over the cells; scvi-tools' rule if not given",
+    )
+    _add_fields(sub, ScviConfig, {})
+    _add_fields(sub, TrainConfig, {"max_epochs"})
+
+    sub = command("embed", commands.embed, "embed all cells of a store")
+    sub.add_argument("model", help="a run folder")
+    sub.add_argument("store")
+    sub.add_argument("--name", default="scvi", help="name to keep the embedding under")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("evaluate", commands.evaluate, "measure an embedding")
+    _add_measuring(sub)
+    sub.add_argument("--json", metavar="FILE", help="write the measures as JSON")
+
+    sub = command("report", commands.report, "write a self-contained HTML report")
+    _add_measuring(sub)
+    sub.add_argument("--out", required=True, metavar="FILE")
+
+    sub = command("export", commands.export, "write cells as AnnData")
+    sub.add_argument("store")
+    sub.add_argument("out", metavar="OUT.h5ad")
+    sub.add_argument("--embedding", help="add it as obsm['X_NAME']")
+    sub.add_argument("--rows", help="cells by an obs column: column=value,value")
+    sub.add_argument("--order", choices=("store", "input"), default="store")
+
+    sub = command(
+        "simulate", commands.simulate, "write studies of simulated cells whose truth is known"
+    )
+    sub.add_argument("out_dir")
+    sub.add_argument("--cells", type=int, default=30_000)
+    sub.add_argument("--studies", type=int, default=3)
+    sub.add_argument("--genes", type=int, default=2000)
+    sub.add_argument("--types", type=int, default=8)
+    sub.add_argument("--batches", type=int, default=2, help="in each study")
+    sub.add_argument("--library", type=float, default=2000.0, help="median counts of a cell")
+    sub.add_argument(
+        "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
+    )
+    sub.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> None:
+    """One option per field of a configuration, ``n_layers`` as ``--n-layers``."""
+    hints, helps = get_type_hints(kind), _field_help(kind)
+    for field in dataclasses.fields(kind):
+        if field.name in without:
+            continue
+        hint, flag = hints[field.name], "--" + field.name.replace("_", "-")
+        default = field.default
+        text = helps[field.name]
+        if hint is bool:
+            action = argparse.BooleanOptionalAction
+            sub.add_argument(flag, action=action, default=default, help=text)
+        elif choices := get_args(hint):
+            sub.add_argument(flag, choices=choices, default=default, help=text)
+        else:
+            sub.add_argument(flag, type=hint, default=default, help=text)
+
+
+def _field_help(kind: type[Any]) -> dict[str, str]:
+    """What the docstring of a configuration says of each field."""
+    _, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes\n----------\n")
+    out = {}
+    for block in re.split(r"\n(?=\S)", attributes):
+        names, _, text = block.partition("\n")
+        for name in names.split(", "):
+            out[name] = " ".join(text.replace("``", "").replace("%", "%%").split())
+    return out
+
+
+def _add_measuring(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("store")
+    sub.add_argument("--embedding", required=True)
+    sub.add_argument("--reference", help="cells whose labels are carried over: column=value,value")
+    sub.add_argument("--query", help="cells that get labels: column=value,value")
+    sub.add_argument("--seed", type=int, default=0)
