@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from loaders.errors import LoaderError
 from loaders.loader import MinibatchLoader
 
 _SAMPLE_SECONDS = 0.02
@@ -80,6 +81,13 @@ def audit(loader: MinibatchLoader, *, seed: int = 0) -> Audit:
     seed
         Of the ideal shuffle that diversity is compared with.
     """
+    if not isinstance(loader, MinibatchLoader):
+        raise LoaderError(
+            "only a shuffling loader can be audited",
+            found=type(loader).__name__,
+            expected="a MinibatchLoader",
+            do="audit(MinibatchLoader(source, minibatch_size))",
+        )
     first, epoch = loader.step, loader.epoch
     expected = np.concatenate(list(loader.plan.minibatches(first)))
     drawn = loader.plan.settings["weights"] != "none"

@@ -39,7 +39,17 @@ class LoaderError(Exception):
 
 def at_least_one(name: str, value: int) -> int:
     """The value as a Python ``int``, which must be at least 1."""
-    number = index(value)
+    try:
+        number = index(value)
+    except TypeError:
+        raise LoaderError(
+            f"{name} is no whole number",
+            found=repr(value),
+            expected="a whole number of at least 1",
+            do="give an int",
+        ) from None
     if number < 1:
-        raise LoaderError(f"{name} is out of range", found=number, expected="at least 1")
+        raise LoaderError(
+            f"{name} is out of range", found=number, expected="at least 1", do=f"raise {name}"
+        )
     return number

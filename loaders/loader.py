@@ -117,7 +117,10 @@ class MinibatchLoader:
                 self._weights(weights, balance, selection),
                 selection,
                 blocks,
-                at_least_one("rows_per_epoch", rows_per_epoch or selection.n_rows),
+                at_least_one(
+                    "rows_per_epoch",
+                    selection.n_rows if rows_per_epoch is None else rows_per_epoch,
+                ),
                 block_size,
                 held=buffer_size // _HEAVY_SHARE,
             )
@@ -165,9 +168,15 @@ class MinibatchLoader:
             ),
             None if memory is None else parse_bytes(memory),
         )
-        reusable = self.budget.windows + self.budget.queue
-        POOL.reserve(reusable)
-        finalize(self, POOL.release, reusable)
+        self._reserve()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # for a worker process that is not a fork; an iteration under way stays here
+        return {**self.__dict__, "_pipeline": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reserve()
 
     @property
     def source(self) -> RowSource:
@@ -235,7 +244,9 @@ class MinibatchLoader:
                 if self._pipeline is not pipeline:
                     raise LoaderError(
                         "this iteration was ended by a newer one, or by a restored state",
-                        do="iterate over a loader once at a time",
+                        found=f"an iteration that goes on after it, at step {position.step}",
+                        expected="one iteration of a loader at a time",
+                        do="make a second loader to go through the same rows beside it",
                     )
             self._go_to(Position(position.epoch + 1))
         finally:
@@ -304,8 +315,14 @@ class MinibatchLoader:
                 "there are no such codes to balance by",
                 found=repr(balance),
                 expected="one of " + (", ".join(self._obs_codes) or "(there are none)"),
+                do="for another column give weights: 1 / the number of rows of its value",
             )
         return balanced(self._obs_codes[balance], selection)
+
+    def _reserve(self) -> None:
+        reusable = self.budget.windows + self.budget.queue
+        POOL.reserve(reusable)
+        finalize(self, POOL.release, reusable)
 
     def _go_to(self, position: Position) -> None:
         if position.epoch != self._plan.epoch:

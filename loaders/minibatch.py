@@ -42,6 +42,12 @@ class Minibatch:
     obs: dict[str, npt.NDArray[np.int32]]
     n_vars: int
 
+    def __repr__(self) -> str:
+        return (
+            f"Minibatch({self.n_rows:,} rows × {self.n_vars:,} columns, {len(self.data):,} values, "
+            f"{self.indices.dtype}/{self.data.dtype}, obs {', '.join(self.obs) or 'none'})"
+        )
+
     @property
     def n_rows(self) -> int:
         """Number of rows."""

@@ -13,9 +13,9 @@ from loaders.errors import LoaderError
 
 Ints: TypeAlias = npt.NDArray[np.int64]
 Range: TypeAlias = tuple[int, int]
-RowsLike: TypeAlias = "Sequence[Range] | npt.NDArray[Any] | Selection | None"
+RowsLike: TypeAlias = "Sequence[Range] | Sequence[int] | npt.ArrayLike | Selection | None"
 """All rows (None), sorted disjoint ranges ``(start, stop)``, a mask bool (n_obs,), or rising row
-numbers, int (n,)."""
+numbers, int (n,); lists, arrays and pandas Series alike."""
 
 
 class Selection:
@@ -46,14 +46,8 @@ class Selection:
             _check(starts, stops, n_obs)
         elif rows is None:
             starts, stops = np.array([0]), np.array([n_obs])
-        elif isinstance(rows, np.ndarray) and rows.dtype == bool:
-            starts, stops = _of_mask(rows, n_obs)
-        elif isinstance(rows, np.ndarray) and rows.ndim == 1:
-            starts, stops = _of_positions(rows, n_obs)
         else:
-            pairs = np.asarray(rows, dtype=np.int64).reshape(-1, 2)
-            starts, stops = pairs[:, 0], pairs[:, 1]
-            _check(starts, stops, n_obs)
+            starts, stops = _read(rows, n_obs)
         kept = starts < stops
         starts, stops = starts[kept].astype(np.int64), stops[kept].astype(np.int64)
         if not len(starts):
@@ -61,6 +55,7 @@ class Selection:
                 "no rows to load",
                 found=f"a selection without a row, of a source of {n_obs} rows",
                 expected="at least one row",
+                do="look at the mask, or leave rows out to take all",
             )
         apart = np.flatnonzero(starts[1:] > stops[:-1])
         self.starts: Ints = starts[np.concatenate([[0], apart + 1])]
@@ -97,23 +92,47 @@ class Selection:
         return np.maximum(starts, self.starts[first]), np.minimum(stops, self.stops[last])
 
 
+def _read(rows: Any, n_obs: int) -> tuple[Ints, Ints]:
+    """Starts and stops of what was given as a mask, as row numbers or as ranges."""
+    try:
+        array = np.asarray(rows)
+    except ValueError:  # tuples of different lengths
+        array = np.empty(0, object)
+    if array.ndim == 1 and array.dtype == bool:
+        return _of_mask(array, n_obs)
+    if array.size == 0 and array.dtype != object:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    if array.ndim == 1 and array.dtype.kind in "iu":
+        return _of_positions(array, n_obs)
+    if array.ndim == 2 and array.shape[1] == 2 and array.dtype.kind in "iu":
+        starts, stops = array.astype(np.int64).T
+        _check(starts, stops, n_obs)
+        return starts, stops
+    raise LoaderError(
+        "rows are chosen in a way that is not known",
+        found=f"{type(rows).__name__}, as an array {array.dtype} {array.shape}",
+        expected=f"a mask bool ({n_obs},), rising row numbers int (n,), or ranges (start, stop)",
+        do="give a mask, such as (store.obs()['donor'] == 'D3').to_numpy()",
+    )
+
+
 def _of_mask(mask: npt.NDArray[Any], n_obs: int) -> tuple[Ints, Ints]:
     if mask.shape != (n_obs,):
         raise LoaderError(
             "the mask of rows does not fit the source",
             found=f"shape {mask.shape}",
             expected=f"({n_obs},)",
+            do="give one bool for each row of the source, in its order",
         )
     edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0))
     return edges[::2], edges[1::2]
 
 
 def _of_positions(rows: npt.NDArray[Any], n_obs: int) -> tuple[Ints, Ints]:
-    wrong = rows.dtype.kind not in "iu" or (np.diff(rows.astype(np.int64)) <= 0).any()
-    if wrong or (len(rows) and (rows[0] < 0 or rows[-1] >= n_obs)):
+    if (np.diff(rows.astype(np.int64)) <= 0).any() or rows[0] < 0 or rows[-1] >= n_obs:
         raise LoaderError(
             "row numbers are out of order or out of range",
-            found=f"{rows.dtype}, {rows[:5].tolist()} …",
+            found=", ".join(map(str, rows[:5].tolist())) + (", …" if len(rows) > 5 else ""),
             expected=f"rising whole numbers from 0 to {n_obs - 1}, each once",
             do="sort them, take each once, or give a mask",
         )

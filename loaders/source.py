@@ -266,6 +266,14 @@ class ArraySource:
 
 def checked_segments(source: RowSource) -> tuple[int, ...]:
     """The segments of a source, which must end at its last row."""
+    # not isinstance, which would compute every property of the protocol
+    if not hasattr(source, "read_rows") or not hasattr(source, "segments"):
+        raise LoaderError(
+            "this is no source of rows",
+            found=type(source).__name__,
+            expected="a store, store.select(genes), a projection, or ArraySource(counts)",
+            do="open a path with atlas.open_store, wrap a matrix in loaders.ArraySource",
+        )
     segments = tuple(int(bound) for bound in source.segments)
     if not segments or segments[-1] != source.n_obs:
         raise LoaderError(

@@ -59,11 +59,14 @@ def restore(state: Mapping[str, Any], fingerprint: Fingerprint, n_steps: int) ->
     LoaderError
         Not a state, or one of another version, source or settings.
     """
-    if set(state) != set(_FIELDS) or not isinstance(state["fingerprint"], Mapping):
+    known = isinstance(state, Mapping) and set(state) == set(_FIELDS)
+    if not known or not isinstance(state["fingerprint"], Mapping):
+        fields = ", ".join(map(str, state)) if isinstance(state, Mapping) else ""
         raise LoaderError(
             "this is no state of a loader",
-            found=f"fields {', '.join(map(str, state)) or 'none'}",
-            expected=f"fields {', '.join(_FIELDS)}",
+            found=f"fields {fields or 'none'}" if isinstance(state, Mapping) else repr(state)[:80],
+            expected=f"a dict with the fields {', '.join(_FIELDS)}",
+            do="give what state_dict() of a loader gave",
         )
     if state["version"] != VERSION:
         raise LoaderError(

@@ -83,6 +83,7 @@ class Draws:
                 "the weights do not fit the rows of the source",
                 found=f"{given.dtype} {given.shape}",
                 expected=f"one number for each row, ({n_obs},)",
+                do="give weights for all rows of the source, those that rows leaves out too",
             )
         wrong = np.flatnonzero(~(np.isfinite(given) & (given >= 0)))
         if len(wrong):
@@ -90,6 +91,7 @@ class Draws:
                 "a weight is negative or not finite",
                 found=f"{given[wrong[0]]} at row {wrong[0]}, {len(wrong)} such rows",
                 expected="finite numbers of at least 0",
+                do="set weights of rows that are not wanted to 0",
             )
         self._light = np.zeros(n_obs)
         for start, stop in zip(selection.starts.tolist(), selection.stops.tolist(), strict=True):
@@ -99,6 +101,7 @@ class Draws:
                 "no row can be drawn",
                 found="weights that are all zero among the chosen rows",
                 expected="at least one weight above 0",
+                do="choose other rows, or give one of these a weight",
             )
         self.digest = hashlib.sha256(self._light.tobytes()).hexdigest()[:16]
         self.n_draws, self._per_visit, self._n_obs = n_draws, block_size, n_obs

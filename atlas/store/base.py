@@ -8,6 +8,7 @@ name); ``obs``, minibatches, embeddings, labels and exports all follow that orde
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,9 @@ class CountStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path.absolute()
         self.manifest = manifest
+
+    def __reduce__(self) -> tuple[type[CountStore], tuple[Path, Manifest]]:
+        return CountStore, (self.path, self.manifest)  # a worker process opens it anew
 
     def __repr__(self) -> str:
         return (
@@ -186,7 +190,8 @@ class CountStore:
 
     def _view(self, positions: npt.NDArray[np.int64]) -> CountView:
         columns = [self.part_array(s, "index", "genes") for s in self.manifest.studies]
-        return CountView(self._studies, columns, positions, self.n_vars, lambda: self.obs_codes)
+        codes = functools.partial(getattr, self, "obs_codes")  # can be pickled
+        return CountView(self._studies, columns, positions, self.n_vars, codes)
 
     @property
     def fingerprint(self) -> str:
@@ -226,16 +231,24 @@ class CountStore:
         StoreError
             A gene is not in the gene table, or is given twice.
         """
+        if isinstance(genes, str):
+            raise StoreError(
+                "Genes are selected by a list of names",
+                found=repr(genes),
+                expected="a list",
+                do=f"select([{genes!r}])",
+            )
         genes = [str(gene) for gene in genes]
+        twice = [gene for gene, n in Counter(genes).items() if n > 1]
         position = {name: i for i, name in enumerate(self.gene_table.names)}
         unknown = [gene for gene in genes if gene not in position]
-        if unknown or not genes or len(set(genes)) < len(genes):
+        if unknown or not genes or twice:
             raise StoreError(
                 "These genes cannot be selected",
                 found=f"{len(unknown)} of {len(genes)} are not in the store, e.g. "
                 + ", ".join(unknown[:5])
                 if unknown
-                else "a gene twice, or none at all",
+                else ("given twice: " + ", ".join(twice[:5]) if twice else "no gene at all"),
                 expected="names of the store's gene table, each once",
                 do="see `atlas info`, or choose with `atlas genes`",
                 path=self.path,
@@ -294,6 +307,9 @@ class CountStore:
         """Record which genes are to be modelled."""
         selection = GeneSelection(flavour, n, tuple(genes))
         self.select(selection.genes)
+        recorded = {self.manifest.gene_selection, manifests.read(self.path).gene_selection}
+        if recorded == {selection}:
+            return
         action = f"choose {len(selection.genes)} genes"
         with manifests.writer(self.path, action) as newest:
             state = manifests.commit(self.path, newest, action, gene_selection=selection)

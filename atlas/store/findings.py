@@ -135,9 +135,16 @@ def ingest_again(root: Path, entry: StudyEntry, states: Sequence[Manifest]) -> s
     for state in states:
         if any(study.path == entry.path for study in state.studies):
             words = shlex.split(state.command)
-            if words[:2] == ["atlas", "ingest"] and state.action == f"append {entry.name}":
+            typed = len(words) > 2 and not words[2].startswith("-")
+            if (
+                words[:2] == ["atlas", "ingest"]
+                and typed
+                and state.action == f"append {entry.name}"
+            ):
+                words[2] = str(root)  # where the store is now
                 return (
-                    f"restore it from a copy, or ingest the study again: {drop} && {state.command}"
+                    "restore it from a copy, or ingest the study again: "
+                    f"{drop} && {shlex.join(words)}"
                 )
             break
     # several inputs are recorded one behind the other

@@ -84,8 +84,19 @@ def read_chunks(
     -------
     ``FINE``, or what is wrong.
     """
+    # Sums wrap around, so that a signed type is as well summed as an unsigned one; and floats,
+    # which are not stored as differences, need no code of their own.
+    kind = np.dtype(f"u{out.itemsize}")
     status: int = _read_chunks(
-        _PREAD, _DECOMPRESS, descriptor, index, raw, scratch, skip, delta, out
+        _PREAD,
+        _DECOMPRESS,
+        descriptor,
+        index,
+        raw,
+        scratch.view(kind),
+        skip,
+        delta,
+        out.view(kind),
     )
     return status
 

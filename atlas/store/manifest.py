@@ -77,6 +77,14 @@ def read(root: Path, number: int | None = None) -> Manifest:
             path=root,
         )
     there = numbers(root)
+    if (root / "projection.json").is_file() or (root / "begun.json").is_file():
+        raise NotAStoreError(
+            "This is a projection of a store, not a store",
+            found="projection.json in place of manifests",
+            expected="a folder that `atlas ingest` made",
+            do="open the store; atlas.project(store, genes, path) opens a projection of it",
+            path=root,
+        )
     if not there:
         raise NotAStoreError(
             "This is no store",

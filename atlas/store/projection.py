@@ -234,5 +234,14 @@ class Projection:
         if not 0 <= start <= stop <= self.n_obs or stop > end:
             raise IndexError(f"rows {start}:{stop} do not lie in one study of {self.segments}")
         counts, offset = self._counts[i], self.segments[i]
-        block = RowBlock(*counts.read(start - offset, stop - offset))
+        try:
+            block = RowBlock(*counts.read(start - offset, stop - offset))
+        except CorruptStoreError as error:
+            raise CorruptStoreError(
+                error.what.replace("the store", "the projection"),
+                found=error.found,
+                expected=error.expected,
+                do=REMAKE,
+                path=error.path,
+            ) from error
         return block if counts.narrow else block.widened()

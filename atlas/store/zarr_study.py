@@ -200,9 +200,13 @@ class ZarrStudy:
     """
 
     def __init__(self, root: Path, entry: StudyEntry) -> None:
+        self._root = root
         self.folder = root / entry.path
         self.entry = entry
         self.counts = CSRMatrix(self.folder / "X")
+
+    def __reduce__(self) -> tuple[type[ZarrStudy], tuple[Path, StudyEntry]]:
+        return ZarrStudy, (self._root, self.entry)  # a worker process opens it anew
 
     def check(self, what: str) -> None:
         """Compare the digest of ``"metadata"``, ``"obs"`` or ``"indptr"`` with the manifest's.

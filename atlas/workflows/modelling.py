@@ -122,6 +122,14 @@ def train(
         split = store.split(training.validation_share)
     else:
         held_out = rows_where(store, hold_out)
+        if held_out.all():
+            raise ConfigError(
+                "All cells are held out, so none is left to train on",
+                found=f"hold_out={hold_out!r}",
+                expected="some of the cells",
+                do="hold out fewer values of the column",
+                path=store.path,
+            )
         split = Split(ranges_of(~held_out), ranges_of(held_out), [])
     record = fit(
         module,

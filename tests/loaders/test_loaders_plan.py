@@ -445,7 +445,7 @@ def test_sizes_that_are_not_given_fit_those_that_are():
         ({"rows": np.ones(99, bool)}, "mask of rows does not fit"),
         ({"rows": np.array([3, 2])}, "rising whole numbers from 0 to 99"),
         ({"rows": np.array([3, 100])}, "rising whole numbers from 0 to 99"),
-        ({"rows": np.array([3.0])}, "rising whole numbers from 0 to 99"),
+        ({"rows": np.array([3.0])}, "in a way that is not known"),
         ({"rank": 2, "world_size": 2}, "rank is out of range"),
         ({"world_size": 3}, "lanes cannot be shared evenly"),
         ({"world_size": 16}, "lanes cannot be shared evenly"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import pickle
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,14 @@ from anndata import AnnData
 import atlas
 from atlas import files
 from atlas.cli import main
-from atlas.errors import ConfigError, CorruptStoreError, FormatError, LockedError, StoreError
+from atlas.errors import (
+    ConfigError,
+    CorruptStoreError,
+    FormatError,
+    LockedError,
+    NotAStoreError,
+    StoreError,
+)
 from atlas.store import CountStore, Projection, create_store, open_projection, open_store
 from atlas.store import projection_writer as writing
 from loaders import MinibatchLoader, RowBlock, RowSource
@@ -359,3 +367,24 @@ def test_the_command(store: CountStore, tmp_path: Path, capsys: pytest.CaptureFi
     store.record_genes(["gene1", "gene2"], "seurat_v3", 2)
     assert main(["project", str(store.path), "--out", str(tmp_path / "q")]) == 0
     _same(open_projection(tmp_path / "q", store), store, ["gene1", "gene2"])
+
+
+def test_a_projection_is_not_taken_for_a_store(store: CountStore, tmp_path: Path) -> None:
+    atlas.project(store, GENES, tmp_path / "projected")
+    with pytest.raises(NotAStoreError, match="a projection of a store, not a store"):
+        open_store(tmp_path / "projected")
+
+
+def test_sources_go_to_another_process(store: CountStore, tmp_path: Path) -> None:
+    sources = [store, store.select(GENES), atlas.project(store, GENES, tmp_path / "projected")]
+    for source in sources:
+        source.read_rows(0, 5)  # with files open
+        copy = pickle.loads(pickle.dumps(source))
+        assert copy.fingerprint == source.fingerprint
+        assert {k: v.tolist() for k, v in copy.obs_codes.items()} == {
+            k: v.tolist() for k, v in source.obs_codes.items()
+        }
+        for mine, theirs in zip(
+            MinibatchLoader(source, 50), MinibatchLoader(copy, 50), strict=True
+        ):
+            assert (mine.to_scipy() != theirs.to_scipy()).nnz == 0
