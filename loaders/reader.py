@@ -22,8 +22,8 @@ from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
 
-_TASK_ROWS = 256
-"""Rows that a thread reads before it hands them over, about."""
+_TASK_BYTES = 2**21
+"""What a thread reads before it hands it over, about: handing over costs as much as 100 kB."""
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
 
@@ -127,7 +127,8 @@ class WindowReader:
         while self._next is not None and (not self._pending or self._fits(self._next)):
             window = self._next
             order = self._plan.mix(window)
-            self._bytes[window.lane, window.index] = self._window_bytes(window)
+            nbytes = self._window_bytes(window)
+            self._bytes[window.lane, window.index] = nbytes
             self._stalls.hold(sum(self._bytes.values()))
             chosen = np.unique(order) if self._plan.partial else None
             asked: list[tuple[int, int, Ints | None]] = []
@@ -139,8 +140,7 @@ class WindowReader:
                     kept = chosen[low:high] - begin
                 begin += stop - start
                 asked.append((start, stop, kept))
-            # Short blocks are read several in a task, since handing over costs as much as reading.
-            per_task = max(1, _TASK_ROWS * len(asked) // begin)
+            per_task = max(1, _TASK_BYTES * len(asked) // max(1, nbytes))
             futures = [
                 self._executor.submit(self._read, asked[first : first + per_task])
                 for first in range(0, len(asked), per_task)

@@ -29,8 +29,17 @@ from atlas.store.deltas import sum_deltas
 FINE: Final = 0
 UNREADABLE: Final = -1
 SHORT: Final = -2
+ABSENT: Final = -3
 FLIPPED: Final = 1
 """Statuses; from ``FLIPPED`` on, the chunk (counted from 0) whose checksum or content is wrong."""
+
+_HEAD: Final = 16
+_CHECKSUM: Final = 4
+OVERHEAD: Final = _HEAD + _CHECKSUM
+"""Bytes by which a stored chunk can be longer than its elements: Blosc's header, and a checksum."""
+
+
+_NONE: Final = np.uint64(2**64 - 1)
 
 
 def _addresses() -> tuple[int, int, str]:
@@ -54,6 +63,7 @@ AVAILABLE: Final = bool(_PREAD and _DECOMPRESS)
 
 def read_chunks(
     descriptor: int,
+    size: int,
     index: npt.NDArray[np.uint64],
     raw: npt.NDArray[np.uint8],
     scratch: npt.NDArray[Any],
@@ -67,10 +77,12 @@ def read_chunks(
     ----------
     descriptor
         Of the shard.
+    size
+        Of the shard, bytes.
     index
-        Offset and length of each chunk in the file, uint64 (n_chunks, 2).
+        Offset and length of each chunk in the file, uint64 (n_chunks, 2); 2^64 - 1 for none.
     raw
-        Room for the bytes of all of them.
+        Room for the bytes of all of them, and what may lie between.
     scratch
         Room for one decoded chunk, of the elements' type.
     skip
@@ -91,6 +103,7 @@ def read_chunks(
         _PREAD,
         _DECOMPRESS,
         descriptor,
+        size,
         index,
         raw,
         scratch.view(kind),
@@ -170,6 +183,7 @@ def _read_chunks(
     pread: int,
     decompress: int,
     descriptor: int,
+    size: int,
     index: npt.NDArray[np.uint64],
     raw: npt.NDArray[np.uint8],
     scratch: npt.NDArray[Any],
@@ -177,10 +191,27 @@ def _read_chunks(
     delta: bool,
     out: npt.NDArray[Any],
 ) -> int:
-    begin, end = np.int64(index[0, 0]), np.int64(0)
+    begin, end = np.int64(size), np.int64(0)
     for k in range(len(index)):
+        if index[k, 0] == _NONE:
+            return ABSENT
+        if index[k, 0] > np.uint64(size) or index[k, 1] > np.uint64(size) - index[k, 0]:
+            return SHORT
         begin = min(begin, np.int64(index[k, 0]))
         end = max(end, np.int64(index[k, 0] + index[k, 1]))
+    if end - begin > len(raw):  # chunks that do not follow each other: one by one
+        for k in range(len(index)):
+            n = min(len(scratch) - skip, len(out))
+            part, one = out[:n], index[k : k + 1]
+            if one[0, 1] > len(raw):
+                return FLIPPED + k
+            status = _read_chunks(
+                pread, decompress, descriptor, size, one, raw, scratch, skip, delta, part
+            )
+            if status != FINE:
+                return status + k if status == FLIPPED else status
+            out, skip = out[n:], 0
+        return FINE
     got = np.int64(0)
     while got < end - begin:  # a signal or a network may give less than was asked for
         n = _pread(
@@ -199,12 +230,12 @@ def _read_chunks(
     at = 0
     for k in range(len(index)):
         first = np.int64(index[k, 0]) - begin
-        length = np.int64(index[k, 1]) - 4
-        if length < 16:
+        length = np.int64(index[k, 1]) - _CHECKSUM
+        if length < _HEAD:
             return FLIPPED + k
         body = raw[first : first + length]
         stored = np.uint32(0)
-        for byte in range(4):
+        for byte in range(_CHECKSUM):
             stored |= np.uint32(raw[first + length + byte]) << np.uint32(8 * byte)
         if _crc32c(body) != stored:
             return FLIPPED + k
