@@ -200,8 +200,10 @@ class EpochPlan:
         counts = np.diff(ends, axis=0)
         order = None
         if stop - step > 1 and len(self._own):
-            minibatch = np.repeat(np.tile(np.arange(stop - step), len(self._own)), counts.T.ravel())
-            order = np.argsort(minibatch, kind="stable")
+            # 16 bits where they are enough: numpy sorts those by radix
+            kind = np.uint16 if stop - step <= 2**16 else np.int64
+            numbers = np.tile(np.arange(stop - step, dtype=kind), len(self._own))
+            order = np.argsort(np.repeat(numbers, counts.T.ravel()), kind="stable")
         return Course(takes, order, counts.sum(axis=1))
 
     def minibatches(self, step: int = 0) -> Iterator[Ints]:

@@ -89,7 +89,9 @@ class WindowReader:
         self._pending: deque[tuple[Window, Ints, list[Future[list[ReadBlock]]]]] = deque()
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
-        self._next = next(self._windows, None)
+        self._next: Window | None = None
+        self._next_bytes = 0
+        self._advance()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="loaders-read")
 
     def __enter__(self) -> Self:
@@ -127,7 +129,7 @@ class WindowReader:
         while self._next is not None and (not self._pending or self._fits(self._next)):
             window = self._next
             order = self._plan.mix(window)
-            nbytes = self._window_bytes(window)
+            nbytes = self._next_bytes
             self._bytes[window.lane, window.index] = nbytes
             self._stalls.hold(sum(self._bytes.values()))
             chosen = np.unique(order) if self._plan.partial else None
@@ -147,14 +149,18 @@ class WindowReader:
             ]
             self._pending.append((window, order, futures))
             self._pending_rows += window.n_rows
-            self._next = next(self._windows, None)
+            self._advance()
 
     def _fits(self, window: Window) -> bool:
         if self._pending_rows + window.n_rows > self._ahead.rows:
             return False
         if self._ahead.nbytes is None:
             return True
-        return sum(self._bytes.values()) + self._window_bytes(window) <= self._ahead.nbytes
+        return sum(self._bytes.values()) + self._next_bytes <= self._ahead.nbytes
+
+    def _advance(self) -> None:
+        self._next = next(self._windows, None)
+        self._next_bytes = 0 if self._next is None else self._window_bytes(self._next)
 
     def _window_bytes(self, window: Window) -> int:
         """Bytes that the blocks of a window will take, by the share of their rows that is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ from loaders.windows import Course
 
 # Columns of the table of an open window.
 _ROW, _LENGTH, _INDICES, _DATA, _NARROW = range(5)
+_ALL: Final = np.empty(0, np.int64)
+"""In place of the rows that were kept of a block, where these are all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +79,17 @@ def open_window(
     table[:, _ROW] = rows
     begin = 0
     for read, span in zip(blocks, spans, strict=True):
-        block, at = read.block, slice(begin, begin + span)
+        block, part = read.block, table[begin : begin + span]
+        indices, data = block.indices, block.data
+        _lay_out(
+            part,
+            block.indptr,
+            _ALL if read.kept is None else read.kept,
+            (indices.ctypes.data, indices.itemsize),
+            (data.ctypes.data, data.itemsize),
+            block.narrow,
+        )
         begin += span
-        where = at if read.kept is None else read.kept + at.start
-        table[where, _LENGTH] = np.diff(block.indptr)
-        offsets = block.indptr[:-1]
-        table[where, _INDICES] = block.indices.ctypes.data + block.indices.itemsize * offsets
-        table[where, _DATA] = block.data.ctypes.data + block.data.itemsize * offsets
-        table[where, _NARROW] = block.narrow
     return OpenWindow(table[order], blocks)
 
 
@@ -133,6 +138,24 @@ def gather(
         )
         begin = stop
     return out
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _lay_out(
+    table: Ints,
+    indptr: Ints,
+    kept: Ints,
+    indices: tuple[int, int],
+    data: tuple[int, int],
+    narrow: bool,
+) -> None:
+    """Say where the rows of a block lie, given the address and item size of its arrays."""
+    for i in range(len(indptr) - 1):
+        row = kept[i] if len(kept) else i
+        table[row, _LENGTH] = indptr[i + 1] - indptr[i]
+        table[row, _INDICES] = indices[0] + indices[1] * indptr[i]
+        table[row, _DATA] = data[0] + data[1] * indptr[i]
+        table[row, _NARROW] = narrow
 
 
 def _pointer(kind: Any) -> Any:

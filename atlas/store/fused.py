@@ -205,7 +205,7 @@ def _read_chunks(
             part, one = out[:n], index[k : k + 1]
             if one[0, 1] > len(raw):
                 return FLIPPED + k
-            status = _read_chunks(
+            status: int = _read_chunks(
                 pread, decompress, descriptor, size, one, raw, scratch, skip, delta, part
             )
             if status != FINE:

@@ -7,6 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -184,3 +185,39 @@ def test_files_are_closed_again(store, way):
     del again
     gc.collect()
     assert len(list(Path("/proc/self/fd").iterdir())) <= held + 1
+
+
+def test_chunks_in_any_order_with_gaps_are_what_zarr_reads(store, way):
+    """As another writer may lay out a shard: index entries say where chunks are."""
+    for name in ("indices", "data"):
+        for path in shards(store, 0, name):
+            old = path.read_bytes()
+            n = chunks.SHARD // chunks.CHUNK
+            index = index_of(old).copy()
+            new = bytearray()
+            for k in reversed(range(n)):
+                offset, length = index[k].tolist()
+                if offset != 2**64 - 1:
+                    new += bytes(5_000)
+                    index[k, 0] = len(new)
+                    new += old[offset : offset + length]
+            packed = index.tobytes()
+            path.write_bytes(new + packed + google_crc32c.value(packed).to_bytes(4, "little"))
+    counts = store.path / "studies" / store.studies[0] / "X"
+    for name in ("indices", "data"):
+        expected = zarr.open_array(str(counts / name), mode="r")[:]
+        array = chunks.ChunkedArray(counts / name)
+        assert (array.read(0, len(array)) == expected).all()
+        assert (array.read(77, len(array) - 3) == expected[77:-3]).all()
+    path = shards(store, 0, "data")[0]
+    content = bytearray(path.read_bytes())
+    content[int(index_of(content)[1, 0]) + 20] ^= 1
+    path.write_bytes(content)
+    array = chunks.ChunkedArray(counts / "data")
+    with pytest.raises(CorruptStoreError, match="another checksum in chunk 1"):
+        array.read(0, len(array))
+
+
+def index_of(shard: bytes | bytearray) -> np.ndarray:
+    n = chunks.SHARD // chunks.CHUNK
+    return np.frombuffer(bytes(shard[-16 * n - 4 : -4]), "<u8").reshape(-1, 2)
