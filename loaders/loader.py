@@ -234,6 +234,7 @@ class MinibatchLoader:
                 held=self._held,
                 narrow=self._narrow,
                 at_once=self.budget.at_once,
+                group=self.budget.group,
                 waiting=self.budget.waiting,
             )
         )

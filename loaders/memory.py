@@ -80,7 +80,9 @@ class Budget:
     queue
         Minibatches made, waiting and handed out last.
     at_once
-        Minibatches that are made in one go.
+        Minibatches that are made in one go at the most.
+    group
+        Bytes that they are handed over in, at the most, unless one minibatch takes more.
     waiting
         How many such groups may wait to be taken.
     """
@@ -92,6 +94,7 @@ class Budget:
     reading: int
     queue: int
     at_once: int
+    group: int
     waiting: int
 
     def __str__(self) -> str:
@@ -179,16 +182,22 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
             do="raise memory, or take a smaller buffer_size or block_size or fewer threads",
         )
     queue = 3 * minibatch + min((total - minimum) // 2, max(0, _QUEUE - 3 * minibatch))
-    at_once = max(1, min(_BUNDLE_ROWS // needs.minibatch_size, queue // (4 * minibatch)))
+    windows = total - reading - held - queue
+    # one is made, the last one taken is still in use, and the others wait
+    group = max(minibatch, queue // 4)
+    # what is made in one go needs its windows open at once
+    spare = int((windows - open_bytes) / rates.max())
+    rows_at_once = min(_BUNDLE_ROWS, needs.minibatch_size + spare)
     return Budget(
         total=total,
         minimum=minimum,
         held=held,
-        windows=total - reading - held - queue,
+        windows=windows,
         reading=reading,
         queue=queue,
-        at_once=at_once,
-        waiting=max(1, min(_WAITING, queue // (at_once * minibatch) - 2)),
+        at_once=max(1, rows_at_once // needs.minibatch_size),
+        group=group,
+        waiting=max(1, min(_WAITING, queue // group - 2)),
     )
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
 from loaders.reader import Ahead, Stopped, WindowReader
-from loaders.shuffle import OpenWindow, gather, open_window
+from loaders.shuffle import Gathering, OpenWindow, open_window
 from loaders.source import RowBlock, RowSource
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window, walk
@@ -114,6 +114,8 @@ class Work:
         Whether minibatches are narrow.
     at_once
         Minibatches that are made in one go.
+    group
+        Bytes that they are handed over in.
     waiting
         Such groups that may wait to be taken.
     """
@@ -127,6 +129,7 @@ class Work:
     held: RowBlock | None = None
     narrow: bool = False
     at_once: int = 1
+    group: int = 2**62
     waiting: int = 16
 
 
@@ -193,11 +196,15 @@ def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
                 plan, work.step, work.at_once, _opened(reader, plan, work.source), reader.close
             ):
                 with stalls.timed("gathering"):
-                    made = gather(parts, course, work.obs_codes, n_vars, work.narrow)
-                parts.clear()  # Frees windows that have ended before the wait.
-                with stalls.timed("wait_for_room"):
-                    handover.put(made)
-                del made
+                    gathering = Gathering(parts, course, work.obs_codes, n_vars, work.narrow)
+                while gathering.left:
+                    with stalls.timed("gathering"):
+                        made = gathering.next_group(work.group)
+                    if not gathering.left:
+                        parts.clear()  # Frees windows that have ended before the wait.
+                    with stalls.timed("wait_for_room"):
+                        handover.put(made)
+                    del made
     except Stopped:
         handover.finish()
     except BaseException as error:

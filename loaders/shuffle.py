@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +13,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from loaders.minibatch import Minibatch
-from loaders.pool import POOL
+from loaders.pool import POOL, ROUNDING
 from loaders.selection import Ints
 from loaders.source import RowBlock
 from loaders.windows import Course
@@ -93,51 +94,81 @@ def open_window(
     return OpenWindow(table[order], blocks)
 
 
-def gather(
-    parts: Sequence[tuple[OpenWindow, slice]],
-    course: Course,
-    obs_codes: Mapping[str, npt.NDArray[np.int32]],
-    n_vars: int,
-    narrow: bool,
-) -> list[Minibatch]:
-    """Copy rows of open windows into minibatches.
+class Gathering:
+    """Copies rows of open windows into some minibatches, a group of them at a time.
 
-    Their arrays are stretches of arrays that belong to these minibatches alone.
+    The arrays of the minibatches are stretches of arrays that belong to their group alone.
+
+    Parameters
+    ----------
+    parts
+        Windows, which must stay alive, and the stretch of each.
+    course
+        What the minibatches take from these stretches.
+    obs_codes
+        Codes of all rows of the source.
+    n_vars
+        Columns of the source.
+    narrow
+        Whether the minibatches are narrow.
     """
-    table = np.concatenate([window.table[stretch] for window, stretch in parts])
-    if course.order is not None:
-        table = table[course.order]
-    indptr = np.zeros(len(table) + 1, dtype=np.int64)
-    np.cumsum(table[:, _LENGTH], out=indptr[1:])
-    n_values = int(indptr[-1])
-    indices: npt.NDArray[Any]
-    data: npt.NDArray[Any]
-    if narrow:
-        indices, data = POOL.empty(n_values, np.uint16), POOL.empty(n_values, np.uint16)
-        _copy_narrow(table, indptr, indices, data)
-    else:
-        indices, data = POOL.empty(n_values, np.int32), POOL.empty(n_values, np.float32)
-        _copy_wide(table, indptr, indices, data)
-    rows = table[:, _ROW].copy()
-    obs = {name: codes[rows] for name, codes in obs_codes.items()}
-    out = []
-    begin = 0
-    for size in course.sizes.tolist():
-        stop = begin + size
-        pointers = indptr[begin : stop + 1]
-        low, high = int(pointers[0]), int(pointers[-1])
-        out.append(
-            Minibatch(
-                pointers - low,
-                indices[low:high],
-                data[low:high],
-                rows[begin:stop],
-                {name: codes[begin:stop] for name, codes in obs.items()},
-                n_vars,
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[OpenWindow, slice]],
+        course: Course,
+        obs_codes: Mapping[str, npt.NDArray[np.int32]],
+        n_vars: int,
+        narrow: bool,
+    ) -> None:
+        table = np.concatenate([window.table[stretch] for window, stretch in parts])
+        self._table = table if course.order is None else table[course.order]
+        self._indptr = np.zeros(len(table) + 1, dtype=np.int64)
+        np.cumsum(self._table[:, _LENGTH], out=self._indptr[1:])
+        self._rows = self._table[:, _ROW].copy()
+        self._obs = {name: codes[self._rows] for name, codes in obs_codes.items()}
+        self._n_vars, self._narrow = n_vars, narrow
+        self._bounds = [0, *np.cumsum(course.sizes).tolist()]
+
+    @property
+    def left(self) -> int:
+        """Minibatches that are not made yet."""
+        return len(self._bounds) - 1
+
+    def next_group(self, most: int) -> list[Minibatch]:
+        """The next minibatches: as many as fit in ``most`` bytes, or one."""
+        ends = self._indptr[self._bounds]
+        beside = self._indptr.nbytes + self._rows.nbytes + 4 * len(self._obs) * len(self._rows)
+        n_values = int((most - beside) / ((4 if self._narrow else 8) * (1 + ROUNDING)))
+        size = max(1, int(np.searchsorted(ends, ends[0] + n_values, side="right")) - 1)
+        bounds, self._bounds = self._bounds[: size + 1], self._bounds[size:]
+        indptr = self._indptr[bounds[0] : bounds[-1] + 1]
+        indptr = indptr - indptr[0]
+        table = self._table[bounds[0] : bounds[-1]]
+        n = int(indptr[-1])
+        indices: npt.NDArray[Any]
+        data: npt.NDArray[Any]
+        if self._narrow:
+            indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
+            _copy_narrow(table, indptr, indices, data)
+        else:
+            indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
+            _copy_wide(table, indptr, indices, data)
+        out = []
+        for begin, stop in pairwise(bounds):
+            pointers = indptr[begin - bounds[0] : stop - bounds[0] + 1]
+            low, high = int(pointers[0]), int(pointers[-1])
+            out.append(
+                Minibatch(
+                    pointers - low,
+                    indices[low:high],
+                    data[low:high],
+                    self._rows[begin:stop],
+                    {name: codes[begin:stop] for name, codes in self._obs.items()},
+                    self._n_vars,
+                )
             )
-        )
-        begin = stop
-    return out
+        return out
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loaders_helpers import Recording, counts, loader_threads, source
 
 from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
 from loaders.pipeline import Handover
 from loaders.reader import Ahead, Stopped, WindowReader
+from loaders.shuffle import Gathering, ReadBlock, open_window
 from loaders.stalls import Stalls
+from loaders.windows import Course
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -335,3 +340,30 @@ def test_resuming_reads_the_windows_at_hand_only():
     rows = [m.rows for m in loader]
     assert sum(map(len, rows)) == 1_000
     assert data.rows_read <= 1_000 + 64
+
+
+@settings(deadline=None)
+@given(st.integers(0, 20_000), st.booleans(), st.lists(st.integers(1, 40), min_size=1, max_size=9))
+def test_groups_of_minibatches_fit_in_bytes_and_make_the_same(most, narrow, sizes):
+    n = sum(sizes)
+    data = ArraySource(counts(n), narrow=narrow)
+    order = np.random.default_rng(n).permutation(n)
+    window = open_window(np.arange(n), [ReadBlock(data.read_rows(0, n), None)], [n], order)
+    course = Course([], None, np.array(sizes))
+    gathering = Gathering([(window, slice(0, n))], course, data.obs_codes, data.n_vars, narrow)
+    made = []
+    while gathering.left:
+        group = gathering.next_group(most)
+        assert len(group) == 1 or sum(m.nbytes for m in group) <= most
+        made += group
+    assert [m.n_rows for m in made] == sizes
+    assert np.concatenate([m.rows for m in made]).tolist() == order.tolist()
+    for minibatch in made:
+        assert (minibatch.to_scipy() != counts(n)[minibatch.rows]).nnz == 0
+
+
+def test_a_loader_with_little_room_gives_the_same_minibatches():
+    expected = [m.rows.tolist() for m in MinibatchLoader(source(), 5, **SMALL)]
+    loader = MinibatchLoader(source(), 5, **SMALL)
+    loader.budget = replace(loader.budget, group=1, waiting=1)
+    assert [m.rows.tolist() for m in loader] == expected
