@@ -95,6 +95,7 @@ class MinibatchLoader:
         memory: int | str | None = None,
         narrow: bool = False,
     ) -> None:
+        segments = checked_segments(source)
         if narrow and not source.narrow:
             raise LoaderError(
                 "narrow minibatches cannot be made from this source",
@@ -105,7 +106,6 @@ class MinibatchLoader:
         self._source = source
         self._narrow = narrow
         self._threads = cores() if threads is None else at_least_one("threads", threads)
-        segments = checked_segments(source)
         self._obs_codes = checked_codes(source)
         selection = Selection(rows, source.n_obs)
         lanes = at_least_one("lanes", lanes)

@@ -31,7 +31,6 @@ _TABLE_ROW: Final = 64
 """Bytes of an open row besides its values: where it lies, and its place in the order."""
 _QUEUE: Final = 128 * 10**6
 _BUNDLE_ROWS: Final = 2048
-_WAITING: Final = 4
 _ROWS_AT_ONCE: Final = 2**20
 
 
@@ -197,7 +196,7 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
         queue=queue,
         at_once=max(1, rows_at_once // needs.minibatch_size),
         group=group,
-        waiting=max(1, min(_WAITING, queue // group - 2)),
+        waiting=max(1, queue // group - 2),
     )
 
 

@@ -200,8 +200,7 @@ class EpochPlan:
         counts = np.diff(ends, axis=0)
         order = None
         if stop - step > 1 and len(self._own):
-            # 16 bits where they are enough: numpy sorts those by radix
-            kind = np.uint16 if stop - step <= 2**16 else np.int64
+            kind = np.min_scalar_type(stop - step)  # numpy sorts small types by radix
             numbers = np.tile(np.arange(stop - step, dtype=kind), len(self._own))
             order = np.argsort(np.repeat(numbers, counts.T.ravel()), kind="stable")
         return Course(takes, order, counts.sum(axis=1))

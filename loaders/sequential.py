@@ -121,9 +121,9 @@ class SequentialLoader:
         *,
         narrow: bool = False,
     ) -> None:
+        self._plan = SequentialPlan(checked_segments(source), minibatch_size, rows)
         self._source = source
         self._narrow = narrow and source.narrow
-        self._plan = SequentialPlan(checked_segments(source), minibatch_size, rows)
         self._obs_codes = checked_codes(source)
 
     @property

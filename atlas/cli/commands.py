@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from atlas.config import ScviConfig, TrainConfig
 
@@ -172,16 +173,15 @@ def embed(options: argparse.Namespace) -> None:
     print(f"embedding {options.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
 
 
+def _measuring(options: argparse.Namespace) -> dict[str, Any]:
+    """What `evaluate` and `report` measure."""
+    return {name: getattr(options, name) for name in ("embedding", "reference", "query", "seed")}
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
-    metrics = workflows.evaluate(
-        open_store(options.store),
-        embedding=options.embedding,
-        reference=options.reference,
-        query=options.query,
-        seed=options.seed,
-    )
+    metrics = workflows.evaluate(open_store(options.store), **_measuring(options))
     for measure in metrics.measures:
         error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
         value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
@@ -193,15 +193,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def report(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
-    path = workflows.report(
-        open_store(options.store),
-        embedding=options.embedding,
-        out=options.out,
-        reference=options.reference,
-        query=options.query,
-        seed=options.seed,
-    )
-    print(path)
+    store = open_store(options.store)
+    print(workflows.report(store, out=options.out, **_measuring(options)))
 
 
 def export(options: argparse.Namespace) -> None:

@@ -41,7 +41,6 @@ CHUNK = 32_768
 SHARD = 256 * CHUNK
 """Elements of a shard: one file."""
 
-_ABSENT = 2**64 - 1
 _STORED = "the crc32c stored"
 _OPEN = 64
 """Shards of an array that stay open."""
@@ -267,32 +266,42 @@ class ChunkedArray:
             status = fused.read_chunks(
                 file.descriptor, file.size, index, raw, chunk, skip, r.delta, out
             )
-            if status == fused.FINE:
-                return
-            if status == fused.UNREADABLE:
-                raise self._unreadable(path, OSError("read error"))
-            if status >= fused.FLIPPED:
-                number = low + status - fused.FLIPPED
-                raise self._flipped(path, f"another checksum in chunk {number}", _STORED)
-        if (index == _ABSENT).any():
-            raise _missing(Path(path), "A chunk is missing from a shard of the store")
+            if status != fused.FINE:
+                raise self._fault(status, path, file, low, index)
+            return
+        if (index == fused.NO_CHUNK).any():
+            raise self._fault(fused.ABSENT, path, file, low, index)
         begin = int(index[:, 0].min())
         end = int((index[:, 0] + index[:, 1]).max())
-        if end > file.size or (r.blosc and fused.AVAILABLE):  # the file may have got shorter
-            size = os.fstat(file.descriptor).st_size
-            raise self._flipped(path, f"{size} bytes", f"at least {end} bytes")
+        if end > file.size:
+            raise self._fault(fused.SHORT, path, file, low, index)
         try:
             data = memoryview(os.pread(file.descriptor, end - begin, begin))
         except OSError as error:
             raise self._unreadable(path, error) from error
         if len(data) != end - begin:
-            raise self._flipped(path, f"{begin + len(data)} bytes", f"at least {end} bytes")
+            raise self._fault(fused.SHORT, path, file, low, index)
         at = 0
         for number, (offset, length) in enumerate(index.tolist(), start=low):
             n = min(r.chunk - skip, len(out) - at)
             stored = data[offset - begin : offset - begin + length]
             self._decode(stored, path, number, skip, out[at : at + n])
             at, skip = at + n, 0
+
+    def _fault(
+        self, status: int, path: str, file: _Shard, low: int, index: npt.NDArray[np.uint64]
+    ) -> CorruptStoreError:
+        """The error that a status of :mod:`atlas.store.fused` stands for."""
+        if status == fused.ABSENT:
+            return _missing(Path(path), "A chunk is missing from a shard of the store")
+        if status == fused.UNREADABLE:
+            return self._unreadable(path, OSError("read error"))
+        if status == fused.SHORT:
+            size = os.fstat(file.descriptor).st_size  # which may have changed
+            end = int((index[:, 0] + index[:, 1]).max())
+            return self._flipped(path, f"{size} bytes", f"at least {end} bytes")
+        number = low + status - fused.FLIPPED
+        return self._flipped(path, f"another checksum in chunk {number}", _STORED)
 
     def _decode(
         self, data: memoryview, path: str, number: int, skip: int, out: npt.NDArray[Any]

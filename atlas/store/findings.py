@@ -135,12 +135,10 @@ def ingest_again(root: Path, entry: StudyEntry, states: Sequence[Manifest]) -> s
     for state in states:
         if any(study.path == entry.path for study in state.studies):
             words = shlex.split(state.command)
-            typed = len(words) > 2 and not words[2].startswith("-")
-            if (
-                words[:2] == ["atlas", "ingest"]
-                and typed
-                and state.action == f"append {entry.name}"
-            ):
+            # options may have been typed before the store, which is then not easily told
+            known = len(words) > 2 and not words[2].startswith("-")
+            known = known and words[:2] == ["atlas", "ingest"]
+            if known and state.action == f"append {entry.name}":
                 words[2] = str(root)  # where the store is now
                 return (
                     "restore it from a copy, or ingest the study again: "

@@ -38,8 +38,8 @@ _CHECKSUM: Final = 4
 OVERHEAD: Final = _HEAD + _CHECKSUM
 """Bytes by which a stored chunk can be longer than its elements: Blosc's header, and a checksum."""
 
-
-_NONE: Final = np.uint64(2**64 - 1)
+NO_CHUNK: Final = np.uint64(2**64 - 1)
+"""In place of offset and length, in the index of a shard: the chunk is not there."""
 
 
 def _addresses() -> tuple[int, int, str]:
@@ -193,7 +193,7 @@ def _read_chunks(
 ) -> int:
     begin, end = np.int64(size), np.int64(0)
     for k in range(len(index)):
-        if index[k, 0] == _NONE:
+        if index[k, 0] == NO_CHUNK:
             return ABSENT
         if index[k, 0] > np.uint64(size) or index[k, 1] > np.uint64(size) - index[k, 0]:
             return SHORT

@@ -33,6 +33,7 @@ from atlas import files
 from atlas.errors import CorruptStoreError, LockedError, NotAStoreError, StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.provenance import command
+from atlas.store.projection_format import BEGUN, WHOLE
 from atlas.store.schema import GenesFile, Manifest
 
 SCRATCH = "scratch"
@@ -77,10 +78,10 @@ def read(root: Path, number: int | None = None) -> Manifest:
             path=root,
         )
     there = numbers(root)
-    if (root / "projection.json").is_file() or (root / "begun.json").is_file():
+    if not there and any((root / name).is_file() for name in (WHOLE, BEGUN)):
         raise NotAStoreError(
             "This is a projection of a store, not a store",
-            found="projection.json in place of manifests",
+            found=f"{WHOLE} or {BEGUN} in place of manifests",
             expected="a folder that `atlas ingest` made",
             do="open the store; atlas.project(store, genes, path) opens a projection of it",
             path=root,

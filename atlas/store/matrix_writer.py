@@ -19,8 +19,7 @@ from numcodecs.pcodec import PCodec
 
 from atlas import files
 from atlas.store import chunks
-
-_ABSENT = np.uint64(2**64 - 1)
+from atlas.store.fused import NO_CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,7 @@ class Layout:
         """The file of one shard."""
         kind = np.dtype(self.dtype)
         values = values.astype(kind, copy=False)
-        index = np.full((self.shard // self.chunk, 2), _ABSENT, "<u8")
+        index = np.full((self.shard // self.chunk, 2), NO_CHUNK, "<u8")
         parts, at = [], 0
         for number, start in enumerate(range(0, len(values), self.chunk)):
             chunk = values[start : start + self.chunk]

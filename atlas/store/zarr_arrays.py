@@ -21,10 +21,10 @@ import numpy.typing as npt
 import zarr
 
 from atlas.errors import CorruptStoreError, FormatError
+from atlas.store.fused import NO_CHUNK
 
 RESTORE = "restore it from a copy, or write the file again with write_empty_chunks=True"
 
-_ABSENT = 2**64 - 1
 _INDEX_CODECS = (["bytes"], ["bytes", "crc32c"])
 
 
@@ -125,7 +125,7 @@ class _ShardIndex:
         if broken:
             raise CorruptStoreError("The index of a shard is damaged", do=RESTORE, path=path)
         offsets = np.frombuffer(data[:n], "<u8").reshape(*self.counts, 2)[..., 0]
-        return cast("npt.NDArray[np.bool_]", offsets != _ABSENT)
+        return cast("npt.NDArray[np.bool_]", offsets != NO_CHUNK)
 
 
 def _shard_index(array: zarr.Array[Any], folder: Path) -> _ShardIndex:

@@ -388,3 +388,13 @@ def test_sources_go_to_another_process(store: CountStore, tmp_path: Path) -> Non
             MinibatchLoader(source, 50), MinibatchLoader(copy, 50), strict=True
         ):
             assert (mine.to_scipy() != theirs.to_scipy()).nnz == 0
+
+
+def test_the_same_genes_chosen_again_add_no_state(store: CountStore) -> None:
+    store.record_genes(["gene1", "gene2"], "seurat_v3", 2)
+    number, stale = store.manifest.number, open_store(store.path)
+    store.record_genes(["gene1", "gene2"], "seurat_v3", 2)
+    assert store.manifest.number == open_store(store.path).manifest.number == number
+    store.record_genes(["gene3"], "seurat_v3", 1)
+    stale.record_genes(["gene1", "gene2"], "seurat_v3", 2)  # others chose in between
+    assert open_store(store.path).genes == ("gene1", "gene2")
