@@ -268,7 +268,7 @@ class MinibatchLoader:
                 f"order     blocks of {plan.block_size:,} rows, {plan.buffer_size:,} rows mixed, "
                 f"{plan.lanes} lanes, seed {plan.seed}",
                 f"output    CSR, {kind}",
-                f"threads   {self._threads} reading, 1 gathering",
+                f"threads   {self._threads} reading, {self._threads} gathering",
                 f"memory    {self.budget}",
             ]
         )

@@ -1,8 +1,8 @@
 """One background pipeline: windows are read, rows gathered, minibatches handed over.
 
-A producer thread walks the plan. It never holds a reference to the :class:`Pipeline`, so that one
-that is forgotten is collected, and stops its threads then; so does one that still exists when the
-interpreter exits.
+A producer thread walks the plan; some threads read for it and some gather. None of them holds a
+reference to the :class:`Pipeline`, so that one that is forgotten is collected, and stops its
+threads then; so does one that still exists when the interpreter exits.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
 from loaders.reader import Ahead, Stopped, WindowReader
-from loaders.shuffle import Gathering, OpenWindow, open_window
+from loaders.shuffle import Group, OpenWindow, groups, open_window
 from loaders.source import RowBlock, RowSource
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window, walk
@@ -35,24 +36,28 @@ class Handover:
     Parameters
     ----------
     waiting
-        Groups of minibatches that may wait to be taken.
+        Groups of minibatches, made or being made, that may wait to be taken.
     """
 
     def __init__(self, waiting: int) -> None:
         self._most = waiting
         # Reentrant, because a collection inside these methods may stop another pipeline, or this.
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: deque[list[Minibatch]] = deque()
+        self._waiting: deque[Future[list[Minibatch]]] = deque()
         self._finished = False
         self._error: BaseException | None = None
         self._stopped = False
 
-    def put(self, minibatches: list[Minibatch]) -> None:
-        """Wait for room, then add; raises :class:`Stopped` once the consumer has stopped."""
+    def wait_for_room(self) -> None:
+        """Wait until another group may be added; :class:`Stopped` once the consumer has stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or len(self._waiting) < self._most)
             if self._stopped:
                 raise Stopped
+
+    def put(self, minibatches: Future[list[Minibatch]]) -> None:
+        """Add a group that is being made."""
+        with self._changed:
             self._waiting.append(minibatches)
             self._changed.notify_all()
 
@@ -69,14 +74,17 @@ class Handover:
             self._changed.wait_for(lambda: self._stopped or self._waiting or self._finished)
             if self._stopped:
                 return []
-            if self._waiting:
-                minibatches = self._waiting.popleft()
-                self._changed.notify_all()
-                return minibatches
-            error, self._error = self._error, None
-        if error is not None:
-            raise error
-        return []
+            if not self._waiting:
+                error, self._error = self._error, None
+                if error is not None:
+                    raise error
+                return []
+            minibatches = self._waiting.popleft()
+            self._changed.notify_all()
+        try:
+            return minibatches.result()
+        except CancelledError:  # stopped while it waited
+            return []
 
     def stop(self) -> None:
         """Nothing more is wanted."""
@@ -179,38 +187,48 @@ def cores() -> int:
 
 def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
-    plan = work.plan
+    gatherers = ThreadPoolExecutor(work.threads, thread_name_prefix="loaders-gather")
     try:
-        with WindowReader(
-            work.source,
-            plan,
-            work.step,
-            work.held,
-            work.threads,
-            work.ahead,
-            handover.stopped,
-            stalls,
-        ) as reader:
-            n_vars = work.source.n_vars
-            for parts, course in walk(
-                plan, work.step, work.at_once, _opened(reader, plan, work.source), reader.close
-            ):
-                with stalls.timed("gathering"):
-                    gathering = Gathering(parts, course, work.obs_codes, n_vars, work.narrow)
-                while gathering.left:
-                    with stalls.timed("gathering"):
-                        made = gathering.next_group(work.group)
-                    if not gathering.left:
-                        parts.clear()  # Frees windows that have ended before the wait.
-                    with stalls.timed("wait_for_room"):
-                        handover.put(made)
-                    del made
+        _walk(work, handover, stalls, gatherers)
     except Stopped:
         handover.finish()
     except BaseException as error:
         handover.finish(error)
     else:
         handover.finish()
+    finally:
+        # What was made before an error still comes.
+        gatherers.shutdown(cancel_futures=handover.stopped())
+
+
+def _walk(work: Work, handover: Handover, stalls: Stalls, gatherers: ThreadPoolExecutor) -> None:
+    plan, n_vars = work.plan, work.source.n_vars
+    with WindowReader(
+        work.source,
+        plan,
+        work.step,
+        work.held,
+        work.threads,
+        work.ahead,
+        handover.stopped,
+        stalls,
+    ) as reader:
+        for parts, course in walk(
+            plan, work.step, work.at_once, _opened(reader, plan, work.source), reader.close
+        ):
+            for group in groups(parts, course, work.obs_codes, n_vars, work.narrow, work.group):
+                with stalls.timed("wait_for_room"):
+                    handover.wait_for_room()
+                task = gatherers.submit(_gather, group, stalls)
+                reader.used_by(task)
+                handover.put(task)
+                del group, task
+            parts.clear()  # Frees windows that have ended before the wait.
+
+
+def _gather(group: Group, stalls: Stalls) -> list[Minibatch]:
+    with stalls.timed("gathering"):
+        return group.gather()
 
 
 def _opened(

@@ -197,13 +197,7 @@ class EpochPlan:
             )
             for index, start, upto, size in self._lanes[number].spans(begin, end)
         ]
-        counts = np.diff(ends, axis=0)
-        order = None
-        if stop - step > 1 and len(self._own):
-            kind = np.min_scalar_type(stop - step)  # numpy sorts small types by radix
-            numbers = np.tile(np.arange(stop - step, dtype=kind), len(self._own))
-            order = np.argsort(np.repeat(numbers, counts.T.ravel()), kind="stable")
-        return Course(takes, order, counts.sum(axis=1))
+        return Course(takes, np.diff(ends, axis=0))
 
     def minibatches(self, step: int = 0) -> Iterator[Ints]:
         """Rows of the source in each minibatch from ``step`` on: int64, (rows of minibatch,)."""

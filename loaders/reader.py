@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -89,6 +89,7 @@ class WindowReader:
         self._pending: deque[tuple[Window, Ints, list[Future[list[ReadBlock]]]]] = deque()
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
+        self._leaving: deque[Window | Future[Any]] = deque()
         self._next: Window | None = None
         self._next_bytes = 0
         self._advance()
@@ -121,12 +122,33 @@ class WindowReader:
             yield window, order, blocks
             del blocks
 
+    def used_by(self, task: Future[Any]) -> None:
+        """A task takes from windows that were handed out: they are held until it is done."""
+        self._leaving.append(task)
+
     def close(self, window: Window) -> None:
-        """Nothing is taken from a window any more."""
-        del self._bytes[window.lane, window.index]
+        """Nothing more is taken from a window, once the tasks told of so far are done."""
+        self._leaving.append(window)
+
+    def _let_go(self, at_the_latest: bool) -> None:
+        """Count windows no longer that are held no longer, or wait until they are not."""
+        while self._leaving:
+            first = self._leaving[0]
+            if isinstance(first, Window):
+                del self._bytes[first.lane, first.index]
+            elif at_the_latest:
+                wait([first])
+            elif not first.done():
+                return
+            self._leaving.popleft()
 
     def _read_ahead(self) -> None:
-        while self._next is not None and (not self._pending or self._fits(self._next)):
+        self._let_go(at_the_latest=False)
+        while self._next is not None:
+            if not self._fits(self._next):
+                if self._pending:
+                    return
+                self._let_go(at_the_latest=True)
             window = self._next
             order = self._plan.mix(window)
             nbytes = self._next_bytes

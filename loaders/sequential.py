@@ -83,7 +83,7 @@ class SequentialPlan:
             first = int(self._ends[index]) - size
             upto = min(end - first, size)
             takes.append(Take(0, index, max(0, begin - first), upto, upto == size))
-        return Course(takes, None, np.diff(self._bounds[step : stop + 1]))
+        return Course(takes, np.diff(self._bounds[step : stop + 1])[:, None])
 
     def _block(self, position: int) -> int:
         """The block that holds a position among the chosen rows."""

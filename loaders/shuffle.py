@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -94,15 +94,20 @@ def open_window(
     return OpenWindow(table[order], blocks)
 
 
-class Gathering:
-    """Copies rows of open windows into some minibatches, a group of them at a time.
-
-    The arrays of the minibatches are stretches of arrays that belong to their group alone.
+def groups(
+    parts: Sequence[tuple[OpenWindow, slice]],
+    course: Course,
+    obs_codes: Mapping[str, npt.NDArray[np.int32]],
+    n_vars: int,
+    narrow: bool,
+    most: int,
+) -> Iterator[Group]:
+    """Some minibatches in groups, each of as many as fit in some bytes, or of one.
 
     Parameters
     ----------
     parts
-        Windows, which must stay alive, and the stretch of each.
+        Windows, and the stretch of each.
     course
         What the minibatches take from these stretches.
     obs_codes
@@ -111,61 +116,80 @@ class Gathering:
         Columns of the source.
     narrow
         Whether the minibatches are narrow.
+    most
+        Bytes of a group.
+    """
+    table = np.concatenate([window.table[stretch] for window, stretch in parts])
+    order = course.order()
+    table = table if order is None else table[order]
+    # Each row takes a place in indptr and in rows besides its values and codes.
+    beside = 16 + 4 * len(obs_codes)
+    a_value = (4 if narrow else 8) * (1 + ROUNDING)
+    ends = np.cumsum(table[:, _LENGTH] * a_value + beside)
+    bounds = np.concatenate([[0], np.cumsum(course.sizes)])
+    upto = np.concatenate([[0.0], ends])[bounds] + 8 * np.arange(len(bounds))
+    windows = [window for window, _ in parts]
+    first = 0
+    while first < len(bounds) - 1:
+        stop = int(np.searchsorted(upto, upto[first] + most, side="right")) - 1
+        stop = max(first + 1, stop)
+        part = bounds[first : stop + 1]
+        rows = table[part[0] : part[-1]]
+        yield Group(windows, rows, part - part[0], obs_codes, n_vars, narrow)
+        first = stop
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Minibatches that are made together; their arrays are stretches of arrays of the group.
+
+    Attributes
+    ----------
+    windows
+        Kept alive here, since ``table`` has addresses in them.
+    table
+        As :attr:`OpenWindow.table`, the rows of one minibatch behind those of the other.
+    bounds
+        Where each begins, and the number of rows at the end: int64, (n_minibatches + 1,).
+    obs_codes, n_vars, narrow
+        See :func:`groups`.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[tuple[OpenWindow, slice]],
-        course: Course,
-        obs_codes: Mapping[str, npt.NDArray[np.int32]],
-        n_vars: int,
-        narrow: bool,
-    ) -> None:
-        table = np.concatenate([window.table[stretch] for window, stretch in parts])
-        self._table = table if course.order is None else table[course.order]
-        self._indptr = np.zeros(len(table) + 1, dtype=np.int64)
-        np.cumsum(self._table[:, _LENGTH], out=self._indptr[1:])
-        self._rows = self._table[:, _ROW].copy()
-        self._obs = {name: codes[self._rows] for name, codes in obs_codes.items()}
-        self._n_vars, self._narrow = n_vars, narrow
-        self._bounds = [0, *np.cumsum(course.sizes).tolist()]
+    windows: Sequence[OpenWindow]
+    table: Ints
+    bounds: Ints
+    obs_codes: Mapping[str, npt.NDArray[np.int32]]
+    n_vars: int
+    narrow: bool
 
-    @property
-    def left(self) -> int:
-        """Minibatches that are not made yet."""
-        return len(self._bounds) - 1
-
-    def next_group(self, most: int) -> list[Minibatch]:
-        """The next minibatches: as many as fit in ``most`` bytes, or one."""
-        ends = self._indptr[self._bounds]
-        beside = self._indptr.nbytes + self._rows.nbytes + 4 * len(self._obs) * len(self._rows)
-        n_values = int((most - beside) / ((4 if self._narrow else 8) * (1 + ROUNDING)))
-        size = max(1, int(np.searchsorted(ends, ends[0] + n_values, side="right")) - 1)
-        bounds, self._bounds = self._bounds[: size + 1], self._bounds[size:]
-        indptr = self._indptr[bounds[0] : bounds[-1] + 1]
-        indptr = indptr - indptr[0]
-        table = self._table[bounds[0] : bounds[-1]]
+    def gather(self) -> list[Minibatch]:
+        """Copy the rows."""
+        table, bounds = self.table, self.bounds
+        indptr = np.zeros(len(table) + 1, dtype=np.int64)
+        np.cumsum(table[:, _LENGTH], out=indptr[1:])
         n = int(indptr[-1])
         indices: npt.NDArray[Any]
         data: npt.NDArray[Any]
-        if self._narrow:
+        if self.narrow:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
             _copy_narrow(table, indptr, indices, data)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
             _copy_wide(table, indptr, indices, data)
+        rows = table[:, _ROW].copy()
+        obs = {name: codes[rows] for name, codes in self.obs_codes.items()}
         out = []
-        for begin, stop in pairwise(bounds):
-            pointers = indptr[begin - bounds[0] : stop - bounds[0] + 1]
+        for begin, stop in pairwise(bounds.tolist()):
+            pointers = indptr[begin : stop + 1]
             low, high = int(pointers[0]), int(pointers[-1])
             out.append(
                 Minibatch(
                     pointers - low,
                     indices[low:high],
                     data[low:high],
-                    self._rows[begin:stop],
-                    {name: codes[begin:stop] for name, codes in self._obs.items()},
-                    self._n_vars,
+                    rows[begin:stop],
+                    {name: codes[begin:stop] for name, codes in obs.items()},
+                    self.n_vars,
                 )
             )
         return out

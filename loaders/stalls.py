@@ -13,8 +13,8 @@ STAGES = ("reading", "wait_for_blocks", "gathering", "wait_for_room", "wait_for_
 class Stalls:
     """Seconds by stage, counted from several threads.
 
-    ``reading`` is the sum over the reading threads; ``wait_for_blocks``, ``gathering`` and
-    ``wait_for_room`` are what the gathering thread does; ``wait_for_minibatch`` is what the
+    ``reading`` and ``gathering`` are sums over the threads that do it; ``wait_for_blocks`` and
+    ``wait_for_room`` are what the thread between them waits, ``wait_for_minibatch`` what the
     consumer waits: a high one means that the loader is the bottleneck, a high ``wait_for_room``
     that the consumer is.
     """

@@ -72,15 +72,31 @@ class Course:
     ----------
     takes
         Stretches of windows; their rows follow each other in this order.
-    order
-        Positions in these rows, minibatch after minibatch: int64; None where they come as taken.
-    sizes
-        Rows of each minibatch: int64, (n_minibatches,).
+    counts
+        How many rows each minibatch takes from each lane: int64, (n_minibatches, n_lanes). The
+        takes are lane after lane.
     """
 
     takes: list[Take]
-    order: Ints | None
-    sizes: Ints
+    counts: Ints
+
+    @property
+    def sizes(self) -> Ints:
+        """Rows of each minibatch: int64, (n_minibatches,)."""
+        sizes: Ints = self.counts.sum(axis=1)
+        return sizes
+
+    def order(self) -> Ints | None:
+        """Positions in the rows of the takes, minibatch after minibatch; None if they come so."""
+        if min(self.counts.shape) < 2:
+            return None
+        before = np.cumsum(self.counts, axis=0) - self.counts
+        of_lanes = self.counts.sum(axis=0)
+        begin = np.cumsum(of_lanes) - of_lanes + before
+        flat = self.counts.ravel()
+        shift = begin.ravel() - (np.cumsum(flat) - flat)
+        order: Ints = np.arange(flat.sum()) + np.repeat(shift, flat)
+        return order
 
 
 class Plan(Protocol):

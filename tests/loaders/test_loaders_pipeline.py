@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from loaders_helpers import Recording, counts, loader_threads, source
 
 from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
+from loaders.minibatch import Minibatch
 from loaders.pipeline import Handover
 from loaders.reader import Ahead, Stopped, WindowReader
-from loaders.shuffle import Gathering, ReadBlock, open_window
+from loaders.shuffle import ReadBlock, groups, open_window
 from loaders.stalls import Stalls
 from loaders.windows import Course
 
@@ -215,12 +217,21 @@ def test_interrupt_while_waiting_for_a_minibatch():
 
 
 def test_nothing_is_taken_in_after_the_stop():
-    minibatch = next(iter(SequentialLoader(source(), 5)))
+    made: Future[list[Minibatch]] = Future()
     handover = Handover(4)
-    handover.put([minibatch])
+    handover.wait_for_room()
+    handover.put(made)
     handover.stop()
     with pytest.raises(Stopped):
-        handover.put([minibatch])
+        handover.wait_for_room()
+    assert handover.get() == []
+
+
+def test_a_group_that_is_given_up_while_it_is_waited_for_is_the_end():
+    made: Future[list[Minibatch]] = Future()
+    handover = Handover(4)
+    handover.put(made)
+    made.cancel()
     assert handover.get() == []
 
 
@@ -349,13 +360,13 @@ def test_groups_of_minibatches_fit_in_bytes_and_make_the_same(most, narrow, size
     data = ArraySource(counts(n), narrow=narrow)
     order = np.random.default_rng(n).permutation(n)
     window = open_window(np.arange(n), [ReadBlock(data.read_rows(0, n), None)], [n], order)
-    course = Course([], None, np.array(sizes))
-    gathering = Gathering([(window, slice(0, n))], course, data.obs_codes, data.n_vars, narrow)
+    course = Course([], np.array(sizes)[:, None])
+    parts = [(window, slice(0, n))]
     made = []
-    while gathering.left:
-        group = gathering.next_group(most)
-        assert len(group) == 1 or sum(m.nbytes for m in group) <= most
-        made += group
+    for group in groups(parts, course, data.obs_codes, data.n_vars, narrow, most):
+        minibatches = group.gather()
+        assert len(minibatches) == 1 or sum(m.nbytes for m in minibatches) <= most
+        made += minibatches
     assert [m.n_rows for m in made] == sizes
     assert np.concatenate([m.rows for m in made]).tolist() == order.tolist()
     for minibatch in made:
