@@ -230,7 +230,7 @@ class MinibatchLoader:
                 plan,
                 position.step,
                 self._threads,
-                Ahead(self._ahead_rows, self.budget.windows),
+                Ahead(self._ahead_rows, self.budget.windows, self.budget.task),
                 held=self._held,
                 narrow=self._narrow,
                 at_once=self.budget.at_once,

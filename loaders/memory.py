@@ -32,6 +32,7 @@ _TABLE_ROW: Final = 64
 _QUEUE: Final = 128 * 10**6
 _BUNDLE_ROWS: Final = 2048
 _ROWS_AT_ONCE: Final = 2**20
+_TASK: Final = 2**21
 
 
 def parse_bytes(size: str | int) -> int:
@@ -76,6 +77,9 @@ class Budget:
         Blocks that minibatches are taken from, and those read ahead of them.
     reading
         Scratch of the threads that read.
+    task
+        What a thread reads in one go, unless one block takes more: handing it over costs as much as
+        100 kB.
     queue
         Minibatches made, waiting and handed out last.
     at_once
@@ -91,6 +95,7 @@ class Budget:
     held: int
     windows: int
     reading: int
+    task: int
     queue: int
     at_once: int
     group: int
@@ -171,7 +176,8 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     minibatch = _minibatch_bytes(source, needs)
     minimum = open_bytes + reading + held + 3 * minibatch
     if total is None:
-        total = minimum + ahead_bytes + max(0, _QUEUE - 3 * minibatch)
+        room = ahead_bytes + max(0, _QUEUE - 3 * minibatch)
+        total = minimum + room + needs.threads * min(_TASK, int(whole.sum()))
     if total < minimum:
         raise LoaderError(
             "the memory given is too small for these settings",
@@ -180,7 +186,10 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
             f"to read, {3 * minibatch:,} for minibatches, {held:,} for rows that are held)",
             do="raise memory, or take a smaller buffer_size or block_size or fewer threads",
         )
-    queue = 3 * minibatch + min((total - minimum) // 2, max(0, _QUEUE - 3 * minibatch))
+    task = min(_TASK, int(whole.sum()), (total - minimum) // (8 * needs.threads))
+    reading += needs.threads * task
+    left = total - minimum - needs.threads * task
+    queue = 3 * minibatch + min(left // 2, max(0, _QUEUE - 3 * minibatch))
     windows = total - reading - held - queue
     # one is made, the last one taken is still in use, and the others wait
     group = max(minibatch, queue // 4)
@@ -193,6 +202,7 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
         held=held,
         windows=windows,
         reading=reading,
+        task=task,
         queue=queue,
         at_once=max(1, rows_at_once // needs.minibatch_size),
         group=group,

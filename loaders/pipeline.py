@@ -11,7 +11,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Self
@@ -22,10 +22,10 @@ import numpy.typing as npt
 from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
 from loaders.reader import Ahead, Stopped, WindowReader
-from loaders.shuffle import Group, OpenWindow, groups, open_window
+from loaders.shuffle import Group, groups
 from loaders.source import RowBlock, RowSource
 from loaders.stalls import Stalls
-from loaders.windows import Plan, Window, walk
+from loaders.windows import Plan, walk
 
 _THREAD_NAME: Final = "loaders-produce"
 
@@ -213,9 +213,7 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, gatherers: ThreadPoolE
         handover.stopped,
         stalls,
     ) as reader:
-        for parts, course in walk(
-            plan, work.step, work.at_once, _opened(reader, plan, work.source), reader.close
-        ):
+        for parts, course in walk(plan, work.step, work.at_once, iter(reader), reader.close):
             for group in groups(parts, course, work.obs_codes, n_vars, work.narrow, work.group):
                 with stalls.timed("wait_for_room"):
                     handover.wait_for_room()
@@ -229,22 +227,6 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, gatherers: ThreadPoolE
 def _gather(group: Group, stalls: Stalls) -> list[Minibatch]:
     with stalls.timed("gathering"):
         return group.gather()
-
-
-def _opened(
-    reader: WindowReader, plan: Plan, source: RowSource
-) -> Iterator[tuple[Window, OpenWindow]]:
-    """The windows that are read, laid out."""
-    for window, order, blocks in reader:
-        rows = window.rows()
-        if len(plan.held):
-            held = rows >= source.n_obs
-            rows[held] = plan.held[rows[held] - source.n_obs]
-        spans = [stop - start for start, stop in window.blocks]
-        opened = open_window(rows, blocks, spans, order)
-        del blocks
-        yield window, opened
-        del opened
 
 
 def _close(handover: Handover, producer: threading.Thread, process: int) -> None:

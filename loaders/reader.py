@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,14 +17,12 @@ from numba import njit
 
 from loaders.errors import LoaderError
 from loaders.memory import block_bytes
-from loaders.selection import Ints
-from loaders.shuffle import ReadBlock
+from loaders.selection import Ints, rows_of
+from loaders.shuffle import OpenWindow, empty_table, lay_out
 from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
 
-_TASK_BYTES = 2**21
-"""What a thread reads before it hands it over, about: handing over costs as much as 100 kB."""
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
 
@@ -43,10 +42,33 @@ class Ahead:
     nbytes
         Bytes of windows, open and read ahead, that may be held; None for no limit. The window that
         is needed next is always read.
+    task
+        Bytes that a thread reads in one go, about; a block at least.
     """
 
     rows: int
     nbytes: int | None = None
+    task: int = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block to be read.
+
+    Attributes
+    ----------
+    start, stop
+        Its rows in the source.
+    offset
+        Its first row in the window.
+    kept
+        Which of its rows to keep, counted in it: int64, rising; None for all.
+    """
+
+    start: int
+    stop: int
+    offset: int
+    kept: Ints | None
 
 
 class WindowReader:
@@ -85,12 +107,14 @@ class WindowReader:
     ) -> None:
         self._source, self._plan, self._held_rows = source, plan, held
         self._windows = plan.windows(step)
+        self._segments = [*source.segments]
         self._ahead, self._stopped, self._stalls = ahead, stopped, stalls
-        self._pending: deque[tuple[Window, Ints, list[Future[list[ReadBlock]]]]] = deque()
+        self._pending: deque[tuple[Window, Ints, Ints, list[Future[list[RowBlock]]]]] = deque()
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
         self._leaving: deque[Window | Future[Any]] = deque()
         self._next: Window | None = None
+        self._next_sizes = np.empty(0, np.int64)
         self._next_bytes = 0
         self._advance()
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="loaders-read")
@@ -106,21 +130,23 @@ class WindowReader:
     ) -> None:
         self._executor.shutdown(cancel_futures=True)
 
-    def __iter__(self) -> Iterator[tuple[Window, Ints, list[ReadBlock]]]:
-        """Each window with its mixed order and its blocks."""
+    def __iter__(self) -> Iterator[tuple[Window, OpenWindow]]:
+        """The windows, each opened once its blocks are there."""
         while True:
             self._read_ahead()
             if not self._pending:
                 return
-            window, order, futures = self._pending.popleft()
+            window, table, order, futures = self._pending.popleft()
             self._pending_rows -= window.n_rows
             # Before waiting, so that the threads have work meanwhile.
             self._read_ahead()
             with self._stalls.timed("wait_for_blocks"):
                 blocks = [block for future in futures for block in future.result()]
             del futures  # The blocks belong to the window now.
-            yield window, order, blocks
-            del blocks
+            opened = OpenWindow(table, order, blocks)
+            del table, order, blocks
+            yield window, opened
+            del opened
 
     def used_by(self, task: Future[Any]) -> None:
         """A task takes from windows that were handed out: they are held until it is done."""
@@ -149,29 +175,36 @@ class WindowReader:
                 if self._pending:
                     return
                 self._let_go(at_the_latest=True)
-            window = self._next
-            order = self._plan.mix(window)
-            nbytes = self._next_bytes
-            self._bytes[window.lane, window.index] = nbytes
-            self._stalls.hold(sum(self._bytes.values()))
-            chosen = np.unique(order) if self._plan.partial else None
-            asked: list[tuple[int, int, Ints | None]] = []
-            begin = 0
-            for start, stop in window.blocks:
-                kept = None
-                if chosen is not None:
-                    low, high = np.searchsorted(chosen, (begin, begin + stop - start))
-                    kept = chosen[low:high] - begin
-                begin += stop - start
-                asked.append((start, stop, kept))
-            per_task = max(1, _TASK_BYTES * len(asked) // max(1, nbytes))
-            futures = [
-                self._executor.submit(self._read, asked[first : first + per_task])
-                for first in range(0, len(asked), per_task)
-            ]
-            self._pending.append((window, order, futures))
-            self._pending_rows += window.n_rows
+            self._begin(self._next)
             self._advance()
+
+    def _begin(self, window: Window) -> None:
+        """Have the blocks of a window read."""
+        self._bytes[window.lane, window.index] = self._next_bytes
+        self._stalls.hold(sum(self._bytes.values()))
+        order = self._plan.mix(window)
+        spans = [stop - start for start, stop in window.blocks]
+        ends = np.cumsum(spans)
+        offsets = (ends - spans).tolist()
+        kept: list[Ints | None] = [None] * len(spans)
+        if self._plan.partial:
+            chosen = np.unique(order)
+            cuts = np.searchsorted(chosen, [*offsets, int(ends[-1])]).tolist()
+            kept = [chosen[a:b] - o for (a, b), o in zip(pairwise(cuts), offsets, strict=True)]
+        blocks = [
+            _Block(start, stop, offset, rows)
+            for (start, stop), offset, rows in zip(window.blocks, offsets, kept, strict=True)
+        ]
+        # In the order of the source, so that blocks of one segment are read in one go.
+        by_start = np.argsort([block.start for block in blocks], kind="stable")
+        task = np.cumsum(self._next_sizes[by_start]) // max(1, self._ahead.task)
+        table = empty_table(int(ends[-1]))
+        futures = [
+            self._executor.submit(self._read, [blocks[i] for i in part.tolist()], table)
+            for part in np.split(by_start, np.flatnonzero(np.diff(task)) + 1)
+        ]
+        self._pending.append((window, table, order, futures))
+        self._pending_rows += window.n_rows
 
     def _fits(self, window: Window) -> bool:
         if self._pending_rows + window.n_rows > self._ahead.rows:
@@ -181,38 +214,61 @@ class WindowReader:
         return sum(self._bytes.values()) + self._next_bytes <= self._ahead.nbytes
 
     def _advance(self) -> None:
-        self._next = next(self._windows, None)
-        self._next_bytes = 0 if self._next is None else self._window_bytes(self._next)
-
-    def _window_bytes(self, window: Window) -> int:
-        """Bytes that the blocks of a window will take, by the share of their rows that is kept."""
-        ranges = np.array(window.blocks)
-        takes = np.array(window.takes)
+        """Look at the next window, and how many bytes its blocks will take."""
+        window = self._next = next(self._windows, None)
+        if window is None:
+            return
+        ranges, takes = np.array(window.blocks), np.array(window.takes)
+        self._next_sizes = np.zeros(len(ranges), np.int64)
         own = ranges[:, 0] < self._source.n_obs
-        ranges, takes = ranges[own], takes[own]
-        if not len(ranges):
-            return 0
-        sizes = block_bytes(self._source, ranges[:, 0], ranges[:, 1])
+        if own.any():
+            self._next_sizes[own] = block_bytes(self._source, ranges[own, 0], ranges[own, 1])
         share = takes / (ranges[:, 1] - ranges[:, 0])
-        return int((sizes * np.where(2 * share < 1, share, 1.0)).sum())
+        self._next_bytes = int((self._next_sizes * np.where(2 * share < 1, share, 1.0)).sum())
 
-    def _read(self, asked: Sequence[tuple[int, int, Ints | None]]) -> list[ReadBlock]:
+    def _read(self, blocks: Sequence[_Block], table: Ints) -> list[RowBlock]:
+        """Read blocks, in the order of the source, and say in the table where their rows lie."""
         began = time.perf_counter()
-        blocks = [self._read_block(*block) for block in asked]
+        segment = np.searchsorted(self._segments, [block.start for block in blocks], side="right")
+        cuts = [0, *(np.flatnonzero(np.diff(segment)) + 1).tolist(), len(blocks)]
+        read = [self._read_together(blocks[a:b], table) for a, b in pairwise(cuts)]
         self._stalls.add("reading", time.perf_counter() - began)
-        return blocks
+        return read
 
-    def _read_block(self, start: int, stop: int, kept: Ints | None) -> ReadBlock:
+    def _read_together(self, blocks: Sequence[_Block], table: Ints) -> RowBlock:
+        """Read blocks of one segment, or lay out the rows that are held."""
         if self._stopped():
             raise Stopped
-        if start >= self._source.n_obs:
-            assert self._held_rows is not None  # the plan draws them only where it names them
-            return ReadBlock(self._held_rows, None)
-        block = self._source.read_rows(start, stop)
-        check_block(block, stop - start, self._source.n_vars, start)
-        if kept is not None and 2 * len(kept) < stop - start:
-            return ReadBlock(block.take(kept), kept)
-        return ReadBlock(block, None)
+        if blocks[0].start >= self._source.n_obs:
+            held = self._held_rows
+            assert held is not None  # the plan draws them only where it names them
+            for block in blocks:  # each time all of them
+                positions = block.offset + np.arange(held.n_rows)
+                lay_out(table, positions, self._plan.held, held)
+            return held
+        starts = np.array([block.start for block in blocks])
+        sizes = np.array([block.stop for block in blocks]) - starts
+        read = self._source.read_rows(starts, starts + sizes)
+        check_block(read, starts, starts + sizes, self._source.n_vars)
+        rows = rows_of(starts, starts + sizes)
+        offsets = np.array([block.offset for block in blocks])
+        positions = rows_of(offsets, offsets + sizes)
+        if any(_few(block) for block in blocks):
+            first = (np.cumsum(sizes) - sizes).tolist()
+            some = np.concatenate(
+                [
+                    at + (block.kept if _few(block) else np.arange(block.stop - block.start))
+                    for block, at in zip(blocks, first, strict=True)
+                ]
+            )
+            read, positions, rows = read.take(some), positions[some], rows[some]
+        lay_out(table, positions, rows, read)
+        return read
+
+
+def _few(block: _Block) -> bool:
+    """Whether so few rows of a block are kept that they are better copied."""
+    return block.kept is not None and 2 * len(block.kept) < block.stop - block.start
 
 
 def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
@@ -221,16 +277,16 @@ def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
     groups = np.split(rows, np.flatnonzero(np.diff(rows // _NEAR) | np.diff(segment)) + 1)
 
     def read(group: Ints) -> RowBlock:
-        start, stop = int(group[0]), int(group[-1]) + 1
+        start, stop = group[:1], group[-1:] + 1
         block = source.read_rows(start, stop)
-        check_block(block, stop - start, source.n_vars, start)
+        check_block(block, start, stop, source.n_vars)
         return block.take(group - start)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
         return joined(list(executor.map(read, groups)))
 
 
-def check_block(block: RowBlock, n_rows: int, n_vars: int, start: int) -> None:
+def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None:
     """Refuse a block that is not what :class:`RowBlock` says: its arrays are read by address.
 
     Raises
@@ -239,7 +295,9 @@ def check_block(block: RowBlock, n_rows: int, n_vars: int, start: int) -> None:
         Wrong types, lengths or columns.
     """
     indptr, indices, data = block.indptr, block.indices, block.data
-    where = f"rows {start} to {start + n_rows}"
+    n_rows = int((stops - starts).sum())
+    shown = [f"{a} to {b}" for a, b in zip(starts[:3].tolist(), stops[:3].tolist(), strict=True)]
+    where = "rows " + ", ".join(shown) + (", …" if len(starts) > 3 else "")
     narrow = indices.dtype == np.uint16
     arrays: list[tuple[str, npt.NDArray[Any], type]] = [
         ("indptr", indptr, np.int64),

@@ -80,16 +80,23 @@ class Selection:
         last = int(np.searchsorted(self.starts, stop, side="left"))
         if last - first == 1:  # by far the most common
             return np.arange(max(start, int(self.starts[first])), min(stop, int(self.stops[first])))
-        starts = np.maximum(self.starts[first:last], start)
-        sizes = np.minimum(self.stops[first:last], stop) - starts
-        offsets = np.cumsum(sizes) - sizes
-        return np.repeat(starts - offsets, sizes) + np.arange(int(sizes.sum()))
+        starts, stops = self.starts[first:last], self.stops[first:last]
+        return rows_of(np.maximum(starts, start), np.minimum(stops, stop))
 
     def trimmed(self, starts: Ints, stops: Ints) -> tuple[Ints, Ints]:
         """Ranges that hold a chosen row each, without what lies outside their chosen rows."""
         first = np.searchsorted(self.stops, starts, side="right")
         last = np.searchsorted(self.starts, stops, side="left") - 1
         return np.maximum(starts, self.starts[first]), np.minimum(stops, self.stops[last])
+
+
+def rows_of(starts: Ints, stops: Ints) -> Ints:
+    """The rows of ranges, one range behind the other: int64."""
+    sizes = stops - starts
+    ends = np.cumsum(sizes)
+    rows: Ints = np.arange(ends[-1] if len(ends) else 0)
+    rows += np.repeat(starts - ends + sizes, sizes)
+    return rows
 
 
 def _read(rows: Any, n_obs: int) -> tuple[Ints, Ints]:

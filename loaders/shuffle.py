@@ -20,29 +20,14 @@ from loaders.windows import Course
 
 # Columns of the table of an open window.
 _ROW, _LENGTH, _INDICES, _DATA, _NARROW = range(5)
-_ALL: Final = np.empty(0, np.int64)
-"""In place of the rows that were kept of a block, where these are all."""
-
-
-@dataclass(frozen=True, slots=True)
-class ReadBlock:
-    """A block as it was read.
-
-    Attributes
-    ----------
-    block
-        Its rows, or some of them.
-    kept
-        Which of its rows these are: int64, rising; None for all.
-    """
-
-    block: RowBlock
-    kept: Ints | None
+_COLUMNS: Final = 5
+_TABLE_ROW: Final = 8 * _COLUMNS
+"""Bytes of a row of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenWindow:
-    """The rows of a window in mixed order, where they lie in memory.
+    """The rows of a window where they lie in memory, and the order in which they are taken.
 
     Rows are not copied when a window is opened, only when they go into a minibatch: with two
     thousand values a row, copying is most of the work.
@@ -50,48 +35,54 @@ class OpenWindow:
     Attributes
     ----------
     table
-        For each row its position in the source, its number of values, the addresses of its columns
-        and of its values, and whether they are narrow: int64, (n_rows, 5).
+        For each row that is taken its position in the source, its number of values, the addresses
+        of its columns and of its values, and whether they are narrow: int64, (n_rows, 5).
+    order
+        Positions in the table, as they are taken: int64.
     blocks
         What the addresses point into; kept alive here.
     """
 
     table: Ints
-    blocks: Sequence[ReadBlock]
+    order: Ints
+    blocks: Sequence[RowBlock]
+
+    def places(self, stretch: slice) -> Ints:
+        """Addresses of the rows of the table that a stretch of the order takes: int64."""
+        places: Ints = self.order[stretch] * _TABLE_ROW
+        places += self.table.ctypes.data
+        return places
 
 
-def open_window(
-    rows: Ints, blocks: Sequence[ReadBlock], spans: Sequence[int], order: Ints
-) -> OpenWindow:
-    """Lay out the rows of a window in the order in which they will be taken.
+def empty_table(n_rows: int) -> Ints:
+    """Room for the table of an open window: int64, (n_rows, 5)."""
+    return np.empty((n_rows, _COLUMNS), np.int64)
+
+
+def lay_out(table: Ints, positions: Ints, rows: Ints, block: RowBlock) -> None:
+    """Write into a table where the rows of a block lie.
 
     Parameters
     ----------
+    table
+        Of the window; the block is to be kept alive beside it.
+    positions
+        Where in the table each row of the block stands.
     rows
-        Source rows of all its blocks, one behind the other.
-    blocks
-        Its blocks as read.
-    spans
-        Rows of each block, kept or not.
-    order
-        Positions in ``rows``, as they are taken.
+        Position of each row in the source.
+    block
+        The rows as they were read.
     """
-    table = np.empty((len(rows), 5), dtype=np.int64)
-    table[:, _ROW] = rows
-    begin = 0
-    for read, span in zip(blocks, spans, strict=True):
-        block, part = read.block, table[begin : begin + span]
-        indices, data = block.indices, block.data
-        _lay_out(
-            part,
-            block.indptr,
-            _ALL if read.kept is None else read.kept,
-            (indices.ctypes.data, indices.itemsize),
-            (data.ctypes.data, data.itemsize),
-            block.narrow,
-        )
-        begin += span
-    return OpenWindow(table[order], blocks)
+    indices, data = block.indices, block.data
+    _lay_out(
+        table,
+        positions,
+        rows,
+        block.indptr,
+        (indices.ctypes.data, indices.itemsize),
+        (data.ctypes.data, data.itemsize),
+        block.narrow,
+    )
 
 
 def groups(
@@ -119,23 +110,25 @@ def groups(
     most
         Bytes of a group.
     """
-    table = np.concatenate([window.table[stretch] for window, stretch in parts])
+    places = np.concatenate([window.places(stretch) for window, stretch in parts])
     order = course.order()
-    table = table if order is None else table[order]
-    # Each row takes a place in indptr and in rows besides its values and codes.
-    beside = 16 + 4 * len(obs_codes)
-    a_value = (4 if narrow else 8) * (1 + ROUNDING)
-    ends = np.cumsum(table[:, _LENGTH] * a_value + beside)
+    if order is not None:
+        places = places[order]
     bounds = np.concatenate([[0], np.cumsum(course.sizes)])
-    upto = np.concatenate([[0.0], ends])[bounds] + 8 * np.arange(len(bounds))
+    ends = np.zeros(len(places) + 1, np.int64)
+    _sum_lengths(places, ends)
+    # Each row takes a place in indptr and in rows besides its values and codes.
+    a_value, a_row = (4 if narrow else 8) * (1 + ROUNDING), 16 + 4 * len(obs_codes)
+    upto = ends[bounds] * a_value + bounds * a_row + 8 * np.arange(len(bounds))
     windows = [window for window, _ in parts]
     first = 0
     while first < len(bounds) - 1:
         stop = int(np.searchsorted(upto, upto[first] + most, side="right")) - 1
         stop = max(first + 1, stop)
         part = bounds[first : stop + 1]
-        rows = table[part[0] : part[-1]]
-        yield Group(windows, rows, part - part[0], obs_codes, n_vars, narrow)
+        begin, end = int(part[0]), int(part[-1])
+        indptr = ends[begin : end + 1] - ends[begin]
+        yield Group(windows, places[begin:end], indptr, part - begin, obs_codes, n_vars, narrow)
         first = stop
 
 
@@ -146,9 +139,11 @@ class Group:
     Attributes
     ----------
     windows
-        Kept alive here, since ``table`` has addresses in them.
-    table
-        As :attr:`OpenWindow.table`, the rows of one minibatch behind those of the other.
+        Kept alive here, since ``places`` are in them.
+    places
+        See :meth:`OpenWindow.places`; the rows of one minibatch behind those of the other.
+    indptr
+        Of all rows, from 0: int64, (n_rows + 1,).
     bounds
         Where each begins, and the number of rows at the end: int64, (n_minibatches + 1,).
     obs_codes, n_vars, narrow
@@ -156,7 +151,8 @@ class Group:
     """
 
     windows: Sequence[OpenWindow]
-    table: Ints
+    places: Ints
+    indptr: Ints
     bounds: Ints
     obs_codes: Mapping[str, npt.NDArray[np.int32]]
     n_vars: int
@@ -164,22 +160,19 @@ class Group:
 
     def gather(self) -> list[Minibatch]:
         """Copy the rows."""
-        table, bounds = self.table, self.bounds
-        indptr = np.zeros(len(table) + 1, dtype=np.int64)
-        np.cumsum(table[:, _LENGTH], out=indptr[1:])
-        n = int(indptr[-1])
+        places, indptr, n = self.places, self.indptr, int(self.indptr[-1])
+        rows = np.empty(len(places), np.int64)
         indices: npt.NDArray[Any]
         data: npt.NDArray[Any]
         if self.narrow:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
-            _copy_narrow(table, indptr, indices, data)
+            _copy_narrow(places, indptr, rows, indices, data)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
-            _copy_wide(table, indptr, indices, data)
-        rows = table[:, _ROW].copy()
+            _copy_wide(places, indptr, rows, indices, data)
         obs = {name: codes[rows] for name, codes in self.obs_codes.items()}
         out = []
-        for begin, stop in pairwise(bounds.tolist()):
+        for begin, stop in pairwise(self.bounds.tolist()):
             pointers = indptr[begin : stop + 1]
             low, high = int(pointers[0]), int(pointers[-1])
             out.append(
@@ -198,19 +191,21 @@ class Group:
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _lay_out(
     table: Ints,
+    positions: Ints,
+    rows: Ints,
     indptr: Ints,
-    kept: Ints,
     indices: tuple[int, int],
     data: tuple[int, int],
     narrow: bool,
 ) -> None:
     """Say where the rows of a block lie, given the address and item size of its arrays."""
-    for i in range(len(indptr) - 1):
-        row = kept[i] if len(kept) else i
-        table[row, _LENGTH] = indptr[i + 1] - indptr[i]
-        table[row, _INDICES] = indices[0] + indices[1] * indptr[i]
-        table[row, _DATA] = data[0] + data[1] * indptr[i]
-        table[row, _NARROW] = narrow
+    for i in range(len(positions)):
+        at = positions[i]
+        table[at, _ROW] = rows[i]
+        table[at, _LENGTH] = indptr[i + 1] - indptr[i]
+        table[at, _INDICES] = indices[0] + indices[1] * indptr[i]
+        table[at, _DATA] = data[0] + data[1] * indptr[i]
+        table[at, _NARROW] = narrow
 
 
 def _pointer(kind: Any) -> Any:
@@ -224,20 +219,34 @@ def _pointer(kind: Any) -> Any:
     return at
 
 
+_row_at = _pointer(types.int64)
 _halves_at = _pointer(types.uint16)
 _words_at = _pointer(types.int32)
 _floats_at = _pointer(types.float32)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _sum_lengths(places: Ints, ends: Ints) -> None:
+    """Running sums of the lengths of rows, from 0."""
+    for i in range(len(places)):
+        ends[i + 1] = ends[i] + _row_at(places[i])[_LENGTH]
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _copy_narrow(
-    table: Ints, indptr: Ints, indices: npt.NDArray[np.uint16], data: npt.NDArray[np.uint16]
+    places: Ints,
+    indptr: Ints,
+    rows: Ints,
+    indices: npt.NDArray[np.uint16],
+    data: npt.NDArray[np.uint16],
 ) -> None:
-    """Copy each row of ``table`` to where ``indptr`` puts it."""
-    for row in range(len(table)):
-        begin, length = indptr[row], table[row, _LENGTH]
-        columns, values = _halves_at(table[row, _INDICES]), _halves_at(table[row, _DATA])
+    """Copy narrow rows, given where their table is."""
+    for i in range(len(places)):
+        row = _row_at(places[i])
+        rows[i] = row[_ROW]
+        begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
+        columns, values = _halves_at(row[_INDICES]), _halves_at(row[_DATA])
         for k in range(length):
             to_indices[k] = columns[k]
         for k in range(length):
@@ -246,20 +255,26 @@ def _copy_narrow(
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _copy_wide(
-    table: Ints, indptr: Ints, indices: npt.NDArray[np.int32], data: npt.NDArray[np.float32]
+    places: Ints,
+    indptr: Ints,
+    rows: Ints,
+    indices: npt.NDArray[np.int32],
+    data: npt.NDArray[np.float32],
 ) -> None:
-    """Copy each row of ``table`` to where ``indptr`` puts it, and widen it where it is narrow."""
-    for row in range(len(table)):
-        begin, length = indptr[row], table[row, _LENGTH]
+    """Copy rows, narrow or wide, given where their table is; widen the narrow ones."""
+    for i in range(len(places)):
+        row = _row_at(places[i])
+        rows[i] = row[_ROW]
+        begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
-        if table[row, _NARROW]:
-            columns, values = _halves_at(table[row, _INDICES]), _halves_at(table[row, _DATA])
+        if row[_NARROW]:
+            columns, values = _halves_at(row[_INDICES]), _halves_at(row[_DATA])
             for k in range(length):
                 to_indices[k] = columns[k]
             for k in range(length):
                 to_data[k] = values[k]
         else:
-            words, floats = _words_at(table[row, _INDICES]), _floats_at(table[row, _DATA])
+            words, floats = _words_at(row[_INDICES]), _floats_at(row[_DATA])
             for k in range(length):
                 to_indices[k] = words[k]
             for k in range(length):

@@ -5,6 +5,7 @@ The loader owns this protocol: a store, a file or an array becomes loadable by h
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from numba import njit
 from scipy.sparse import csr_matrix
 
 from loaders.errors import LoaderError
-from loaders.selection import Ints
+from loaders.selection import Ints, rows_of
 
 NARROW_MAX = 2**16 - 1
 """Largest column and count of a narrow block."""
@@ -24,7 +25,7 @@ NARROW_MAX = 2**16 - 1
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
-    """Consecutive rows of one source in CSR form, wide or narrow.
+    """Rows of one source in CSR form, wide or narrow.
 
     Attributes
     ----------
@@ -106,7 +107,7 @@ def joined(blocks: Sequence[RowBlock]) -> RowBlock:
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows in a fixed order, readable by range from several threads at once."""
+    """Rows in a fixed order, readable by ranges from several threads at once."""
 
     @property
     def n_obs(self) -> int:
@@ -155,8 +156,12 @@ class RowSource(Protocol):
         """
         ...
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Read rows ``start`` to ``stop`` (exclusive), which lie in one segment; thread-safe."""
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Read rows ``starts`` to ``stops`` (exclusive); thread-safe.
+
+        One range, or several at once, which saves much of the price of each: int64, (n_ranges,).
+        All lie in one segment. Their rows come one range behind the other.
+        """
         ...
 
 
@@ -245,7 +250,7 @@ class ArraySource:
     @property
     def reading(self) -> str:
         """How rows are read."""
-        return "fast: from memory, nothing is copied"
+        return "fast: from memory"
 
     @property
     def read_overhead(self) -> int:
@@ -257,11 +262,49 @@ class ArraySource:
         values: Ints = self._indptr[stops] - self._indptr[starts]
         return values
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Rows ``start`` to ``stop`` (exclusive), not copied."""
-        indptr = self._indptr[start : stop + 1]
-        values = slice(indptr[0], indptr[-1])
-        return RowBlock(indptr - indptr[0], self._indices[values], self._data[values])
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows of one range, not copied, or of several, copied one behind the other."""
+        starts, stops = as_ranges(starts, stops)
+        if len(starts) > 1:
+            whole = RowBlock(self._indptr, self._indices, self._data)
+            return whole.take(rows_of(starts, stops))
+        values = slice(int(self._indptr[starts[0]]), int(self._indptr[stops[0]]))
+        indptr = row_pointers(self._indptr, starts, stops)
+        return RowBlock(indptr, self._indices[values], self._data[values])
+
+
+def as_ranges(starts: int | Ints, stops: int | Ints) -> tuple[Ints, Ints]:
+    """One range, or several, as arrays: int64, (n_ranges,) each."""
+    if isinstance(starts, np.ndarray) and isinstance(stops, np.ndarray):
+        return starts, stops
+    return np.array([starts], np.int64), np.array([stops], np.int64)
+
+
+def row_pointers(indptr: Ints, starts: Ints, stops: Ints) -> Ints:
+    """The row pointers of ranges of rows that are put one behind the other: int64, from 0."""
+    if len(starts) == 1:
+        one: Ints = indptr[starts[0] : stops[0] + 1] - indptr[starts[0]]
+        return one
+    rows = rows_of(starts, stops)
+    out = np.zeros(len(rows) + 1, np.int64)
+    np.cumsum(indptr[rows + 1] - indptr[rows], out=out[1:])
+    return out
+
+
+def segment_of(segments: Sequence[int], starts: Ints, stops: Ints) -> int:
+    """The segment in which all of some ranges lie.
+
+    Raises
+    ------
+    IndexError
+        There is none.
+    """
+    first, last = int(starts.min()), int(stops.max())
+    i = bisect.bisect_right(segments, first, hi=len(segments) - 1) - 1
+    if i < 0 or last > segments[min(i + 1, len(segments) - 1)] or (starts > stops).any():
+        shown = ", ".join(f"{a}:{b}" for a, b in zip(starts[:5], stops[:5], strict=True))
+        raise IndexError(f"rows {shown} do not lie in one study of {segments}")
+    return i
 
 
 def checked_segments(source: RowSource) -> tuple[int, ...]:

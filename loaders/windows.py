@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from loaders.selection import Ints, Range
+from loaders.selection import Ints, Range, rows_of
 
 Content = TypeVar("Content")
 
@@ -40,7 +40,8 @@ class Window:
 
     def rows(self) -> Ints:
         """All rows of the blocks, block after block, taken or not: int64."""
-        return np.concatenate([np.arange(start, stop) for start, stop in self.blocks])
+        ranges = np.array(self.blocks)
+        return rows_of(ranges[:, 0], ranges[:, 1])
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,8 @@ from atlas.errors import (
 from atlas.store.append import text_of
 from atlas.store.zarr_rows import DenseRows, SparseRows
 from loaders import RowBlock
+from loaders.selection import Ints
+from loaders.source import as_ranges, joined, segment_of
 
 INGEST = "ingest it: store.append(anndata.read_zarr(path), study=…)"
 
@@ -210,8 +212,8 @@ class ZarrSource:
         self._rows.digest(total)
         return total.hexdigest()
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Rows ``start`` to ``stop`` (exclusive); thread-safe.
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows ``starts`` to ``stops`` (exclusive), one range or several; thread-safe.
 
         Raises
         ------
@@ -220,8 +222,13 @@ class ZarrSource:
         CountsError
             A value is no count: negative, not whole, or not finite.
         """
-        if not 0 <= start <= stop <= self.n_obs:
-            raise IndexError(f"rows {start}:{stop} of {self.n_obs} in {self.path}")
+        starts, stops = as_ranges(starts, stops)
+        segment_of(self.segments, starts, stops)
+        if len(starts) == 1:
+            return self._read_range(int(starts[0]), int(stops[0]))
+        return joined(list(map(self._read_range, starts.tolist(), stops.tolist())))
+
+    def _read_range(self, start: int, stop: int) -> RowBlock:
         indptr, indices, data = self._rows.read(start, stop)
         state, at = _check(indptr, indices, data, self._rows.shape[1])
         if state in (_NOT_A_COUNT, _RANGE):

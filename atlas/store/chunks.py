@@ -12,6 +12,7 @@ import os
 import threading
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from atlas.store import fused
 from atlas.store.deltas import sum_deltas
 from atlas.store.schema import RESTORE
 from loaders.pool import POOL
+from loaders.selection import Ints
+from loaders.source import as_ranges
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
@@ -42,8 +45,8 @@ SHARD = 256 * CHUNK
 """Elements of a shard: one file."""
 
 _STORED = "the crc32c stored"
-_OPEN = 64
-"""Shards of an array that stay open."""
+_OPEN = 512
+"""Shards of all arrays that stay open; a process may have about a thousand files open."""
 _KEPT = 64 * 2**20
 """Bytes of scratch memory that a thread keeps; larger ones are made for the occasion."""
 
@@ -187,6 +190,8 @@ class _Shard:
         Its last bytes, which hold the index and a checksum.
     index
         Offset and length of each chunk: uint64, (per_shard, 2).
+    address
+        Of the index in memory.
     """
 
     def __init__(self, path: str, length: int) -> None:
@@ -196,10 +201,41 @@ class _Shard:
         self.tail = os.pread(self.descriptor, length, max(0, self.size - length))
         whole = len(self.tail) == length
         self.index = np.frombuffer(self.tail[:-4] if whole else b"", "<u8").reshape(-1, 2)
+        self.address = self.index.ctypes.data
+
+
+class _Opened:
+    """The shards of an array that are open, which does not change: who reads keeps it alive.
+
+    Attributes
+    ----------
+    files
+        By number.
+    table
+        As :func:`atlas.store.fused.read_ranges` takes it.
+    """
+
+    def __init__(self, files: dict[int, _Shard], table: Ints) -> None:
+        self.files, self.table = files, table
+
+    def changed(self, number: int, file: _Shard | None) -> _Opened:
+        """The same with one shard open, or closed."""
+        files, table = {**self.files}, self.table.copy()
+        if file is None:
+            files.pop(number, None)
+            table[number, 0] = -1
+        else:
+            files[number] = file
+            table[number] = file.descriptor, file.size, file.address
+        return _Opened(files, table)
+
+
+_recent: deque[tuple[weakref.ref[ChunkedArray], int]] = deque()
+"""Which shards were opened, the last at the end."""
 
 
 class ChunkedArray:
-    """One array of a study, read by element range from any number of threads.
+    """One array of a study, read by ranges of elements from any number of threads.
 
     Parameters
     ----------
@@ -210,8 +246,9 @@ class ChunkedArray:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._folder = f"{path}/c/"  # Path costs as much as opening the file
-        self._recipe = _recipe(path)
-        self._shards: dict[int, _Shard] = {}
+        self._recipe = r = _recipe(path)
+        n_shards = -(-r.n // (r.chunk * r.per_shard))
+        self._opened = _Opened({}, np.full((n_shards, 3), -1, np.int64))
 
     def __len__(self) -> int:
         return self._recipe.n
@@ -226,8 +263,10 @@ class ChunkedArray:
         """Bytes of a decoded chunk."""
         return self._recipe.chunk * self._recipe.dtype.itemsize
 
-    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
-        """Elements ``start`` to ``stop`` (exclusive), checked and decoded.
+    def read(self, starts: int | Ints, stops: int | Ints) -> npt.NDArray[Any]:
+        """Elements ``starts`` to ``stops`` (exclusive), checked and decoded.
+
+        One range, or several, int64 (n_ranges,): their elements come one range behind the other.
 
         Raises
         ------
@@ -235,19 +274,56 @@ class ChunkedArray:
             A shard or chunk is missing, short, unreadable, or fails its checksum.
         """
         r = self._recipe
-        if not 0 <= start <= stop <= r.n:
-            raise IndexError(f"elements {start}:{stop} of {r.n} in {self.path}")
-        out = POOL.empty(stop - start, r.dtype)
-        if start == stop:
-            return out
-        first, last = start // r.chunk, (stop - 1) // r.chunk
-        for shard in range(first // r.per_shard, last // r.per_shard + 1):
-            low = max(first, shard * r.per_shard)
-            high = min(last, (shard + 1) * r.per_shard - 1)
-            begin = max(start, low * r.chunk)
-            part = out[begin - start : min(stop, (high + 1) * r.chunk) - start]
-            self._read_shard(shard, low, high, begin - low * r.chunk, part)
+        starts, stops = as_ranges(starts, stops)
+        out = POOL.empty(max(0, int((stops - starts).sum())), r.dtype)
+        if r.blosc and fused.AVAILABLE:
+            self._read_fused(starts, stops, out)
+        else:
+            self._read_stepwise(starts, stops, out)
         return out
+
+    def _read_fused(self, starts: Ints, stops: Ints, out: npt.NDArray[Any]) -> None:
+        r, opened = self._recipe, self._opened
+        raw = _room("raw", 2 * (self.chunk_bytes + fused.OVERHEAD))
+        chunk = _room("chunk", self.chunk_bytes).view(r.dtype)
+        where = np.zeros(3, np.int64)
+        while True:
+            status = fused.read_ranges(
+                opened.table, starts, stops, r.n, r.per_shard, raw, chunk, r.delta, out, where
+            )
+            number, first, last = where.tolist()
+            if status == fused.FINE:
+                return
+            if status == fused.CLOSED:
+                opened = opened.changed(number, self._open(number))
+            elif status == fused.SMALL:
+                raw = _room("raw", number)
+            elif status == fused.OUTSIDE:
+                raise self._outside(starts, stops)
+            else:
+                file, before = opened.files[number], number * r.per_shard
+                index = file.index[first - before : last + 1 - before]
+                raise self._fault(status, self._shard_path(number), file, first, index)
+
+    def _outside(self, starts: Ints, stops: Ints) -> IndexError:
+        return IndexError(f"elements {starts[:5]} to {stops[:5]} of {len(self)} in {self.path}")
+
+    def _read_stepwise(self, starts: Ints, stops: Ints, out: npt.NDArray[Any]) -> None:
+        r = self._recipe
+        at = 0
+        if not ((starts >= 0) & (starts <= stops) & (stops <= r.n)).all():
+            raise self._outside(starts, stops)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            if start == stop:
+                continue
+            first, last = start // r.chunk, (stop - 1) // r.chunk
+            for shard in range(first // r.per_shard, last // r.per_shard + 1):
+                low = max(first, shard * r.per_shard)
+                high = min(last, (shard + 1) * r.per_shard - 1)
+                begin = max(start, low * r.chunk)
+                n = min(stop, (high + 1) * r.chunk) - begin
+                self._read_shard(shard, low, high, begin - low * r.chunk, out[at : at + n])
+                at += n
 
     def _read_shard(
         self, shard: int, low: int, high: int, skip: int, out: npt.NDArray[Any]
@@ -257,18 +333,8 @@ class ChunkedArray:
         All elements of them but the first ``skip``, and as many as ``out`` holds.
         """
         r = self._recipe
-        path = f"{self._folder}{shard}"
-        file = self._open(shard, path)
+        path, file = self._shard_path(shard), self._open(shard)
         index = file.index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
-        if r.blosc and fused.AVAILABLE:
-            raw = _room("raw", len(index) * (self.chunk_bytes + fused.OVERHEAD))
-            chunk = _room("chunk", self.chunk_bytes).view(r.dtype)
-            status = fused.read_chunks(
-                file.descriptor, file.size, index, raw, chunk, skip, r.delta, out
-            )
-            if status != fused.FINE:
-                raise self._fault(status, path, file, low, index)
-            return
         if (index == fused.NO_CHUNK).any():
             raise self._fault(fused.ABSENT, path, file, low, index)
         begin = int(index[:, 0].min())
@@ -287,6 +353,9 @@ class ChunkedArray:
             stored = data[offset - begin : offset - begin + length]
             self._decode(stored, path, number, skip, out[at : at + n])
             at, skip = at + n, 0
+
+    def _shard_path(self, shard: int) -> str:
+        return f"{self._folder}{shard}"
 
     def _fault(
         self, status: int, path: str, file: _Shard, low: int, index: npt.NDArray[np.uint64]
@@ -324,16 +393,16 @@ class ChunkedArray:
         else:
             out[:] = scratch[skip : skip + len(out)]
 
-    def _open(self, shard: int, path: str) -> _Shard:
+    def _open(self, shard: int) -> _Shard:
         """A shard that is open, or is opened now; the last :data:`_OPEN` stay so.
 
         What is open goes on being read if another file takes its place.
         """
         # No lock: a fork could leave it taken for ever. At worst a file is opened twice.
-        known = self._shards.get(shard)
+        known = self._opened.files.get(shard)
         if known is not None:
             return known
-        length = self._recipe.per_shard * 16 + 4
+        path, length = self._shard_path(shard), self._recipe.per_shard * 16 + 4
         try:
             opened = _Shard(path, length)
         except FileNotFoundError:
@@ -344,10 +413,14 @@ class ChunkedArray:
             raise self._flipped(path, f"{opened.size} bytes", f"at least {length} bytes")
         if google_crc32c.value(opened.tail[:-4]) != int.from_bytes(opened.tail[-4:], "little"):
             raise self._flipped(path, "another checksum in its index", _STORED)
-        if len(self._shards) >= _OPEN:
-            with suppress(StopIteration, RuntimeError):  # other threads may change it meanwhile
-                self._shards.pop(next(iter(self._shards)), None)
-        self._shards[shard] = opened
+        self._opened = self._opened.changed(shard, opened)
+        _recent.append((weakref.ref(self), shard))
+        while len(_recent) > _OPEN:
+            with suppress(IndexError):  # other threads may be faster
+                of, oldest = _recent.popleft()
+                array = of()
+                if array is not None:
+                    array._opened = array._opened.changed(oldest, None)
         return opened
 
     def _unreadable(self, path: str, error: OSError) -> CorruptStoreError:

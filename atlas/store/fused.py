@@ -30,8 +30,11 @@ FINE: Final = 0
 UNREADABLE: Final = -1
 SHORT: Final = -2
 ABSENT: Final = -3
+CLOSED: Final = -4
+SMALL: Final = -5
+OUTSIDE: Final = -6
 FLIPPED: Final = 1
-"""Statuses; from ``FLIPPED`` on, the chunk (counted from 0) whose checksum or content is wrong."""
+"""Statuses; from ``FLIPPED`` on, which of the chunks has a wrong checksum or content, from 0."""
 
 _HEAD: Final = 16
 _CHECKSUM: Final = 4
@@ -61,55 +64,66 @@ _PREAD, _DECOMPRESS, WHY_NOT = _addresses()
 AVAILABLE: Final = bool(_PREAD and _DECOMPRESS)
 
 
-def read_chunks(
-    descriptor: int,
-    size: int,
-    index: npt.NDArray[np.uint64],
+def read_ranges(
+    shards: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+    n: int,
+    per_shard: int,
     raw: npt.NDArray[np.uint8],
     scratch: npt.NDArray[Any],
-    skip: int,
     delta: bool,
     out: npt.NDArray[Any],
+    where: npt.NDArray[np.int64],
 ) -> int:
-    """Read neighbouring chunks of one shard in one go and decode the elements wanted.
+    """Read ranges of elements: neighbouring chunks of a shard in one go, the wanted part of each.
 
     Parameters
     ----------
-    descriptor
-        Of the shard.
-    size
-        Of the shard, bytes.
-    index
-        Offset and length of each chunk in the file, uint64 (n_chunks, 2); 2^64 - 1 for none.
+    shards
+        The shards of the array: int64, (n_shards, 3), each its file descriptor, or -1 where it is
+        not open, its size in bytes, and the address of its index. That is the offset and length of
+        each chunk in the file, uint64 (per_shard, 2); 2^64 - 1 for none.
+    starts, stops
+        Of the ranges: int64, (n_ranges,).
+    n
+        Elements of the array.
+    per_shard
+        Chunks of a shard.
     raw
-        Room for the bytes of all of them, and what may lie between.
+        Room for the bytes of all chunks of a range in one shard, and what may lie between.
     scratch
         Room for one decoded chunk, of the elements' type.
-    skip
-        Elements of the first chunk to leave out.
     delta
         Whether the elements are stored as differences.
     out
-        Where the elements go, as many as are wanted.
+        Where the elements go, one range behind the other.
+    where
+        Gets the number of the shard, and of the first and last chunk (inclusive) of what is wrong:
+        int64, (3,). Chunks are numbered over the array.
 
     Returns
     -------
-    ``FINE``, or what is wrong.
+    ``FINE``, or what is wrong. ``CLOSED``: the shard in ``where`` has to be opened; ``SMALL``:
+    ``raw`` has to be as large as ``where`` says; ``OUTSIDE``: a range is not one of the array. In
+    these cases nothing was read.
     """
     # Sums wrap around, so that a signed type is as well summed as an unsigned one; and floats,
     # which are not stored as differences, need no code of their own.
     kind = np.dtype(f"u{out.itemsize}")
-    status: int = _read_chunks(
+    status: int = _read_ranges(
         _PREAD,
         _DECOMPRESS,
-        descriptor,
-        size,
-        index,
+        shards,
+        starts,
+        stops,
+        n,
+        per_shard,
         raw,
         scratch.view(kind),
-        skip,
         delta,
         out.view(kind),
+        where,
     )
     return status
 
@@ -259,4 +273,70 @@ def _read_chunks(
                 to[j] = target[skip + j]
         at += n
         skip = 0
+    return FINE
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _read_ranges(
+    pread: int,
+    decompress: int,
+    shards: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    stops: npt.NDArray[np.int64],
+    n: int,
+    per_shard: int,
+    raw: npt.NDArray[np.uint8],
+    scratch: npt.NDArray[Any],
+    delta: bool,
+    out: npt.NDArray[Any],
+    where: npt.NDArray[np.int64],
+) -> int:
+    chunk = len(scratch)
+    most = 0
+    for i in range(len(starts)):
+        if not 0 <= starts[i] <= stops[i] <= n:
+            return OUTSIDE
+        begin = starts[i]
+        while begin < stops[i]:
+            number = begin // (chunk * per_shard)
+            if shards[number, 0] < 0:
+                where[0] = number
+                return CLOSED
+            end = min(stops[i], (number + 1) * chunk * per_shard)
+            most = max(most, (end - 1) // chunk - begin // chunk + 1)
+            begin = end
+    if most * (chunk * scratch.itemsize + OVERHEAD) > len(raw):
+        where[0] = most * (chunk * scratch.itemsize + OVERHEAD)
+        return SMALL
+    at = 0
+    for i in range(len(starts)):
+        begin = starts[i]
+        while begin < stops[i]:
+            first = begin // chunk
+            number = first // per_shard
+            before = number * per_shard
+            last = min((stops[i] - 1) // chunk, before + per_shard - 1)
+            end = min(stops[i], (last + 1) * chunk)
+            entries = _words_at(shards[number, 2])
+            index = np.empty((last - first + 1, 2), np.uint64)
+            for k in range(len(index)):
+                index[k, 0] = entries[2 * (first - before + k)]
+                index[k, 1] = entries[2 * (first - before + k) + 1]
+            status: int = _read_chunks(
+                pread,
+                decompress,
+                shards[number, 0],
+                shards[number, 1],
+                index,
+                raw,
+                scratch,
+                begin - first * chunk,
+                delta,
+                out[at : at + end - begin],
+            )
+            if status != FINE:
+                where[0], where[1], where[2] = number, first, last
+                return status
+            at += end - begin
+            begin = end
     return FINE

@@ -14,7 +14,6 @@ and fingerprint of ``store.select(genes)``, so that a run may go on from either.
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -36,6 +35,8 @@ from atlas.store.projection_format import (
 from atlas.store.projection_writer import ProjectionWriter
 from atlas.store.zarr_study import CSRMatrix
 from loaders import RowBlock
+from loaders.selection import Ints
+from loaders.source import as_ranges, segment_of
 
 if TYPE_CHECKING:
     from atlas.store.base import CountStore
@@ -221,21 +222,21 @@ class Projection:
             out[mine] = self._counts[i].count_values(starts[mine] - offset, stops[mine] - offset)
         return out
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Rows ``start`` to ``stop`` (exclusive) of one study, columns rising; thread-safe.
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows ``starts`` to ``stops`` (exclusive) of one study, columns rising; thread-safe.
+
+        One range, or several.
 
         Raises
         ------
         CorruptStoreError
             A chunk is missing or damaged.
         """
-        i = bisect.bisect_right(self.segments, start) - 1
-        end = self.segments[min(i + 1, len(self._counts))]
-        if not 0 <= start <= stop <= self.n_obs or stop > end:
-            raise IndexError(f"rows {start}:{stop} do not lie in one study of {self.segments}")
+        starts, stops = as_ranges(starts, stops)
+        i = segment_of(self.segments, starts, stops)
         counts, offset = self._counts[i], self.segments[i]
         try:
-            block = RowBlock(*counts.read(start - offset, stop - offset))
+            block = RowBlock(*counts.read(starts - offset, stops - offset))
         except CorruptStoreError as error:
             raise CorruptStoreError(
                 error.what.replace("the store", "the projection"),

@@ -23,6 +23,7 @@ from atlas.store.tables import join_obs
 from atlas.store.view import CountView
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
+from loaders.selection import Ints
 
 CODES = ("study", "batch", "label")
 """Names of the integer codes of every row."""
@@ -182,9 +183,9 @@ class StoreState:
         """A digest of rows, columns and their order."""
         return self._all_genes.fingerprint
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Rows of one study over the whole gene table; thread-safe."""
-        return self._all_genes.read_rows(start, stop)
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows of one study over the whole gene table, one range or several; thread-safe."""
+        return self._all_genes.read_rows(starts, stops)
 
     @property
     def narrow(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,8 @@ from atlas.store import fused
 from atlas.store.kernels import map_columns, select_columns
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
-from loaders.source import NARROW_MAX
+from loaders.selection import Ints
+from loaders.source import NARROW_MAX, as_ranges, segment_of
 
 
 class CountView:
@@ -111,23 +111,19 @@ class CountView:
             row[table[table >= 0]] = True
         return out
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        """Rows ``start`` to ``stop`` (exclusive) of one study; thread-safe.
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows ``starts`` to ``stops`` (exclusive) of one study, one range or several; thread-safe.
 
         Raises
         ------
         CorruptStoreError
             A chunk is missing or damaged.
         """
-        i = bisect.bisect_right(self.segments, start) - 1
-        if (
-            not 0 <= start <= stop <= self.n_obs
-            or stop > self.segments[min(i + 1, len(self._studies))]
-        ):
-            raise IndexError(f"rows {start}:{stop} do not lie in one study of {self.segments}")
+        starts, stops = as_ranges(starts, stops)
+        i = segment_of(self.segments, starts, stops)
         offset = self.segments[i]
         counts, table = self._studies[i].counts, self._tables[i]
-        indptr, indices, data = counts.read(start - offset, stop - offset)
+        indptr, indices, data = counts.read(starts - offset, stops - offset)
         if not counts.narrow or self.n_vars > NARROW_MAX + 1:
             return RowBlock(*map_columns(indptr, indices, data, table))
         if not self._identity[i]:

@@ -19,6 +19,8 @@ from atlas.files import digest_tree
 from atlas.store import chunks
 from atlas.store.arrays import DurableStore
 from atlas.store.schema import RESTORE, StudyEntry
+from loaders.selection import Ints
+from loaders.source import as_ranges, row_pointers
 
 Rows: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
 """indptr from 0, indices in the study's own columns, values; as stored."""
@@ -181,11 +183,15 @@ class CSRMatrix:
         """Values in each range of rows: int64, (n_ranges,)."""
         return self._indptr[stops] - self._indptr[starts]
 
-    def read(self, start: int, stop: int) -> Rows:
-        """Rows ``start`` to ``stop`` (exclusive), checked and decoded."""
-        indptr = self._indptr[start : stop + 1]
-        low, high = int(indptr[0]), int(indptr[-1])
-        return indptr - low, self._indices.read(low, high), self._data.read(low, high)
+    def read(self, starts: int | Ints, stops: int | Ints) -> Rows:
+        """Rows ``starts`` to ``stops`` (exclusive) of one range or several, checked and decoded."""
+        starts, stops = as_ranges(starts, stops)
+        low, high = self._indptr[starts], self._indptr[stops]
+        return (
+            row_pointers(self._indptr, starts, stops),
+            self._indices.read(low, high),
+            self._data.read(low, high),
+        )
 
 
 class ZarrStudy:

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from loaders import ArraySource, RowBlock
+from loaders.source import as_ranges
 
 
 @cache
@@ -39,12 +40,14 @@ class Recording(ArraySource):
         self.before = before
         self._lock = threading.Lock()
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        with self._lock:
-            self.reads.append((start, stop))
-            n = len(self.reads)
-        self.before(n, start)
-        return super().read_rows(start, stop)
+    def read_rows(self, starts, stops) -> RowBlock:
+        starts, stops = as_ranges(starts, stops)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            with self._lock:
+                self.reads.append((start, stop))
+                n = len(self.reads)
+            self.before(n, start)
+        return super().read_rows(starts, stops)
 
     @property
     def rows_read(self) -> int:

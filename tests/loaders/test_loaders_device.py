@@ -26,8 +26,8 @@ DEVICES = [
 class Unsorted(ArraySource):
     """Gives the columns of a block in falling order."""
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        block = super().read_rows(start, stop)
+    def read_rows(self, starts, stops) -> RowBlock:
+        block = super().read_rows(starts, stops)
         rows = np.repeat(np.arange(block.n_rows), np.diff(block.indptr))
         order = np.lexsort((-block.indices, rows))
         return RowBlock(block.indptr, block.indices[order], block.data[order])

@@ -20,7 +20,7 @@ from loaders import ArraySource, EpochPlan, LoaderError, MinibatchLoader, RowBlo
 from loaders.minibatch import Minibatch
 from loaders.pipeline import Handover
 from loaders.reader import Ahead, Stopped, WindowReader
-from loaders.shuffle import ReadBlock, groups, open_window
+from loaders.shuffle import OpenWindow, empty_table, groups, lay_out
 from loaders.stalls import Stalls
 from loaders.windows import Course
 
@@ -107,8 +107,8 @@ class Broken(ArraySource):
         super().__init__(counts(50))
         self.change = change
 
-    def read_rows(self, start: int, stop: int) -> RowBlock:
-        return self.change(super().read_rows(start, stop))
+    def read_rows(self, starts, stops) -> RowBlock:
+        return self.change(super().read_rows(starts, stops))
 
 
 @pytest.mark.parametrize(
@@ -330,8 +330,8 @@ def test_rows_are_read_ahead_within_the_budget():
         with WindowReader(data, plan, 0, None, 1, Ahead(40), lambda: False, Stalls()) as reader:
             iterator = iter(reader)
             for _ in range(opened):
-                window, _, blocks = next(iterator)
-                assert [read.block.n_rows for read in blocks] == [b - a for a, b in window.blocks]
+                window, content = next(iterator)
+                assert sum(block.n_rows for block in content.blocks) == window.n_rows
         used = sum(window.n_rows for window in windows[:opened])
         assert used <= data.rows_read <= used + 40
 
@@ -359,7 +359,9 @@ def test_groups_of_minibatches_fit_in_bytes_and_make_the_same(most, narrow, size
     n = sum(sizes)
     data = ArraySource(counts(n), narrow=narrow)
     order = np.random.default_rng(n).permutation(n)
-    window = open_window(np.arange(n), [ReadBlock(data.read_rows(0, n), None)], [n], order)
+    block, table = data.read_rows(0, n), empty_table(n)
+    lay_out(table, np.arange(n), np.arange(n), block)
+    window = OpenWindow(table, order, [block])
     course = Course([], np.array(sizes)[:, None])
     parts = [(window, slice(0, n))]
     made = []
