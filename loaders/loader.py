@@ -23,9 +23,7 @@ from loaders.stalls import Stalls
 from loaders.state import Fingerprint, Position, restore, save
 from loaders.weights import Draws, balanced
 
-# Share of the buffer that is read before it is needed, on top of the buffer itself, and the share
-# of it that heavy rows may fill.
-_AHEAD_SHARE = 4
+# Share of the buffer that heavy rows may fill.
 _HEAVY_SHARE = 4
 
 
@@ -150,7 +148,8 @@ class MinibatchLoader:
         self._plan = self._plan_of(epoch=0)
         self._held: RowBlock | None = None
         self._pipeline: Pipeline | None = None
-        ahead = max(buffer_size // _AHEAD_SHARE, 2 * self._threads * block_size)
+        # As much as the buffer: with less, reading stops now and then for want of a window to read.
+        ahead = max(buffer_size, 2 * self._threads * block_size)
         self._ahead_rows = -(-ahead // world_size)
         self.budget: Budget = share_out(
             source,

@@ -32,7 +32,7 @@ _TABLE_ROW: Final = 64
 _QUEUE: Final = 128 * 10**6
 _BUNDLE_ROWS: Final = 2048
 _ROWS_AT_ONCE: Final = 2**20
-_TASK: Final = 2**21
+_TASK: Final = 2**22
 
 
 def parse_bytes(size: str | int) -> int:
