@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,13 @@ from numba import njit
 
 from loaders.errors import LoaderError
 from loaders.memory import block_bytes
-from loaders.selection import Ints, rows_of
+from loaders.selection import Ints
 from loaders.shuffle import OpenWindow, empty_table, lay_out
 from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
 
+_ALL: Final = np.empty(0, np.int64)
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
 
@@ -106,6 +107,10 @@ class WindowReader:
         stalls: Stalls,
     ) -> None:
         self._source, self._plan, self._held_rows = source, plan, held
+        self._held_table = empty_table(len(plan.held))
+        if held is not None:
+            each = np.arange(held.n_rows), plan.held, np.ones(held.n_rows, np.int64)
+            lay_out(self._held_table, *each, _ALL, held)
         self._windows = plan.windows(step)
         self._segments = [*source.segments]
         self._ahead, self._stopped, self._stalls = ahead, stopped, stalls
@@ -239,30 +244,30 @@ class WindowReader:
         """Read blocks of one segment, or lay out the rows that are held."""
         if self._stopped():
             raise Stopped
-        if blocks[0].start >= self._source.n_obs:
+        starts = np.array([block.start for block in blocks])
+        counts = np.array([block.stop for block in blocks]) - starts
+        offsets = np.array([block.offset for block in blocks])
+        if starts[0] >= self._source.n_obs:
             held = self._held_rows
             assert held is not None  # the plan draws them only where it names them
-            for block in blocks:  # each time all of them
-                positions = block.offset + np.arange(held.n_rows)
-                lay_out(table, positions, self._plan.held, held)
+            for offset in offsets.tolist():  # each time all of them
+                table[offset : offset + held.n_rows] = self._held_table
             return held
-        starts = np.array([block.start for block in blocks])
-        sizes = np.array([block.stop for block in blocks]) - starts
-        read = self._source.read_rows(starts, starts + sizes)
-        check_block(read, starts, starts + sizes, self._source.n_vars)
-        rows = rows_of(starts, starts + sizes)
-        offsets = np.array([block.offset for block in blocks])
-        positions = rows_of(offsets, offsets + sizes)
+        read = self._source.read_rows(starts, starts + counts)
+        check_block(read, starts, starts + counts, self._source.n_vars)
+        within = _ALL
         if any(_few(block) for block in blocks):
-            first = (np.cumsum(sizes) - sizes).tolist()
-            some = np.concatenate(
-                [
-                    at + (block.kept if _few(block) else np.arange(block.stop - block.start))
-                    for block, at in zip(blocks, first, strict=True)
-                ]
-            )
-            read, positions, rows = read.take(some), positions[some], rows[some]
-        lay_out(table, positions, rows, read)
+            kept = [
+                np.arange(block.stop - block.start)
+                if block.kept is None or not _few(block)
+                else block.kept
+                for block in blocks
+            ]
+            first = (np.cumsum(counts) - counts).tolist()
+            rows = [part + at for part, at in zip(kept, first, strict=True)]
+            read, within = read.take(np.concatenate(rows)), np.concatenate(kept)
+            counts = np.array([len(part) for part in kept])
+        lay_out(table, offsets, starts, counts, within, read)
         return read
 
 

@@ -59,25 +59,31 @@ def empty_table(n_rows: int) -> Ints:
     return np.empty((n_rows, _COLUMNS), np.int64)
 
 
-def lay_out(table: Ints, positions: Ints, rows: Ints, block: RowBlock) -> None:
-    """Write into a table where the rows of a block lie.
+def lay_out(
+    table: Ints, offsets: Ints, starts: Ints, counts: Ints, within: Ints, block: RowBlock
+) -> None:
+    """Write into a table where the rows of some blocks lie that were read together.
 
     Parameters
     ----------
     table
-        Of the window; the block is to be kept alive beside it.
-    positions
-        Where in the table each row of the block stands.
-    rows
-        Position of each row in the source.
+        Of the window; ``block`` is to be kept alive beside it.
+    offsets, starts
+        Of each block, its first row in the table and in the source: int64, (n_blocks,).
+    counts
+        Rows that are there of each: int64, (n_blocks,).
+    within
+        Which rows of their block they are: int64, (n_rows,); none where they are all.
     block
-        The rows as they were read.
+        The rows, one block behind the other.
     """
     indices, data = block.indices, block.data
     _lay_out(
         table,
-        positions,
-        rows,
+        offsets,
+        starts,
+        counts,
+        within,
         block.indptr,
         (indices.ctypes.data, indices.itemsize),
         (data.ctypes.data, data.itemsize),
@@ -191,21 +197,27 @@ class Group:
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _lay_out(
     table: Ints,
-    positions: Ints,
-    rows: Ints,
+    offsets: Ints,
+    starts: Ints,
+    counts: Ints,
+    within: Ints,
     indptr: Ints,
     indices: tuple[int, int],
     data: tuple[int, int],
     narrow: bool,
 ) -> None:
-    """Say where the rows of a block lie, given the address and item size of its arrays."""
-    for i in range(len(positions)):
-        at = positions[i]
-        table[at, _ROW] = rows[i]
-        table[at, _LENGTH] = indptr[i + 1] - indptr[i]
-        table[at, _INDICES] = indices[0] + indices[1] * indptr[i]
-        table[at, _DATA] = data[0] + data[1] * indptr[i]
-        table[at, _NARROW] = narrow
+    """The same, given the address and item size of the arrays of the block."""
+    k = 0
+    for i in range(len(counts)):
+        for j in range(counts[i]):
+            row = within[k] if len(within) else j
+            at = offsets[i] + row
+            table[at, _ROW] = starts[i] + row
+            table[at, _LENGTH] = indptr[k + 1] - indptr[k]
+            table[at, _INDICES] = indices[0] + indices[1] * indptr[k]
+            table[at, _DATA] = data[0] + data[1] * indptr[k]
+            table[at, _NARROW] = narrow
+            k += 1
 
 
 def _pointer(kind: Any) -> Any:

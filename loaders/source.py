@@ -282,13 +282,18 @@ def as_ranges(starts: int | Ints, stops: int | Ints) -> tuple[Ints, Ints]:
 
 def row_pointers(indptr: Ints, starts: Ints, stops: Ints) -> Ints:
     """The row pointers of ranges of rows that are put one behind the other: int64, from 0."""
-    if len(starts) == 1:
-        one: Ints = indptr[starts[0] : stops[0] + 1] - indptr[starts[0]]
-        return one
-    rows = rows_of(starts, stops)
-    out = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(indptr[rows + 1] - indptr[rows], out=out[1:])
+    out = np.zeros(int((stops - starts).sum()) + 1, np.int64)
+    _row_pointers(indptr, starts, stops, out)
     return out
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _row_pointers(indptr: Ints, starts: Ints, stops: Ints, out: Ints) -> None:
+    at = 0
+    for i in range(len(starts)):
+        for row in range(starts[i], stops[i]):
+            out[at + 1] = out[at] + indptr[row + 1] - indptr[row]
+            at += 1
 
 
 def segment_of(segments: Sequence[int], starts: Ints, stops: Ints) -> int:

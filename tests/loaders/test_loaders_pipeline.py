@@ -360,7 +360,8 @@ def test_groups_of_minibatches_fit_in_bytes_and_make_the_same(most, narrow, size
     data = ArraySource(counts(n), narrow=narrow)
     order = np.random.default_rng(n).permutation(n)
     block, table = data.read_rows(0, n), empty_table(n)
-    lay_out(table, np.arange(n), np.arange(n), block)
+    one = np.array([0])
+    lay_out(table, one, one, np.array([n]), np.empty(0, np.int64), block)
     window = OpenWindow(table, order, [block])
     course = Course([], np.array(sizes)[:, None])
     parts = [(window, slice(0, n))]
