@@ -57,7 +57,7 @@ class MinibatchLoader:
         Hand out only the part of every minibatch that belongs to one of several processes. All
         ranks together hand out the same minibatches, whatever their number, and as many each.
     threads
-        Number of reading threads; by default as many as the process may use cores.
+        Number of threads that read and gather; by default as many as the process may use cores.
     memory
         Bytes that may be held, as a number or as ``"512MB"``: windows, those read ahead, scratch,
         minibatches that wait, and rows that are held. By default what the settings need, with some
@@ -267,7 +267,7 @@ class MinibatchLoader:
                 f"order     blocks of {plan.block_size:,} rows, {plan.buffer_size:,} rows mixed, "
                 f"{plan.lanes} lanes, seed {plan.seed}",
                 f"output    CSR, {kind}",
-                f"threads   {self._threads} reading, {self._threads} gathering",
+                f"threads   {self._threads} that read and gather",
                 f"memory    {self.budget}",
             ]
         )

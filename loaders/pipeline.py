@@ -1,6 +1,6 @@
 """One background pipeline: windows are read, rows gathered, minibatches handed over.
 
-A producer thread walks the plan; some threads read for it and some gather. None of them holds a
+A producer thread walks the plan; others read and gather for it. None of them holds a
 reference to the :class:`Pipeline`, so that one that is forgotten is collected, and stops its
 threads then; so does one that still exists when the interpreter exits.
 """
@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -113,7 +113,7 @@ class Work:
     step
         First minibatch.
     threads
-        Number of reading threads.
+        Number of threads that read and gather.
     ahead
         How far reading may run ahead.
     held
@@ -187,9 +187,9 @@ def cores() -> int:
 
 def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
-    gatherers = ThreadPoolExecutor(work.threads, thread_name_prefix="loaders-gather")
+    workers = ThreadPoolExecutor(work.threads, thread_name_prefix="loaders-work")
     try:
-        _walk(work, handover, stalls, gatherers)
+        _walk(work, handover, stalls, workers)
     except Stopped:
         handover.finish()
     except BaseException as error:
@@ -198,17 +198,17 @@ def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
         handover.finish()
     finally:
         # What was made before an error still comes.
-        gatherers.shutdown(cancel_futures=handover.stopped())
+        workers.shutdown(cancel_futures=handover.stopped())
 
 
-def _walk(work: Work, handover: Handover, stalls: Stalls, gatherers: ThreadPoolExecutor) -> None:
+def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Executor) -> None:
     plan, n_vars = work.plan, work.source.n_vars
     with WindowReader(
         work.source,
         plan,
         work.step,
         work.held,
-        work.threads,
+        workers,
         work.ahead,
         handover.stopped,
         stalls,
@@ -217,7 +217,7 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, gatherers: ThreadPoolE
             for group in groups(parts, course, work.obs_codes, n_vars, work.narrow, work.group):
                 with stalls.timed("wait_for_room"):
                     handover.wait_for_room()
-                task = gatherers.submit(_gather, group, stalls)
+                task = workers.submit(_gather, group, stalls)
                 reader.used_by(task)
                 handover.put(task)
                 del group, task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -85,8 +85,8 @@ class WindowReader:
         The first minibatch to read for.
     held
         The rows of :attr:`Plan.held`, where there are any.
-    threads
-        Number of reading threads.
+    workers
+        Who reads.
     ahead
         How far ahead.
     stopped
@@ -101,7 +101,7 @@ class WindowReader:
         plan: Plan,
         step: int,
         held: RowBlock | None,
-        threads: int,
+        workers: Executor,
         ahead: Ahead,
         stopped: Callable[[], bool],
         stalls: Stalls,
@@ -122,7 +122,7 @@ class WindowReader:
         self._next_sizes = np.empty(0, np.int64)
         self._next_bytes = 0
         self._advance()
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="loaders-read")
+        self._workers = workers
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +133,9 @@ class WindowReader:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._executor.shutdown(cancel_futures=True)
+        for *_, futures in self._pending:
+            for future in futures:
+                future.cancel()
 
     def __iter__(self) -> Iterator[tuple[Window, OpenWindow]]:
         """The windows, each opened once its blocks are there."""
@@ -205,7 +207,7 @@ class WindowReader:
         task = np.cumsum(self._next_sizes[by_start]) // max(1, self._ahead.task)
         table = empty_table(int(ends[-1]))
         futures = [
-            self._executor.submit(self._read, [blocks[i] for i in part.tolist()], table)
+            self._workers.submit(self._read, [blocks[i] for i in part.tolist()], table)
             for part in np.split(by_start, np.flatnonzero(np.diff(task)) + 1)
         ]
         self._pending.append((window, table, order, futures))

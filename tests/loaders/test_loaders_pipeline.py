@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -327,7 +327,12 @@ def test_rows_are_read_ahead_within_the_budget():
     windows = list(plan.windows())
     for opened in (1, 3, 6):
         data.reads.clear()
-        with WindowReader(data, plan, 0, None, 1, Ahead(40), lambda: False, Stalls()) as reader:
+        with (
+            ThreadPoolExecutor(1) as workers,
+            WindowReader(
+                data, plan, 0, None, workers, Ahead(40), lambda: False, Stalls()
+            ) as reader,
+        ):
             iterator = iter(reader)
             for _ in range(opened):
                 window, content = next(iterator)
