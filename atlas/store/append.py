@@ -21,7 +21,7 @@ from atlas.config import Profile
 from atlas.errors import ConfigError, InputError, MissingColumnError, StudyExistsError
 from atlas.ingest.genes import align
 from atlas.ingest.study import FILE_COLUMN, Reading, StudyCounts, open_study
-from atlas.store import chunks
+from atlas.store import layout
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array, write_part
 from atlas.store.journal import Journal
@@ -281,7 +281,7 @@ def _fingerprint(
     return {
         **options,
         "block": block,
-        "shard": [chunks.CHUNK, chunks.SHARD],
+        "shard": [layout.CHUNK, layout.SHARD],
         "files": [str(path.absolute()) for path in counts.files],
         "sizes": [stat.st_size for stat in stats],
         "times": [stat.st_mtime_ns for stat in stats],

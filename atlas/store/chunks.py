@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -24,9 +23,6 @@ import numcodecs.blosc
 import numpy as np
 import numpy.typing as npt
 import pcodec.standalone
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.errors import CorruptStoreError, FormatError
 from atlas.store import fused
@@ -36,70 +32,11 @@ from loaders.pool import POOL
 from loaders.selection import Ints
 from loaders.source import as_ranges
 
-# Atlas reads these codecs itself, and README.md names the profile for other readers.
-warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
-
-CHUNK = 32_768
-"""Elements of an inner chunk: what is decoded at once."""
-SHARD = 256 * CHUNK
-"""Elements of a shard: one file."""
-
 _STORED = "the crc32c stored"
 _OPEN = 512
 """Shards of all arrays that stay open; a process may have about a thousand files open."""
 _KEPT = 64 * 2**20
 """Bytes of scratch memory that a thread keeps; larger ones are made for the occasion."""
-
-
-def create(
-    group: zarr.Group,
-    name: str,
-    n: int,
-    dtype: npt.DTypeLike,
-    profile: str,
-    *,
-    sorted_runs: bool = False,
-) -> zarr.Array[Any]:
-    """Create a one-dimensional array in shards of checksummed chunks.
-
-    Parameters
-    ----------
-    group, name
-        Where.
-    n
-        Elements.
-    dtype
-        Little-endian numpy type.
-    profile
-        ``"fast"``: Blosc lz4 with byte shuffle, and a delta filter where it pays. ``"portable"``:
-        the same without the delta, so codecs of the Zarr v3 specification only. ``"small"``:
-        pcodec level 8.
-    sorted_runs
-        Values rise within runs (column indices, row pointers), so that deltas are small.
-    """
-    kind = np.dtype(dtype).newbyteorder("<")
-    options: dict[str, Any] = {}
-    if profile == "small":
-        options["serializer"] = PCodec(level=8)
-        options["compressors"] = [Crc32cCodec()]
-        options["filters"] = None
-    else:
-        delta = profile == "fast" and sorted_runs
-        options["filters"] = [Delta(dtype=kind.str)] if delta else None
-        options["compressors"] = [
-            BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"),
-            Crc32cCodec(),
-        ]
-    return group.create_array(
-        name,
-        shape=(n,),
-        dtype=kind,
-        chunks=(CHUNK,),
-        shards=(SHARD,),
-        fill_value=0,
-        config={"write_empty_chunks": True},
-        **options,
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +61,7 @@ def _decompress_pcodec(source: bytes, target: npt.NDArray[Any]) -> None:
 
 
 def _recipe(path: Path) -> _Recipe:
-    """Parse the metadata of an array that :func:`create` made."""
+    """Parse the metadata of an array that :class:`atlas.store.layout.Layout` declared."""
     try:
         meta = json.loads((path / "zarr.json").read_bytes())
         (sharding,) = meta["codecs"]

@@ -1,78 +1,18 @@
-"""Writing the counts or a layer of a study: shards of compressed, checksummed chunks.
-
-Shards are laid out here as zarr-python would (sharding codec of the Zarr v3 specification, index at
-the end), because there they are made by one thread and through several copies. Tests compare both.
-"""
+"""Writing the counts or a layer of a study, shard by shard."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
-import numcodecs.blosc
 import numpy as np
 import numpy.typing as npt
 import zarr
-from numcodecs.pcodec import PCodec
 
 from atlas import files
-from atlas.store import chunks
-from atlas.store.fused import NO_CHUNK
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the values of one array are cut and compressed; what :func:`chunks.create` declares.
-
-    Attributes
-    ----------
-    dtype
-        numpy type.
-    profile
-        ``"fast"``, ``"portable"`` or ``"small"``.
-    sorted_runs
-        Values rise within runs.
-    chunk, shard
-        Elements of each.
-    """
-
-    dtype: str
-    profile: str
-    sorted_runs: bool
-    chunk: int
-    shard: int
-
-    def encode(self, values: npt.NDArray[Any]) -> bytes:
-        """The file of one shard."""
-        kind = np.dtype(self.dtype)
-        values = values.astype(kind, copy=False)
-        index = np.full((self.shard // self.chunk, 2), NO_CHUNK, "<u8")
-        parts, at = [], 0
-        for number, start in enumerate(range(0, len(values), self.chunk)):
-            chunk = values[start : start + self.chunk]
-            if len(chunk) < self.chunk:
-                chunk = np.concatenate([chunk, np.zeros(self.chunk - len(chunk), kind)])
-            body = self._compress(chunk)
-            parts += [body, google_crc32c.value(body).to_bytes(4, "little")]
-            index[number] = at, len(body) + 4
-            at += len(body) + 4
-        tail = index.tobytes()
-        return b"".join([*parts, tail, google_crc32c.value(tail).to_bytes(4, "little")])
-
-    def _compress(self, chunk: npt.NDArray[Any]) -> bytes:
-        if self.profile == "small":
-            return bytes(PCodec(level=8).encode(chunk))
-        if self.profile == "fast" and self.sorted_runs:
-            deltas = np.empty_like(chunk)
-            deltas[0] = chunk[0]
-            np.subtract(chunk[1:], chunk[:-1], out=deltas[1:])
-            chunk = deltas
-        packed: bytes = numcodecs.blosc.compress(
-            np.ascontiguousarray(chunk), b"lz4", 5, numcodecs.blosc.SHUFFLE, 0, chunk.itemsize
-        )
-        return packed
+from atlas.store import layout
+from atlas.store.layout import Layout
 
 
 class Written(NamedTuple):
@@ -83,9 +23,9 @@ class Written(NamedTuple):
     crc32c: int
 
 
-def write_shard(folder: Path, number: int, values: npt.NDArray[Any], layout: Layout) -> Written:
+def write_shard(folder: Path, number: int, values: npt.NDArray[Any], how: Layout) -> Written:
     """Write one shard into ``folder``, synced."""
-    data = layout.encode(values)
+    data = how.encode(values)
     files.write_bytes(folder / str(number), data)
     return Written(number, len(data), google_crc32c.value(data))
 
@@ -98,8 +38,8 @@ def index_type(n_columns: int) -> str:
 def layouts(types: tuple[str, str], profile: str) -> tuple[Layout, Layout]:
     """Of the indices and of the values of a matrix."""
     return (
-        Layout(types[0], profile, True, chunks.CHUNK, chunks.SHARD),
-        Layout(types[1], profile, False, chunks.CHUNK, chunks.SHARD),
+        Layout(types[0], profile, True, layout.CHUNK, layout.SHARD),
+        Layout(types[1], profile, False, layout.CHUNK, layout.SHARD),
     )
 
 
@@ -138,13 +78,24 @@ def create_matrix(
         }
     )
     nnz = int(indptr[-1])
-    for array, kind, rises in (("indices", types[0], True), ("data", types[1], False)):
-        chunks.create(matrix, array, nnz, kind, profile, sorted_runs=rises)
+    for array, how in zip(("indices", "data"), layouts(types, profile), strict=True):
+        how.create(matrix, array, nnz)
         if nnz:
             (shards / array).rename(folder / name / array / "c")
-    chunks.create(matrix, "indptr", len(indptr), np.int64, profile, sorted_runs=True)
-    target = folder / name / "indptr" / "c"
+    write_pointers(matrix, folder / name, indptr, pointers(profile))
+
+
+def pointers(profile: str) -> Layout:
+    """Of the row pointers of a matrix."""
+    return Layout("<i8", profile, True, layout.CHUNK, layout.SHARD)
+
+
+def write_pointers(
+    matrix: zarr.Group, folder: Path, indptr: npt.NDArray[np.int64], how: Layout
+) -> None:
+    """Declare and write the row pointers of a matrix that lies in ``folder``."""
+    how.create(matrix, "indptr", len(indptr))
+    target = folder / "indptr" / "c"
     target.mkdir()
-    layout = Layout("<i8", profile, True, chunks.CHUNK, chunks.SHARD)
-    for number, start in enumerate(range(0, len(indptr), chunks.SHARD)):
-        write_shard(target, number, indptr[start : start + chunks.SHARD], layout)
+    for number, start in enumerate(range(0, len(indptr), how.shard)):
+        write_shard(target, number, indptr[start : start + how.shard], how)

@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from tqdm import tqdm
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.codecs.numcodecs import Delta
 
 from atlas import files
 from atlas.errors import LockedError, StoreError
 from atlas.store.arrays import DurableStore
-from atlas.store.matrix_writer import Layout, Written, index_type, write_shard
+from atlas.store.layout import Layout
+from atlas.store.matrix_writer import Written, index_type, write_pointers, write_shard
 from atlas.store.parallel import ordered_map, resolve_threads
 from atlas.store.projection_format import (
     BEGUN,
@@ -279,13 +278,9 @@ class _MatrixWriter:
             }
         )
         for name, layout in self._layouts.items():
-            _create(group, name, nnz, layout)
+            layout.create(group, name, nnz)
         pointers = Layout("<i8", "fast", True, CHUNK, SHARD)
-        _create(group, "indptr", len(self._indptr), pointers)
-        (self._folder / "indptr" / "c").mkdir()
-        for number, start in enumerate(range(0, len(self._indptr), SHARD)):
-            part = self._indptr[start : start + SHARD]
-            write_shard(self._folder / "indptr" / "c", number, part, pointers)
+        write_pointers(group, self._folder, self._indptr, pointers)
         return StudyRecord(
             n_obs=self._shape[0],
             nnz=nnz,
@@ -295,21 +290,6 @@ class _MatrixWriter:
                 for name, shards in self._shards.items()
             },
         )
-
-
-def _create(group: zarr.Group, name: str, n: int, layout: Layout) -> None:
-    """Declare an array whose shards are written already."""
-    group.create_array(
-        name,
-        shape=(n,),
-        dtype=np.dtype(layout.dtype),
-        chunks=(layout.chunk,),
-        shards=(layout.shard,),
-        fill_value=0,
-        filters=[Delta(dtype=layout.dtype)] if layout.sorted_runs else None,
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="shuffle"), Crc32cCodec()],
-        config={"write_empty_chunks": True},
-    )
 
 
 @numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

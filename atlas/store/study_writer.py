@@ -20,10 +20,10 @@ from atlas.errors import ConfigError
 from atlas.ingest.base import CountsSource
 from atlas.ingest.matrix import Rows
 from atlas.ingest.study import Piece, Reading, StudyCounts
-from atlas.store import chunks, tally
+from atlas.store import layout, tally
 from atlas.store.journal import Journal
+from atlas.store.layout import Layout
 from atlas.store.matrix_writer import (
-    Layout,
     Written,
     create_matrix,
     index_type,
@@ -364,7 +364,7 @@ def _value_type(runs: Runs, layer: str | None) -> str:
 
 def shard_bytes(counts: StudyCounts, types: tuple[str, str]) -> int:
     """Memory for one shard: what is read, what is gathered from it, and what is compressed."""
-    most = min(chunks.SHARD, counts.n_obs * counts.n_vars)
+    most = min(layout.SHARD, counts.n_obs * counts.n_vars)
     return max(1, most * sum(np.dtype(kind).itemsize for kind in types) * 5 // 2)
 
 

@@ -230,10 +230,10 @@ def test_splits_are_stable_hash_ranges(tmp_path: Path, make_study: MakeStudy) ->
 
 
 def test_more_than_one_shard_and_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atlas.store import chunks
+    from atlas.store import layout
 
-    monkeypatch.setattr(chunks, "CHUNK", 64)
-    monkeypatch.setattr(chunks, "SHARD", 256)
+    monkeypatch.setattr(layout, "CHUNK", 64)
+    monkeypatch.setattr(layout, "SHARD", 256)
     rng = np.random.default_rng(0)
     counts = sp.random(500, 40, density=0.3, random_state=rng, format="csr", dtype=np.float32)
     counts.data = np.ceil(counts.data * 9).astype(np.float32)

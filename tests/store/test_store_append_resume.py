@@ -18,7 +18,7 @@ from anndata import AnnData
 from atlas import files, workflows
 from atlas.errors import CountsError, StoreError
 from atlas.ingest import CountsSource
-from atlas.store import CountStore, chunks, create_store, journal, open_store, study_writer
+from atlas.store import CountStore, create_store, journal, layout, open_store, study_writer
 from atlas.store import append as append_module
 
 MakeStudy = Callable[..., AnnData]
@@ -36,8 +36,8 @@ def content(root: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 64)
-    monkeypatch.setattr(chunks, "SHARD", 256)
+    monkeypatch.setattr(layout, "CHUNK", 64)
+    monkeypatch.setattr(layout, "SHARD", 256)
     monkeypatch.setattr(journal, "INTERVAL", 0.0)
 
 
@@ -337,8 +337,8 @@ def test_reading_the_file_is_not_begun_where_all_is_read(
 
 _INGEST = """
 import sys
-from atlas.store import open_store, chunks, journal
-chunks.CHUNK, chunks.SHARD, journal.INTERVAL = 512, 4096, 0.0
+from atlas.store import open_store, journal, layout
+layout.CHUNK, layout.SHARD, journal.INTERVAL = 512, 4096, 0.0
 store = open_store(sys.argv[1])
 print("go", flush=True)
 report = store.append(sys.argv[2], study="s", batch_key="batch", memory=4096 * 6 * 5 // 2)

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from atlas.errors import ConfigError, CountsError
-from atlas.store import chunks, create_store
+from atlas.store import create_store, layout
 from atlas.store.workers import Workers
 
 MakeStudy = Callable[..., AnnData]
@@ -33,8 +33,8 @@ def content(root: Path) -> dict[str, bytes]:
 def _ingest_with(
     tmp_path: Path, make_study: MakeStudy, scheduler: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 64)
-    monkeypatch.setattr(chunks, "SHARD", 256)
+    monkeypatch.setattr(layout, "CHUNK", 64)
+    monkeypatch.setattr(layout, "SHARD", 256)
     adata = make_study(200, 40)
     adata.layers["half"] = adata.X * 0.5
     adata.write_h5ad(tmp_path / "a.h5ad")
@@ -128,8 +128,8 @@ def test_a_budget_too_small_names_the_least(tmp_path: Path, make_study: MakeStud
 
 
 def test_memory_stays_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 4096)
-    monkeypatch.setattr(chunks, "SHARD", 65_536)
+    monkeypatch.setattr(layout, "CHUNK", 4096)
+    monkeypatch.setattr(layout, "SHARD", 65_536)
     n_obs, n_vars, memory = 6_000, 1_000, 4_000_000
     generator = np.random.default_rng(0)
     counts = sp.random(n_obs, n_vars, 0.4, "csr", np.float32, generator)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import zarr
 
-from atlas.store import chunks
-from atlas.store.matrix_writer import Layout, write_shard
+from atlas.store import layout
+from atlas.store.layout import Layout
+from atlas.store.matrix_writer import write_shard
 
 
 @pytest.mark.parametrize("profile", ["fast", "portable", "small"])
@@ -25,23 +26,23 @@ def test_shards_are_those_of_zarr_python(
     dtype: str,
     n: int,
 ) -> None:
-    monkeypatch.setattr(chunks, "CHUNK", 64)
-    monkeypatch.setattr(chunks, "SHARD", 256)
+    monkeypatch.setattr(layout, "CHUNK", 64)
+    monkeypatch.setattr(layout, "SHARD", 256)
     generator = np.random.default_rng(n)
     values = np.sort(generator.integers(0, 60_000, n)) if rises else generator.poisson(2, n)
     values = values.astype(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         group = zarr.open_group(tmp_path / "theirs", mode="w", zarr_format=3)
-        array = chunks.create(group, "x", n, dtype, profile, sorted_runs=rises)
+        how = Layout(dtype, profile, rises, 64, 256)
+        array = how.create(group, "x", n)
         array[:] = values
         ours = zarr.open_group(tmp_path / "ours", mode="w", zarr_format=3)
-        chunks.create(ours, "x", n, dtype, profile, sorted_runs=rises)
+        how.create(ours, "x", n)
         folder = tmp_path / "ours" / "x" / "c"
         folder.mkdir()
-        layout = Layout(dtype, profile, rises, 64, 256)
         for number, start in enumerate(range(0, n, 256)):
-            written = write_shard(folder, number, values[start : start + 256], layout)
+            written = write_shard(folder, number, values[start : start + 256], how)
             assert written.size == (folder / str(number)).stat().st_size
         np.testing.assert_array_equal(ours["x"][:], values)
     their_files = {p.name: p.read_bytes() for p in (tmp_path / "theirs/x/c").iterdir()}

@@ -14,7 +14,7 @@ import zarr
 
 import atlas
 from atlas.errors import CorruptStoreError
-from atlas.store import chunks, fused
+from atlas.store import chunks, fused, layout
 from loaders import MinibatchLoader, SequentialLoader
 
 pytestmark = pytest.mark.timeout(120)
@@ -32,8 +32,8 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunks, "CHUNK", 64)
-    monkeypatch.setattr(chunks, "SHARD", 256)
+    monkeypatch.setattr(layout, "CHUNK", 64)
+    monkeypatch.setattr(layout, "SHARD", 256)
 
 
 @pytest.fixture
@@ -192,7 +192,7 @@ def test_chunks_in_any_order_with_gaps_are_what_zarr_reads(store, way):
     for name in ("indices", "data"):
         for path in shards(store, 0, name):
             old = path.read_bytes()
-            n = chunks.SHARD // chunks.CHUNK
+            n = layout.SHARD // layout.CHUNK
             index = index_of(old).copy()
             new = bytearray()
             for k in reversed(range(n)):
@@ -219,5 +219,5 @@ def test_chunks_in_any_order_with_gaps_are_what_zarr_reads(store, way):
 
 
 def index_of(shard: bytes | bytearray) -> np.ndarray:
-    n = chunks.SHARD // chunks.CHUNK
+    n = layout.SHARD // layout.CHUNK
     return np.frombuffer(bytes(shard[-16 * n - 4 : -4]), "<u8").reshape(-1, 2)

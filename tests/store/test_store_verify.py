@@ -22,7 +22,7 @@ from anndata import AnnData
 import atlas
 from atlas.cli import main
 from atlas.errors import CorruptStoreError, NotAStoreError
-from atlas.store import CountStore, chunks, create_store, open_store
+from atlas.store import CountStore, chunks, create_store, layout, open_store
 from atlas.store import findings as all_findings
 from atlas.store.findings import VerifyReport
 
@@ -32,8 +32,8 @@ MakeStudy = Callable[..., AnnData]
 @pytest.fixture
 def store(tmp_path: Path, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch) -> CountStore:
     """Two studies in shards of several chunks, with a layer, an embedding, and a replaced one."""
-    monkeypatch.setattr(chunks, "CHUNK", 128)
-    monkeypatch.setattr(chunks, "SHARD", 512)
+    monkeypatch.setattr(layout, "CHUNK", 128)
+    monkeypatch.setattr(layout, "SHARD", 512)
     store = create_store(tmp_path / "s.atlas")
     first = make_study(n=120)
     first.layers["spliced"] = first.X * 0.5
