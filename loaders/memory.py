@@ -29,7 +29,9 @@ _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
 
 _TABLE_ROW: Final = 64
 """Bytes of an open row besides its values: where it lies, and its place in the order."""
-_QUEUE: Final = 128 * 10**6
+_QUEUE: Final = 192 * 10**6
+_GROUPS: Final = 8
+"""That the queue is made of: threads must not wait for who takes them, nor it for them."""
 _BUNDLE_ROWS: Final = 2048
 _ROWS_AT_ONCE: Final = 2**20
 _TASK: Final = 2**22
@@ -192,7 +194,7 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     queue = 3 * minibatch + min(left // 2, max(0, _QUEUE - 3 * minibatch))
     windows = total - reading - held - queue
     # one is made, the last one taken is still in use, and the others wait
-    group = max(minibatch, queue // 4)
+    group = max(minibatch, queue // _GROUPS)
     # what is made in one go needs its windows open at once
     spare = int((windows - open_bytes) / rates.max())
     rows_at_once = min(_BUNDLE_ROWS, needs.minibatch_size + spare)

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from atlas.store.base import CountStore
     from atlas.store.view import CountView
 
-CHUNK = 16_384
-"""Elements of a chunk. Rows are about ten times shorter than in the store, so chunks are: blocks of
-256 rows are read half as fast again as from chunks of 131,072, for 5 % more bytes."""
-SHARD = 128 * CHUNK
+CHUNK = 8_192
+"""Elements of a chunk. Rows are several times shorter than in the store, so chunks are: a block of
+256 rows ends in fewer values that are decoded for nothing (benchmarks/LOG.md)."""
+SHARD = 256 * CHUNK
 
 _BLOCK = 2**19
 """Values of the store that are read at once, about."""

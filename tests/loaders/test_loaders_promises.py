@@ -86,7 +86,8 @@ def test_rows_come_as_often_as_their_weight_says(seed, factor, share):
     z = (seen - expected)[drawn] / np.sqrt(expected[drawn] * 8)
     assert np.abs(z).max() < 6
     heavy = weights == factor
-    assert seen[heavy].sum() == pytest.approx(expected[heavy].sum(), rel=0.05)
+    off = seen[heavy].sum() - expected[heavy].sum()
+    assert abs(off) < 6 * np.sqrt(expected[heavy].sum())  # few rows may be heavy
 
 
 def test_counts_of_weighted_rows_follow_the_weights_on_the_whole():
