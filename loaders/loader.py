@@ -21,7 +21,7 @@ from loaders.selection import RowsLike, Selection
 from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
 from loaders.stalls import Stalls
 from loaders.state import Fingerprint, Position, restore, save
-from loaders.weights import Draws, balanced
+from loaders.weights import Draws, balanced, codes_of
 
 # Share of the buffer that heavy rows may fill.
 _HEAVY_SHARE = 4
@@ -47,8 +47,8 @@ class MinibatchLoader:
     weights
         Draw rows with replacement in proportion to these, (n_obs,), in place of taking each once.
     balance
-        Name of an obs code: draw each of its values equally often. Rows with code -1 count as one
-        value more.
+        Name of an obs code, or a value for each row, (n_obs,), such as a column of obs: draw each
+        of its values equally often. Rows with code -1, or without a value, count as one value more.
     rows_per_epoch
         How many rows to draw in an epoch; by default as many as there are to go through. Only with
         ``weights`` or ``balance``.
@@ -81,7 +81,7 @@ class MinibatchLoader:
         *,
         rows: RowsLike = None,
         weights: npt.ArrayLike | None = None,
-        balance: str | None = None,
+        balance: str | npt.ArrayLike | None = None,
         rows_per_epoch: int | None = None,
         block_size: int | None = None,
         buffer_size: int | None = None,
@@ -299,7 +299,10 @@ class MinibatchLoader:
             self._go_to(Position(epoch))
 
     def _weights(
-        self, weights: npt.ArrayLike | None, balance: str | None, selection: Selection
+        self,
+        weights: npt.ArrayLike | None,
+        balance: str | npt.ArrayLike | None,
+        selection: Selection,
     ) -> npt.ArrayLike:
         if balance is None:
             assert weights is not None  # one of the two was given
@@ -310,12 +313,14 @@ class MinibatchLoader:
                 expected="one of them",
                 do="multiply the weights yourself, or leave one out",
             )
+        if not isinstance(balance, str):
+            return balanced(codes_of(balance, self._source.n_obs), selection)
         if balance not in self._obs_codes:
             raise LoaderError(
                 "there are no such codes to balance by",
                 found=repr(balance),
                 expected="one of " + (", ".join(self._obs_codes) or "(there are none)"),
-                do="for another column give weights: 1 / the number of rows of its value",
+                do="for another column give its values, one for each row",
             )
         return balanced(self._obs_codes[balance], selection)
 

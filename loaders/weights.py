@@ -23,6 +23,27 @@ HEAVY_DRAWS = 4
 """Draws of one row that a visit of its block may make, before it counts as heavy."""
 
 
+def codes_of(values: npt.ArrayLike, n_obs: int) -> npt.NDArray[np.int32]:
+    """Number the different values of rows from 0: int32, (n_obs,).
+
+    Raises
+    ------
+    LoaderError
+        There is not one value for each row.
+    """
+    column = np.asarray(values)
+    if column.shape != (n_obs,):
+        raise LoaderError(
+            "balance has another shape than the rows",
+            found=column.shape,
+            expected=(n_obs,),
+            do="give one value for each row of the source, also for those that rows leaves out",
+        )
+    if column.dtype == object:  # texts, perhaps with None or NaN among them
+        column = column.astype(str)
+    return np.unique(column, return_inverse=True)[1].astype(np.int32)
+
+
 def balanced(codes: npt.NDArray[np.int32], selection: Selection) -> npt.NDArray[np.float64]:
     """Weights by which each code is drawn equally often among the chosen rows: float64, (n_obs,).
 

@@ -118,6 +118,22 @@ def test_labels_are_balanced_down_to_a_single_cell():
             assert (b.to_scipy() != counts(3_000)[b.rows]).nnz == 0
 
 
+def test_any_column_can_be_balanced_by():
+    codes = np.random.default_rng(2).choice(3, 3_000, p=[0.9, 0.07, 0.03])
+    donors = np.array(["D1", "D2", None], object)[codes]
+    data = ArraySource(counts(3_000), {"donor": codes})
+    ours, by_code = (
+        MinibatchLoader(data, 128, balance=balance, rows_per_epoch=4_000)
+        for balance in (donors, "donor")
+    )
+    by_number = MinibatchLoader(data, 128, balance=codes, rows_per_epoch=4_000)
+    for a, b, c in zip(ours, by_code, by_number, strict=True):
+        assert (a.rows == b.rows).all()
+        assert (c.rows == b.rows).all()
+    rows = np.concatenate([m.rows for m in by_number])
+    assert np.bincount(codes[rows]) == pytest.approx([4_000 / 3] * 3, rel=0.12)
+
+
 def test_rare_rows_are_read_once_and_held():
     weights = np.ones(4_000)
     weights[[17, 2_000]] = 1_000
@@ -140,6 +156,7 @@ def test_rare_rows_are_read_once_and_held():
         ({"weights": np.array(["a"] * 500)}, "one number for each row"),
         ({"balance": "donor"}, "expected: one of batch, label"),
         ({"balance": "label", "weights": np.ones(500)}, "weights and balance are both given"),
+        ({"balance": ["a", "b"]}, r"found: \(2,\)\n +expected: \(500,\)"),
         ({"rows_per_epoch": 10}, "rows_per_epoch is given, but rows are not drawn"),
         ({"rows": np.zeros(500, bool)}, "no rows to load"),
         ({"narrow": True}, "narrow minibatches cannot be made"),
