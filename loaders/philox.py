@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 # The second word of the key: what the words are for. 2 was once the pool at the end of an epoch.
 BLOCKS: Final = 0
@@ -44,5 +45,20 @@ def uniform(
 def permutation(
     n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
 ) -> npt.NDArray[np.int64]:
-    """A permutation of ``range(n)``: int64, (n,). Equal words, if ever, stay in order."""
-    return np.argsort(words(n, seed, purpose, epoch, lane, window), kind="stable")
+    """A permutation of ``range(n)``: int64, (n,); Durstenfeld's shuffle (1964, Algorithm 235).
+
+    A place among k is the integer part of k · word / 2^64: no place is likelier than another by
+    more than k / 2^64.
+    """
+    order = np.arange(n)
+    _shuffle(order, words(n, seed, purpose, epoch, lane, window))
+    return order
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _shuffle(order: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint64]) -> None:
+    half, low = np.uint64(32), np.uint64(2**32 - 1)
+    for last in range(len(order) - 1, 0, -1):
+        word, k = drawn[last], np.uint64(last + 1)
+        place = np.int64(((word >> half) * k + (((word & low) * k) >> half)) >> half)
+        order[last], order[place] = order[place], order[last]

@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from loaders.minibatch import Minibatch
@@ -23,6 +25,13 @@ _ROW, _LENGTH, _INDICES, _DATA, _NARROW = range(5)
 _COLUMNS: Final = 5
 _TABLE_ROW: Final = 8 * _COLUMNS
 """Bytes of a row of it."""
+
+_AHEAD: Final = 4
+"""Rows between the one that is copied and the one that the processor is told of."""
+_TOLD: Final = 256
+"""Bytes of it, of columns and of values; what follows the processor guesses itself."""
+_LINE: Final = 64
+"""Bytes that come from memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +240,21 @@ def _pointer(kind: Any) -> Any:
     return at
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _prefetch(_: Any, address: Any) -> Any:
+    """Tell the processor that what is at an address will be read."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        reading, keep, data = (ir.Constant(flag, number) for number in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer), reading, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 _row_at = _pointer(types.int64)
 _halves_at = _pointer(types.uint16)
 _words_at = _pointer(types.int32)
@@ -245,6 +269,17 @@ def _sum_lengths(places: Ints, ends: Ints) -> None:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _tell(places: Ints, i: int) -> None:
+    """Have the beginning of a row brought from memory: rows are copied in no order."""
+    if i < len(places):
+        row = _row_at(places[i])
+        nbytes = row[_LENGTH] * (2 if row[_NARROW] else 4)
+        for line in range(0, min(nbytes, _TOLD), _LINE):
+            _prefetch(row[_INDICES] + line)
+            _prefetch(row[_DATA] + line)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _copy_narrow(
     places: Ints,
     indptr: Ints,
@@ -254,6 +289,7 @@ def _copy_narrow(
 ) -> None:
     """Copy narrow rows, given where their table is."""
     for i in range(len(places)):
+        _tell(places, i + _AHEAD)
         row = _row_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]
@@ -275,6 +311,7 @@ def _copy_wide(
 ) -> None:
     """Copy rows, narrow or wide, given where their table is; widen the narrow ones."""
     for i in range(len(places)):
+        _tell(places, i + _AHEAD)
         row = _row_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]

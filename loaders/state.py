@@ -9,7 +9,7 @@ from typing import Any, Final
 from loaders.errors import LoaderError
 
 # Raised when the order of rows changes for the same settings, or the fields of the state do.
-VERSION: Final = 2
+VERSION: Final = 3
 
 _FIELDS: Final = ("version", "epoch", "step", "fingerprint")
 

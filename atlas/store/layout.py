@@ -49,6 +49,8 @@ class Layout:
         Values rise within runs (column indices, row pointers), so that deltas are small.
     chunk, shard
         Elements of each.
+    packed
+        Whether Blosc compresses, or only frames; then there is no delta either.
     """
 
     dtype: str
@@ -56,6 +58,7 @@ class Layout:
     sorted_runs: bool
     chunk: int
     shard: int
+    packed: bool = True
 
     def create(self, group: zarr.Group, name: str, n: int) -> zarr.Array[Any]:
         """Declare an array of ``n`` elements in Zarr."""
@@ -97,7 +100,7 @@ class Layout:
 
     @property
     def _delta(self) -> bool:
-        return self.profile == "fast" and self.sorted_runs
+        return self.profile == "fast" and self.sorted_runs and self.packed
 
     @property
     def _blosc(self) -> tuple[str, int]:
@@ -107,6 +110,8 @@ class Layout:
         more when it is written; higher levels take ten times as long and gain little. In
         differences there is nothing to find but zero bytes (benchmarks/LOG.md).
         """
+        if not self.packed:
+            return "lz4", 0
         return ("lz4", 5) if self.sorted_runs else ("lz4hc", 2)
 
     def _compress(self, chunk: npt.NDArray[Any]) -> bytes:

@@ -218,13 +218,16 @@ def _row_blocks(counts: CSRMatrix, n_obs: int) -> Iterator[tuple[int, int]]:
 
 
 class _MatrixWriter:
-    """Collects CSR rows and writes whole shards; holds two at the most."""
+    """Collects CSR rows and writes whole shards; holds two at the most.
+
+    Nothing is compressed: what is read for many epochs may take twice the room.
+    """
 
     def __init__(self, folder: Path, n_obs: int, n_vars: int, count_type: str) -> None:
         self._folder = folder
         self._layouts = {
-            "indices": Layout(index_type(n_vars), "fast", True, CHUNK, SHARD),
-            "data": Layout(count_type, "fast", False, CHUNK, SHARD),
+            "indices": Layout(index_type(n_vars), "fast", True, CHUNK, SHARD, packed=False),
+            "data": Layout(count_type, "fast", False, CHUNK, SHARD, packed=False),
         }
         self._shape = (n_obs, n_vars)
         self._indptr = np.zeros(n_obs + 1, np.int64)

@@ -265,7 +265,7 @@ def test_a_state_of_another_source_is_refused():
     [
         (
             {"version": 1},
-            "another version of the loader\n  found: version 1\n  expected: version 2",
+            "another version of the loader\n  found: version 1\n  expected: version 3",
         ),
         ({"step": 18}, "found: step 18\n  expected: 0 to 17"),
         ({"step": -1}, "found: step -1"),
