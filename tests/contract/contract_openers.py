@@ -1,0 +1,100 @@
+"""Every way in which counts are opened: a source of the same cells, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+import atlas
+from loaders import RowSource
+
+GENES = 80
+NAMES = [f"gene{i}" for i in range(GENES)]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source, and the counts that it is to give, in its own order of rows: CSR of float64."""
+
+    source: RowSource
+    counts: sp.csr_matrix
+    reopen: Callable[[], RowSource]
+
+
+def studies() -> dict[str, AnnData]:
+    """Two studies over the same genes; one cell is empty, and one count is large."""
+    out = {}
+    for seed, (name, n) in enumerate({"one": 333, "two": 190}.items()):
+        rng = np.random.default_rng(seed)
+        counts = rng.poisson(rng.gamma(0.3, 2, GENES), (n, GENES))
+        counts[n // 2] = 0
+        counts[3, 5] = 40_000
+        obs = pd.DataFrame(
+            {
+                "batch": rng.choice(["a", "b"], n),
+                "cell_type": rng.choice(["T", "B", "Unknown"], n),
+            },
+            index=[f"{name}-{i}" for i in range(n)],
+        )
+        out[name] = AnnData(sp.csr_matrix(counts.astype(np.float32)), obs)
+        out[name].var_names = NAMES
+    return out
+
+
+def _opened(source: RowSource, names: list[str], reopen: Callable[[], RowSource]) -> Opened:
+    """``names`` are the row names of the source, in its order."""
+    whole = ad.concat(studies().values())
+    counts = sp.csr_matrix(whole[names].X, dtype=np.float64)
+    return Opened(source, counts, reopen)
+
+
+def _filled(folder: Path, **options: str) -> Path:
+    store = atlas.create_store(folder / "store", **options.pop("create", {}))
+    for name, study in studies().items():
+        store.append(study, study=name, batch_key="batch", label_key="cell_type", **options)
+    return folder / "store"
+
+
+def _store(path: Path) -> Opened:
+    store = atlas.open_store(path)
+    return _opened(store, list(store.obs().index), lambda: atlas.open_store(path))
+
+
+def zarr_fast(folder: Path) -> Opened:
+    return _store(_filled(folder, profile="fast"))
+
+
+def zarr_portable(folder: Path) -> Opened:
+    return _store(_filled(folder, profile="portable"))
+
+
+def zarr_small(folder: Path) -> Opened:
+    return _store(_filled(folder, profile="small"))
+
+
+def projection(folder: Path) -> Opened:
+    store = atlas.open_store(_filled(folder))
+    path = folder / "projected"
+    source = atlas.project(store, NAMES, path)
+    return _opened(source, list(store.obs().index), lambda: atlas.project(store, NAMES, path))
+
+
+def anndata_zarr(folder: Path) -> Opened:
+    whole = ad.concat(studies().values())
+    path = folder / "cells.zarr"
+    whole.write_zarr(path)
+
+    def reopen() -> RowSource:
+        return atlas.open_zarr(path, batch_key="batch", label_key="cell_type")
+
+    return _opened(reopen(), list(whole.obs_names), reopen)
+
+
+OPENERS = [zarr_fast, zarr_portable, zarr_small, projection, anndata_zarr]
