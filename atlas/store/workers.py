@@ -1,4 +1,10 @@
-"""Who does the work of an ingest: threads, processes of this machine, or a dask cluster."""
+"""Who does the work of an ingest: threads, processes of this machine, or a dask cluster.
+
+Blocks are begun one at a time, as workers become free, so that what is read and not yet written
+stays within the budget. dask's scheduler of threads takes a whole graph at once and runs it on a
+``ThreadPoolExecutor``; here that executor is used as such, and in its place the one that
+``distributed`` gives for processes and clusters.
+"""
 
 from __future__ import annotations
 
