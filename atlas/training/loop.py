@@ -126,7 +126,7 @@ def fit(
             state = TrainingState.start(model, loader, config, device)
             if found is not None:
                 state.restore(found, out)
-            write_log(out, state.history)
+                write_log(out, state.history)
             validation = None
             if validates:
                 validation = SequentialLoader(

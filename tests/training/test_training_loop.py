@@ -274,6 +274,17 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         train(tmp_path)
 
 
+def test_a_run_that_failed_before_it_saved_is_begun_again(tmp_path: Path) -> None:
+    def fail(*_: object) -> Losses:
+        raise RuntimeError("no memory left")
+
+    broken = make_model()
+    broken.loss = fail  # type: ignore[method-assign, assignment]
+    with pytest.raises(RuntimeError, match="no memory left"):
+        train(tmp_path, broken)
+    assert len(train(tmp_path).records) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
