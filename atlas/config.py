@@ -14,6 +14,7 @@ Norm = Literal["layer", "batch"]
 LibraryKind = Literal["observed", "latent"]
 Precision = Literal["float32", "bfloat16"]
 Profile = Literal["fast", "portable", "small"]
+StoreFormat = Literal["zarr", "tiledb"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ def ingest(options: argparse.Namespace) -> None:
         fresh=options.fresh,
         genes=Path(options.genes).read_text().split() if options.genes else None,
         first=options.first,
+        format=options.format,
         progress=True,
     )
     speed = report.n_obs / max(report.seconds, 1e-9)

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
 from atlas.cli import commands
-from atlas.config import Profile, ScviConfig, TrainConfig
+from atlas.config import Profile, ScviConfig, StoreFormat, TrainConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -65,6 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--fresh", action="store_true", help="do not go on with an ingest that was interrupted"
+    )
+    sub.add_argument(
+        "--format", choices=get_args(StoreFormat), help="of a new store: zarr if not given"
     )
     new = sub.add_mutually_exclusive_group()
     new.add_argument("--genes", metavar="FILE", help="of a new store: hold these, one a line")

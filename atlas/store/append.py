@@ -28,6 +28,7 @@ from atlas.store.journal import Journal
 from atlas.store.manifest import INGEST, SCRATCH
 from atlas.store.schema import Manifest, StudyEntry
 from atlas.store.study_writer import StudyWriter, check_memory
+from atlas.store.tiledb_array import tiledb
 from atlas.store.workers import Workers
 from atlas.store.zarr_study import digests
 from loaders.errors import LoaderError
@@ -178,6 +179,15 @@ def _append(
                 do="choose another name; a study is never changed once written",
                 path=root,
             )
+        if newest.backend == "tiledb":
+            tiledb()  # said before anything is read
+            if request.profile != "fast":
+                raise ConfigError(
+                    "A store of the format tiledb has no compression profiles",
+                    found=f"profile={request.profile!r}",
+                    do="leave the profile out, or make a Zarr store",
+                    path=root,
+                )
         fixed = newest.gene_mode == "given" or (newest.gene_mode == "first" and newest.studies)
         old_table = manifests.read_gene_table(root, newest)
         table, columns, _ = align(old_table, counts.var, mode="fixed" if fixed else "union")
@@ -199,6 +209,7 @@ def _append(
             workers,
             journal,
             request.progress,
+            tiled=newest.backend == "tiledb",
         )
         with _kept_when_interrupted(journal):
             index = writer.write(request.keep_layers)
@@ -209,7 +220,7 @@ def _append(
                 path=f"studies/{folder}",
                 n_obs=counts.n_obs,
                 nnz=writer.nnz,
-                profile=request.profile,
+                profile="tiledb" if writer.tiled else request.profile,
                 source=counts.name,
                 digests=digests(writer.folder),
                 parts={

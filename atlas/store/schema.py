@@ -58,7 +58,7 @@ SCHEMA: dict[str, Any] = {
         "written_by": {"type": "string"},
         "action": {"type": "string"},
         "command": {"type": "string"},
-        "backend": {"type": "string"},
+        "backend": {"enum": ["zarr", "tiledb"]},
         "gene_mode": {"enum": ["union", "first", "given"]},
         "genes": {
             "type": "object",

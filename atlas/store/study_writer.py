@@ -33,6 +33,7 @@ from atlas.store.matrix_writer import (
 from atlas.store.row_order import hash_names, order_rows
 from atlas.store.spill import RunResult, Runs, Stretch, write_run
 from atlas.store.statistics import GeneStatistics, gene_statistics, statistics_of_sums
+from atlas.store.tiledb_array import SUFFIX, begin_copy, copy, finish_copy
 from atlas.store.workers import Workers
 from atlas.store.zarr_study import CSRMatrix, create_group, write_tables
 
@@ -132,6 +133,8 @@ class StudyWriter:
         Who does it; what is done already.
     progress
         Show rows and cells/s on stderr.
+    tiled
+        Whether the columns and values of matrices go into TileDB in the end.
     """
 
     def __init__(
@@ -147,7 +150,9 @@ class StudyWriter:
         workers: Workers,
         journal: Journal,
         progress: bool,
+        tiled: bool = False,
     ) -> None:
+        self.tiled = tiled
         self.root = root
         self.study = study
         self.counts = counts
@@ -201,6 +206,8 @@ class StudyWriter:
                 types=types,
                 profile=self.profile,
             )
+            if self.tiled:
+                self._tile(folder / name)
         files.sync_tree(folder)
         self.folder.parent.mkdir(exist_ok=True)
         folder.rename(self.folder)
@@ -211,6 +218,18 @@ class StudyWriter:
             "content_hash": content,
             "input_position": order,
         }
+
+    def _tile(self, matrix: Path) -> None:
+        """Copy the arrays of a matrix into TileDB.
+
+        They are written in Zarr first, which is what an interrupted ingest goes on with.
+        """
+        for name in ("indices", "data"):
+            source, target = matrix / name, matrix / f"{name}{SUFFIX}"
+            copies = begin_copy(source, target, layout.SHARD)
+            for _ in self.workers.run(copy, copies):
+                pass
+            finish_copy(source, target)
 
     def _read(self, name: str, layer: str | None, content: npt.NDArray[np.uint64] | None) -> Runs:
         """Bring all rows of a matrix into runs; ``content`` is filled with their hashes."""

@@ -200,6 +200,7 @@ def _embed_again(
 def _shards(folder: Path) -> Iterator[Path]:
     for matrix in (folder / "X", *folder.glob("layers/*")):
         yield from (p for p in matrix.glob("*/c/*") if p.is_file())
+        yield from matrix.glob("*.tiledb/__fragments/*/*.tdb")
 
 
 def _gene_table(root: Path, state: Manifest) -> Iterator[Task]:

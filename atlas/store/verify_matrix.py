@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from atlas.errors import AtlasError, CorruptStoreError
 from atlas.store.chunks import ChunkedArray
+from atlas.store.tiledb_array import TileArray, open_array
 
 _FINE, _RANGE, _ORDER = 0, 1, 2
 
@@ -84,7 +85,7 @@ class MatrixCheck:
         yield Task(lambda: opening, *self._size("indptr"))
         for name in ("indices", "data"):
             try:
-                array = ChunkedArray(self._folder / name)
+                array = open_array(self._folder, name)
             except AtlasError as error:
                 found = [error]
                 yield Task(lambda found=found: found)  # type: ignore[misc]
@@ -97,11 +98,11 @@ class MatrixCheck:
                     f"{self._nnz:,}",
                 )
                 yield Task(lambda wrong=wrong: [wrong])  # type: ignore[misc]
-            size = chunk_size(array.path)
+            size = array.chunk_bytes // array.dtype.itemsize
             n_chunks = -(-len(array) // size)
             if name == "indices":
                 self._edges = np.full((n_chunks, 2), -1, np.int64)
-            for number, n_bytes in enumerate(_bytes_by_chunk(array.path, n_chunks)):
+            for number, n_bytes in enumerate(_bytes_by_chunk(array)):
                 span = (number * size, min(len(array), (number + 1) * size))
                 last = name == "indices" and number == n_chunks - 1
                 yield Task(
@@ -157,14 +158,16 @@ class MatrixCheck:
             self._nnz = int(indptr[-1])
         return out
 
-    def _chunk(self, array: ChunkedArray, number: int, start: int, stop: int) -> list[AtlasError]:
+    def _chunk(
+        self, array: ChunkedArray | TileArray, number: int, start: int, stop: int
+    ) -> list[AtlasError]:
         """Decode one chunk and check its values."""
         try:
             values = _read(array, start, stop)
         except AtlasError as error:
             return [error]
         where = f"chunk {number} (elements {start:,} to {stop:,})"
-        if array.path.name == "data":
+        if array.path.stem == "data":
             if self._positive and not values.all():
                 zero = start + int(np.flatnonzero(values == 0)[0])
                 return [
@@ -221,7 +224,7 @@ class MatrixCheck:
         return int(np.searchsorted(self._starts, element, side="right")) - 1
 
 
-def _read(array: ChunkedArray, start: int, stop: int) -> npt.NDArray[Any]:
+def _read(array: ChunkedArray | TileArray, start: int, stop: int) -> npt.NDArray[Any]:
     """Read elements; whatever a decoder raises is a fault of the array."""
     try:
         return array.read(start, stop)
@@ -239,8 +242,12 @@ def chunk_size(path: Path) -> int:
     return int(meta["codecs"][0]["configuration"]["chunk_shape"][0])
 
 
-def _bytes_by_chunk(path: Path, n_chunks: int) -> Iterator[int]:
+def _bytes_by_chunk(array: ChunkedArray | TileArray) -> Iterator[int]:
     """About how many bytes each chunk has on disk: its share of its shard."""
+    if isinstance(array, TileArray):
+        yield from array.chunk_sizes()
+        return
+    path, n_chunks = array.path, -(-len(array) // chunk_size(array.path))
     meta = json.loads((path / "zarr.json").read_bytes())
     per_shard = meta["chunk_grid"]["configuration"]["chunk_shape"][0] // chunk_size(path)
     for first in range(0, n_chunks, per_shard):

@@ -1,4 +1,7 @@
-"""One study on disk: a complete AnnData in Zarr v3 that ``anndata.read_zarr`` opens."""
+"""One study on disk: a complete AnnData in Zarr v3 that ``anndata.read_zarr`` opens.
+
+In a store of the format ``tiledb`` the columns and values of its matrices lie in TileDB instead.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from atlas.files import digest_tree
 from atlas.store import chunks
 from atlas.store.arrays import DurableStore
 from atlas.store.schema import RESTORE, StudyEntry
+from atlas.store.tiledb_array import RECORD, SUFFIX, TileArray, array_folder, open_array
 from loaders.selection import Ints
 from loaders.source import as_ranges, row_pointers
 
@@ -141,7 +145,10 @@ def _digest(folder: Path, what: str) -> str:
     if what == "indptr":
         return digest_tree([matrix / "indptr" for matrix in matrices], folder)
     small = [p for p in folder.glob("*") if p.name not in ("X", "obs", "layers")]
-    small += [m / name / "zarr.json" for m in matrices for name in ("indices", "data", "indptr")]
+    small += [m / "indptr" / "zarr.json" for m in matrices]
+    for array in (array_folder(m, name) for m in matrices for name in ("indices", "data")):
+        tiled = array.suffix == SUFFIX
+        small += [array / RECORD, array / "__schema"] if tiled else [array / "zarr.json"]
     small += [p / "zarr.json" for p in [*matrices, layers]]
     return digest_tree(small, folder)
 
@@ -160,12 +167,12 @@ class CSRMatrix:
         return cast("npt.NDArray[np.int64]", chunks.read_all(self.folder / "indptr"))
 
     @functools.cached_property
-    def _indices(self) -> chunks.ChunkedArray:
-        return chunks.ChunkedArray(self.folder / "indices")
+    def _indices(self) -> chunks.ChunkedArray | TileArray:
+        return open_array(self.folder, "indices")
 
     @functools.cached_property
-    def _data(self) -> chunks.ChunkedArray:
-        return chunks.ChunkedArray(self.folder / "data")
+    def _data(self) -> chunks.ChunkedArray | TileArray:
+        return open_array(self.folder, "data")
 
     @property
     def narrow(self) -> bool:

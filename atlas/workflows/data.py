@@ -14,6 +14,7 @@ import anndata.io
 import numpy as np
 from anndata import AnnData
 
+from atlas.config import StoreFormat
 from atlas.errors import ConfigError
 from atlas.hdf5 import create_hdf5
 from atlas.ingest import GeneTable
@@ -31,6 +32,7 @@ def ingest(
     *,
     genes: Sequence[str] | None = None,
     first: bool = False,
+    format: StoreFormat | None = None,
     **options: Any,
 ) -> AppendReport:
     """Append a study to a store, which is made where there is none yet.
@@ -44,12 +46,22 @@ def ingest(
         removed again.
     genes, first
         Which genes a new store holds for ever; see :func:`atlas.store.create_store`.
+    format
+        Of a new store; see :func:`atlas.store.create_store`.
     **options
         See :meth:`atlas.store.CountStore.append`.
     """
     root = Path(path)
     if not manifests.is_free(root):
         store = open_store(root)
+        if format is not None and format != store.manifest.backend:
+            raise ConfigError(
+                "The format of a store is fixed when it is made",
+                found=f"a store of the format {store.manifest.backend}",
+                expected=format,
+                do="leave the format out, or make a new store",
+                path=root,
+            )
         if (genes is not None or first) and not _made_so(store, genes):
             raise ConfigError(
                 "The genes of a store are fixed when it is made",
@@ -58,7 +70,7 @@ def ingest(
                 path=root,
             )
         return store.append(source, **options)
-    store = create_store(root, genes=genes, first=first)
+    store = create_store(root, genes=genes, first=first, format=format or "zarr")
     try:
         return store.append(source, **options)
     except BaseException:

@@ -9,6 +9,7 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
@@ -55,8 +56,8 @@ def _opened(source: RowSource, names: list[str], reopen: Callable[[], RowSource]
     return Opened(source, counts, reopen)
 
 
-def _filled(folder: Path, **options: str) -> Path:
-    store = atlas.create_store(folder / "store", **options.pop("create", {}))
+def _filled(folder: Path, format: str = "zarr", **options: str) -> Path:
+    store = atlas.create_store(folder / "store", format=format)
     for name, study in studies().items():
         store.append(study, study=name, batch_key="batch", label_key="cell_type", **options)
     return folder / "store"
@@ -79,6 +80,11 @@ def zarr_small(folder: Path) -> Opened:
     return _store(_filled(folder, profile="small"))
 
 
+def tiledb(folder: Path) -> Opened:
+    pytest.importorskip("tiledb", reason="the extra tiledb is not installed")
+    return _store(_filled(folder, format="tiledb"))
+
+
 def projection(folder: Path) -> Opened:
     store = atlas.open_store(_filled(folder))
     path = folder / "projected"
@@ -97,4 +103,4 @@ def anndata_zarr(folder: Path) -> Opened:
     return _opened(reopen(), list(whole.obs_names), reopen)
 
 
-OPENERS = [zarr_fast, zarr_portable, zarr_small, projection, anndata_zarr]
+OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr]
