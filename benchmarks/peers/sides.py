@@ -68,6 +68,20 @@ def sides(minibatch_size: int) -> list[Side]:
         Side("ours, chosen genes", ours, {"source": "chosen"}, genes="chosen"),
         Side("ours, projected", ours, {"source": "projected"}, genes="chosen", needs="projected"),
         Side(
+            "ours, TileDB",
+            ours,
+            {"source": "tiledb"},
+            needs="tiledb",
+            most_cells=100_000,
+        ),
+        Side(
+            "sparse TileDB",
+            ours,
+            {"source": "sparse"},
+            needs="sparse",
+            most_cells=100_000,
+        ),
+        Side(
             "annbatch",
             "with_annbatch.py",
             {"block_size": BLOCK, "blocks": BUFFER // BLOCK},
@@ -102,6 +116,8 @@ COMPARISONS = (
     ("ours, projected", "ours", 3),
     ("ours, projected", "ours, chosen genes", 3),
     ("ours, weighted", "ours", 0.5),
+    ("ours, TileDB", "tiledbsoma-ml", 5),
+    ("ours, TileDB", "sparse TileDB", 1),
 )
 """Side, side, and the least ratio of their speeds to reach."""
 

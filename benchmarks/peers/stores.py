@@ -53,6 +53,8 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
         "annbatch": str(folder / "annbatch.zarr"),
         "tiledbsoma": str(folder / "soma"),
         "projected": str(folder / "projected"),
+        "tiledb": str(folder / "store.tiledb"),
+        "sparse": str(folder / "sparse.tiledb"),
         "genes": str(folder / "genes.txt"),
         "all": str(folder / "all.npy"),
         "chosen": str(folder / "chosen.npy"),
@@ -75,6 +77,9 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
         known.write_text(json.dumps(found))
     stores.reference = json.loads(known.read_text())
     _make(stores, args, "projected", "with_atlas.py", "project", None, paths["projected"])
+    if shape["cells"] <= _SOMA_MOST_CELLS:
+        _make(stores, args, "tiledb", "with_atlas.py", "ingest_tiledb", None, paths["tiledb"])
+        _make(stores, args, "sparse", "with_atlas.py", "sparse_tiledb", None, paths["sparse"])
     return stores
 
 

@@ -82,7 +82,25 @@ def ingest(arguments: Json, phases: Phases) -> Json:
         study="cells",
         batch_key="batch",
         label_key="cell_type",
+        format=arguments.get("format", "zarr"),
     )
+    seconds = time.perf_counter() - started
+    phases.begin("rest")
+    return {"seconds": seconds}
+
+
+def ingest_tiledb(arguments: Json, phases: Phases) -> Json:
+    """The same store in the format tiledb."""
+    return ingest(arguments | {"store": arguments["tiledb"], "format": "tiledb"}, phases)
+
+
+def sparse_tiledb(arguments: Json, phases: Phases) -> Json:
+    """The counts as a sparse TileDB array of two dimensions."""
+    import sparse_tiledb as layout
+
+    phases.begin("work")
+    started = time.perf_counter()
+    layout.write(Path(arguments["file"]), Path(arguments["sparse"]))
     seconds = time.perf_counter() - started
     phases.begin("rest")
     return {"seconds": seconds}
@@ -112,6 +130,12 @@ def _source(arguments: Json) -> Any:
     """What is streamed: the store, the chosen genes of it, or its projection."""
     import atlas
 
+    if arguments["source"] == "sparse":
+        import sparse_tiledb as layout
+
+        return layout.SparseSource(Path(arguments["sparse"]))
+    if arguments["source"] == "tiledb":
+        return atlas.open_store(arguments["tiledb"])
     store = atlas.open_store(arguments["store"])
     if arguments["source"] == "store":
         return store
@@ -160,4 +184,4 @@ def stream(arguments: Json, phases: Phases) -> Json:
 
 
 if __name__ == "__main__":
-    serve_worker([make_cells, reference, ingest, project, stream])
+    serve_worker([make_cells, reference, ingest, ingest_tiledb, sparse_tiledb, project, stream])

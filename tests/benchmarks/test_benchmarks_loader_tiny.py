@@ -21,6 +21,8 @@ OURS = [
     "ours, weighted",
     "ours, chosen genes",
     "ours, projected",
+    "ours, TileDB",
+    "sparse TileDB",
 ]
 THEIRS = ["annbatch", "scDataset", "tiledbsoma-ml"]
 
