@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -12,9 +13,15 @@ from atlas.errors import ConfigError, InputError
 from atlas.ingest.base import DEFAULT_MEMORY, CountsSource
 from atlas.ingest.content import Content
 from atlas.ingest.h5ad import is_h5ad, read_h5ad
+from atlas.ingest.lengths import ByLength, read_lengths, relative_lengths
+from atlas.ingest.loom import is_loom, read_loom
 from atlas.ingest.memory import read_anndata
+from atlas.ingest.mtx import is_mtx, read_mtx
 from atlas.ingest.tenx import GENES, is_tenx, read_tenx
+from atlas.ingest.text import is_text, read_text
+from atlas.ingest.visium import read_visium, spatial_folder
 
+_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt"
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -27,14 +34,17 @@ def open_counts(
     feature_type: str = GENES,
     memory: int = DEFAULT_MEMORY,
     folder: str | PathLike[str] | None = None,
+    transpose: bool = False,
+    gene_lengths: str | PathLike[str] | None = None,
 ) -> CountsSource:
     """Open raw counts for reading in blocks.
 
     Parameters
     ----------
     source
-        An AnnData, in memory or backed; or the path of an ``.h5ad`` or a 10x ``.h5`` file, told
-        apart by what is in them.
+        An AnnData, in memory or backed; or the path of an ``.h5ad``, a 10x ``.h5`` or a ``.loom``
+        file, told apart by what is in them, of a table in text (``.csv``, ``.tsv``, ``.txt``, also
+        gzipped), or of a 10x folder (``matrix.mtx``) or a Visium folder (``spatial``).
     layer
         Read this layer of an AnnData in place of X.
     use_raw
@@ -48,6 +58,11 @@ def open_counts(
     folder
         Where temporary files go, if the counts are stored by columns and do not fit in
         ``memory``: as large as the counts; the system's folder for such files by default.
+    transpose
+        Of a table in text: there is a gene on each line, not a cell.
+    gene_lengths
+        A table of genes and lengths; counts are divided by the relative length of their gene, and
+        the integer part is kept (:mod:`atlas.ingest.lengths`).
 
     Returns
     -------
@@ -73,8 +88,19 @@ def open_counts(
     if isinstance(source, AnnData):
         content = read_anndata(source, layer=layer, use_raw=use_raw)
     else:
-        content = _read_file(Path(source), layer, use_raw, feature_type)
+        content = _read(Path(source), layer, use_raw, feature_type, transpose)
     try:
+        if transpose and (isinstance(source, AnnData) or not is_text(Path(source))):
+            raise ConfigError(
+                "Only a table in text can be transposed",
+                found=content.name,
+                expected="a .csv, .tsv or .txt file with a gene on each line",
+                do="leave out --transpose",
+            )
+        if gene_lengths is not None:
+            lengths = Path(gene_lengths)
+            relative = relative_lengths(read_lengths(lengths), content.var, lengths, content.path)
+            content = replace(content, counts=ByLength(content.counts, relative))
         return CountsSource(
             content,
             round_counts=round_counts,
@@ -86,23 +112,56 @@ def open_counts(
         raise
 
 
-def _read_file(path: Path, layer: str | None, use_raw: bool, feature_type: str) -> Content:
+def _read(
+    path: Path, layer: str | None, use_raw: bool, feature_type: str, transpose: bool
+) -> Content:
+    """Find the reader of a file or folder."""
+    if path.is_dir():
+        outs = spatial_folder(path)
+        if outs is None and not is_mtx(path):
+            there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing in it"
+            raise InputError(
+                f"{path} is a folder that cannot be read",
+                found=f"a folder with {there}",
+                expected="matrix.mtx (10x), spatial (Visium), or a file: " + _READABLE,
+                do="give the file or folder that holds the counts",
+                path=path,
+            )
+        _refuse(layer, use_raw, path, "a 10x folder" if outs is None else "a Visium folder")
+        if outs is None:
+            return read_mtx(path, feature_type=feature_type)
+        return read_visium(path, outs, lambda p: _read(p, None, False, feature_type, False))
+    if is_text(path) and path.is_file() and path.stat().st_size:
+        _refuse(layer, use_raw, path, "a table in text")
+        return read_text(path, transpose=transpose)
+    return _read_hdf5(path, layer, use_raw, feature_type)
+
+
+def _refuse(layer: str | None, use_raw: bool, path: Path, what: str) -> None:
+    if layer is not None or use_raw:
+        raise InputError(
+            f"{path} is {what}, which has neither layers nor raw",
+            found="raw.X was asked for" if use_raw else f"layer {layer!r} was asked for",
+            expected=f"no such option with {what}",
+            do="leave out --layer and --use-raw",
+            path=path,
+        )
+
+
+def _read_hdf5(path: Path, layer: str | None, use_raw: bool, feature_type: str) -> Content:
     file = _open_hdf5(path)
     try:
+        if is_loom(file):
+            if use_raw:
+                _refuse(None, use_raw, path, "a loom file")
+            return read_loom(file, path, layer=layer)
         if is_tenx(file):
-            if layer is not None or use_raw:
-                raise InputError(
-                    f"{path} is a 10x matrix, which has neither layers nor raw",
-                    found="raw.X was asked for" if use_raw else f"layer {layer!r} was asked for",
-                    expected="no such option with a 10x file",
-                    do="leave out --layer and --use-raw",
-                    path=path,
-                )
+            _refuse(layer, use_raw, path, "a 10x matrix")
             return read_tenx(file, path, feature_type=feature_type)
         if is_h5ad(file):
             return read_h5ad(file, path, layer=layer, use_raw=use_raw)
         raise InputError(
-            f"{path} is neither an AnnData nor a 10x file",
+            f"{path} is neither an AnnData nor a 10x or loom file",
             found="an HDF5 file with " + (", ".join(sorted(file)[:8]) or "nothing in it"),
             expected="obs and var (.h5ad), or a 10x matrix (.h5)",
             do="give an .h5ad file or the .h5 file of Cell Ranger",
@@ -118,16 +177,8 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise InputError(
             f"{path} does not exist",
             found="no such file",
-            expected="an .h5ad file or a 10x .h5 file",
+            expected=_READABLE,
             do="check the name and the folder",
-            path=path,
-        )
-    if path.is_dir():
-        raise InputError(
-            f"{path} is a folder",
-            found="a folder",
-            expected="an .h5ad file or a 10x .h5 file",
-            do="give the file in it",
             path=path,
         )
     with path.open("rb") as file:
@@ -136,7 +187,7 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise InputError(
             f"{path} is empty",
             found="0 bytes",
-            expected="an .h5ad file or a 10x .h5 file",
+            expected=_READABLE,
             do="copy or download it again",
             path=path,
         )
@@ -147,7 +198,7 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise InputError(
             f"{path} is damaged" if whole else f"{path} is not an HDF5 file",
             found=str(error) if whole else f"a file that starts with {start!r}",
-            expected="an .h5ad file or a 10x .h5 file",
-            do="copy or download it again" if whole else "give an .h5ad file or a 10x .h5 file",
+            expected=_READABLE,
+            do="copy or download it again" if whole else "give a file of one of these forms",
             path=path,
         ) from error

@@ -40,6 +40,8 @@ class Reading:
     feature_type: str = GENES
     memory: int = DEFAULT_MEMORY
     folder: Path | None = None
+    transpose: bool = False
+    gene_lengths: Path | None = None
 
     def open(self, source: str | PathLike[str] | AnnData) -> CountsSource:
         """Open one input."""
@@ -51,6 +53,8 @@ class Reading:
             feature_type=self.feature_type,
             memory=self.memory,
             folder=self.folder,
+            transpose=self.transpose,
+            gene_lengths=self.gene_lengths,
         )
 
 
@@ -125,9 +129,17 @@ class StudyCounts:
 
     @property
     def files(self) -> tuple[Path, ...] | None:
-        """The inputs, where all are files."""
-        paths = [piece.source for piece in self.pieces if not isinstance(piece.source, AnnData)]
-        return tuple(map(Path, paths)) if len(paths) == len(self.pieces) else None
+        """The inputs, where all are files; of a folder the files in it."""
+        out: list[Path] = []
+        for piece in self.pieces:
+            if isinstance(piece.source, AnnData):
+                return None
+            path = Path(piece.source)
+            inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            out += inside
+            if piece.reading.gene_lengths is not None:
+                out.append(piece.reading.gene_lengths)
+        return tuple(out)
 
     def opened(self, piece: Piece) -> Any:
         """Use a piece in a ``with`` statement, from several threads if need be."""

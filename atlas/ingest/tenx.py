@@ -6,7 +6,7 @@ barcodes × genes by rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,26 @@ def read_tenx(file: h5py.File, path: Path, *, feature_type: str) -> Content:
     )
     if len(var) != n_features:
         raise _damaged(path, f"{len(var):,} features for {n_features:,} columns")
+    return content_of_type(
+        path, pd.DataFrame(index=_strings(group["barcodes"])), var, matrix, feature_type, file.close
+    )
+
+
+def content_of_type(
+    path: Path,
+    obs: pd.DataFrame,
+    var: pd.DataFrame,
+    matrix: Matrix,
+    feature_type: str,
+    close: Callable[[], None] = lambda: None,
+) -> Content:
+    """The features of one type; a note names the others.
+
+    Raises
+    ------
+    InputError
+        There are none of this type.
+    """
     types = var["feature_types"].astype(str)
     keep = (types == feature_type).to_numpy()
     numbers = types.value_counts(sort=False)
@@ -72,7 +92,7 @@ def read_tenx(file: h5py.File, path: Path, *, feature_type: str) -> Content:
     return Content(
         name=str(path),
         path=path,
-        obs=pd.DataFrame(index=_strings(group["barcodes"])),
+        obs=obs,
         var=var[keep],
         obsm=LazyArrays({}),
         uns={},
@@ -80,7 +100,7 @@ def read_tenx(file: h5py.File, path: Path, *, feature_type: str) -> Content:
         layers={},
         elsewhere={},
         notes=tuple(notes),
-        close=file.close,
+        close=close,
     )
 
 

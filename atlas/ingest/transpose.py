@@ -34,13 +34,15 @@ from atlas.ingest.matrix import (
 )
 
 
-class _Entries(NamedTuple):
+class Entries(NamedTuple):
+    """Values of a matrix with their rows and columns, in any order."""
+
     rows: npt.NDArray[Any]
     columns: npt.NDArray[Any]
     values: npt.NDArray[Any]
 
 
-class _ByColumns(Matrix):
+class ByColumns(Matrix):
     """A matrix whose entries come by columns; entries of a row come in order of their column."""
 
     @abstractmethod
@@ -48,7 +50,7 @@ class _ByColumns(Matrix):
         """Yield the rows of all entries, about ``size`` at a time, in any order."""
 
     @abstractmethod
-    def entries(self, size: int) -> Iterator[_Entries]:
+    def entries(self, size: int) -> Iterator[Entries]:
         """Yield all entries, about ``size`` at a time."""
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
@@ -141,7 +143,7 @@ class _ByColumns(Matrix):
         yield from split(Rows(start, pointers, indices, data), budget)
 
 
-class CscMatrix(_ByColumns):
+class CscMatrix(ByColumns):
     """Compressed columns: ``indptr``, ``indices`` and ``data`` in memory or in HDF5."""
 
     def __init__(
@@ -158,7 +160,7 @@ class CscMatrix(_ByColumns):
             check_range(rows, self.shape[0], self.place)
             yield rows
 
-    def entries(self, size: int) -> Iterator[_Entries]:
+    def entries(self, size: int) -> Iterator[Entries]:
         """Yield entries as stored."""
         for start, rows in zip(
             range(0, int(self.indptr[-1]), size), self.entry_rows(size), strict=True
@@ -168,14 +170,14 @@ class CscMatrix(_ByColumns):
             last = int(np.searchsorted(self.indptr, stop, side="left"))
             edges = np.clip(self.indptr[first : last + 1], start, stop)
             columns = np.repeat(np.arange(first, last, dtype=np.int32), edges[1:] - edges[:-1])
-            yield _Entries(rows, columns, read(self.data, slice(start, stop)))
+            yield Entries(rows, columns, read(self.data, slice(start, stop)))
 
     def sample(self) -> npt.NDArray[Any]:
         """Some stored values."""
         return sample_vector(self.data)
 
 
-class ChunkedMatrix(_ByColumns):
+class ChunkedMatrix(ByColumns):
     """A dense HDF5 array in chunks.
 
     It is read by rows where the rows of a chunk fit, else by tiles: a block of fewer rows than a
@@ -207,7 +209,7 @@ class ChunkedMatrix(_ByColumns):
         for entries in self.entries(size):
             yield entries.rows
 
-    def entries(self, size: int) -> Iterator[_Entries]:
+    def entries(self, size: int) -> Iterator[Entries]:
         """Yield the non-zeros of tiles made of whole chunks, strip of columns by strip."""
         n_rows, n_columns = self.shape
         height, width = self.values.chunks
@@ -219,7 +221,7 @@ class ChunkedMatrix(_ByColumns):
                 rows = np.repeat(
                     np.arange(first, first + len(tile), dtype=np.int64), np.diff(part.indptr)
                 )
-                yield _Entries(rows, part.indices + np.int32(left), part.data)
+                yield Entries(rows, part.indices + np.int32(left), part.data)
 
     def sample(self) -> npt.NDArray[Any]:
         """The first rows of some strips of columns."""
