@@ -28,6 +28,8 @@ def ingest(options: argparse.Namespace) -> None:
         use_raw=options.use_raw,
         round_counts=options.round,
         feature_type=options.feature_type,
+        transpose=options.transpose,
+        gene_lengths=options.gene_lengths,
         keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
         prefix_rows=options.prefix_rows,
         genes_of_all=options.genes_of_all,

@@ -35,7 +35,12 @@ def build_parser() -> argparse.ArgumentParser:
         "ingest", commands.ingest, "append a study to a store, which is made where there is none"
     )
     sub.add_argument("store")
-    sub.add_argument("source", nargs="+", help="an .h5ad or 10x .h5 file; several become one study")
+    sub.add_argument(
+        "source",
+        nargs="+",
+        help="an .h5ad, 10x .h5, .loom, .csv or .tsv file, or a 10x (mtx) or Visium folder; "
+        "several become one study",
+    )
     sub.add_argument("--study", required=True, help="name of the study")
     sub.add_argument(
         "--batch-key",
@@ -47,7 +52,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--layer", help="layer that holds the counts")
     sub.add_argument("--use-raw", action="store_true", help="take the counts from raw.X")
     sub.add_argument("--round", action="store_true", help="round counts that have fractions")
-    sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file")
+    sub.add_argument("--feature-type", default="Gene Expression", help="of a 10x file or folder")
+    sub.add_argument(
+        "--transpose", action="store_true", help="of a table in text: a gene on each line"
+    )
+    sub.add_argument(
+        "--gene-lengths",
+        metavar="FILE",
+        help="genes and lengths; divide counts of whole transcripts (Smart-seq2) by them",
+    )
     sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
     sub.add_argument(
         "--prefix-rows", action="store_true", help="put FILE: before the names of cells"

@@ -57,6 +57,8 @@ class Request:
     use_raw: bool = False
     round_counts: bool = False
     feature_type: str = "Gene Expression"
+    transpose: bool = False
+    gene_lengths: str | None = None
     keep_layers: tuple[str, ...] = ()
     prefix_rows: bool = False
     genes_of_all: bool = False
@@ -135,6 +137,8 @@ def append_study(
             feature_type=request.feature_type,
             memory=memory // (workers.number + 1),  # one more waits where rows come in order
             folder=root / SCRATCH,
+            transpose=request.transpose,
+            gene_lengths=None if request.gene_lengths is None else Path(request.gene_lengths),
         )
         with open_study(
             sources, reading, prefix_rows=request.prefix_rows, genes_of_all=request.genes_of_all

@@ -8,6 +8,7 @@ name); ``obs``, minibatches, embeddings, labels and exports all follow that orde
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,8 @@ class CountStore(StoreState):
         use_raw: bool = False,
         round_counts: bool = False,
         feature_type: str = "Gene Expression",
+        transpose: bool = False,
+        gene_lengths: str | PathLike[str] | None = None,
         keep_layers: Sequence[str] = (),
         prefix_rows: bool = False,
         genes_of_all: bool = False,
@@ -92,7 +95,8 @@ class CountStore(StoreState):
         Parameters
         ----------
         source
-            An ``.h5ad`` or 10x ``.h5`` file, read in blocks, or an AnnData; or several, whose rows
+            An ``.h5ad``, 10x ``.h5`` or ``.loom`` file, a 10x folder (``matrix.mtx``), a Visium
+            folder, or a table in text, all read in blocks; or an AnnData. Or several, whose rows
             follow one another. Several have the same genes, in any order.
         study
             Its name: letters, digits, ``._-``.
@@ -111,6 +115,12 @@ class CountStore(StoreState):
             Round counts with fractions, as some aligners give them.
         feature_type
             The feature type to take from a 10x file.
+        transpose
+            Of a table in text: there is a gene on each line, not a cell.
+        gene_lengths
+            A CSV or TSV of genes and lengths, for counts of whole transcripts (Smart-seq2): they
+            are divided by the relative length of their gene, and the integer part is kept (scANVI,
+            Xu et al. 2021, Online Methods, "Normalization of SmartSeq2 data").
         keep_layers
             Names of layers to keep beside the counts.
         prefix_rows
@@ -145,6 +155,8 @@ class CountStore(StoreState):
             use_raw,
             round_counts,
             feature_type,
+            transpose,
+            None if gene_lengths is None else str(gene_lengths),
             tuple(keep_layers),
             prefix_rows,
             genes_of_all,
