@@ -1,10 +1,16 @@
-"""From a store to AnnData: float32 counts and int32 indices, as everyone else expects them."""
+"""From a store to AnnData: float32 counts and int32 indices, as everyone else expects them.
+
+In memory, or with counts and layers as dask arrays of CSR blocks that are read when they are
+computed.
+"""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any, Literal
 
+import dask
+import dask.array as da
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -23,8 +29,9 @@ def to_anndata(
     embedding: str | None = None,
     rows: npt.ArrayLike | None = None,
     order: Literal["store", "input"] = "store",
+    lazy: bool = False,
 ) -> AnnData:
-    """Read cells of a store, over its whole gene table, into memory.
+    """Read cells of a store, over its whole gene table.
 
     Parameters
     ----------
@@ -37,6 +44,9 @@ def to_anndata(
     order
         ``"store"``: rising positions, or as ``rows`` gives them. ``"input"``: study by study as
         appended, each study's cells as they came.
+    lazy
+        Leave X and layers on disk: dask arrays in blocks of 8,192 cells, which scanpy's
+        dask-aware functions and ``dask.distributed`` take. obs and obsm are read.
 
     Returns
     -------
@@ -65,11 +75,12 @@ def to_anndata(
         obs.index = pd.Index(names, dtype=object)
     var = store.var
     var["gene_id"] = var["gene_id"].astype(object).where(var["gene_id"].notna(), "")
-    adata = AnnData(X=_counts(store, positions), obs=obs, var=var)
+    matrix = _lazily if lazy else _matrix
+    adata = AnnData(X=matrix(store, None, positions), obs=obs, var=var)
     for name, array in _obsm(store).items():
         adata.obsm[name] = array[positions]
     for name in _common_layers(store):
-        adata.layers[name] = _layer(store, name)[positions]
+        adata.layers[name] = matrix(store, name, positions)
     if embedding is not None:
         adata.obsm[f"X_{embedding}"] = store.embedding(embedding)[positions]
     return adata
@@ -96,8 +107,30 @@ def _positions(store: CountStore, rows: npt.ArrayLike | None) -> npt.NDArray[np.
     return positions
 
 
-def _counts(store: CountStore, positions: npt.NDArray[np.int64]) -> sp.csr_matrix:
-    """The rows at ``positions``, read in rising order in blocks that keep within a study."""
+def _lazily(store: CountStore, layer: str | None, positions: npt.NDArray[np.int64]) -> Any:
+    """The same as :func:`_matrix`, as a dask array."""
+    read = dask.delayed(_matrix)
+    opened = dask.delayed(store, traverse=False)  # pickled once for all blocks, and opened there
+    void = sp.csr_matrix((0, store.n_vars), dtype=np.float32)
+    blocks = [
+        da.from_delayed(
+            read(opened, layer, part),
+            shape=(len(part), store.n_vars),
+            dtype=np.float32,
+            meta=void,
+        )
+        for part in np.split(positions, range(_ROWS_AT_ONCE, len(positions), _ROWS_AT_ONCE))
+    ]
+    return da.concatenate(blocks, axis=0)
+
+
+def _matrix(
+    store: CountStore, layer: str | None, positions: npt.NDArray[np.int64]
+) -> sp.csr_matrix:
+    """Counts or a layer of the rows at ``positions``, over the whole gene table: float32.
+
+    They are read in rising order in blocks that keep within a study.
+    """
     pieces = []
     rising = np.sort(positions)
     for start, stop in zip(store.segments[:-1], store.segments[1:], strict=True):
@@ -106,9 +139,7 @@ def _counts(store: CountStore, positions: npt.NDArray[np.int64]) -> sp.csr_matri
             inside = rising[np.searchsorted(rising, a) : np.searchsorted(rising, b)]
             if not len(inside):
                 continue
-            block = store.read_rows(a, b).widened()
-            shape = (b - a, store.n_vars)
-            piece = sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
+            piece = _counts(store, a, b) if layer is None else _layer(store, layer, a, b)
             whole = np.array_equal(inside, np.arange(a, b))
             pieces.append(piece if whole else piece[inside - a])
     if not pieces:
@@ -138,18 +169,21 @@ def _common_layers(store: CountStore) -> list[str]:
     return sorted(set.intersection(*kept)) if kept else []
 
 
-def _layer(store: CountStore, name: str) -> sp.csr_matrix:
-    """A layer of all cells over the whole gene table, as float32."""
-    pieces = []
-    for entry in store.manifest.studies:
-        columns = store.part_array(entry, "index", "genes")
-        indptr, indices, data = store.study(entry.name).layer(name).read(0, entry.n_obs)
-        own = sp.csr_matrix(
-            (data.astype(np.float32), indices.astype(np.int32), indptr),
-            shape=(entry.n_obs, len(columns)),
-        )
-        measured = np.flatnonzero(columns >= 0)
-        coo = own[:, measured].tocoo()
-        shape = (entry.n_obs, store.n_vars)
-        pieces.append(sp.csr_matrix((coo.data, (coo.row, columns[measured][coo.col])), shape))
-    return sp.vstack(pieces, format="csr", dtype=np.float32)
+def _counts(store: CountStore, start: int, stop: int) -> sp.csr_matrix:
+    """Counts of rows of one study."""
+    block = store.read_rows(start, stop).widened()
+    shape = (stop - start, store.n_vars)
+    return sp.csr_matrix((block.data, block.indices, block.indptr), shape=shape)
+
+
+def _layer(store: CountStore, name: str, start: int, stop: int) -> sp.csr_matrix:
+    """A layer of rows of one study, as float32."""
+    i = int(np.searchsorted(store.segments, start, side="right")) - 1
+    entry, first = store.manifest.studies[i], store.segments[i]
+    columns = store.part_array(entry, "index", "genes")
+    indptr, indices, data = store.study(entry.name).layer(name).read(start - first, stop - first)
+    column = columns[indices]
+    measured = column >= 0
+    ends = np.concatenate([[0], np.cumsum(measured)])[indptr]
+    shape = (stop - start, store.n_vars)
+    return sp.csr_matrix((data[measured].astype(np.float32), column[measured], ends), shape=shape)
