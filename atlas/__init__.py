@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
+    from atlas.hub import export_scvi, import_scvi
     from atlas.models import TrainedModel, load_model
     from atlas.store import CountStore, create_store, open_store, open_zarr, to_anndata
     from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
@@ -24,6 +25,8 @@ _HOME = {
     "create_store": "atlas.store",
     "embed": "atlas.workflows",
     "evaluate": "atlas.workflows",
+    "export_scvi": "atlas.hub",
+    "import_scvi": "atlas.hub",
     "load_model": "atlas.models",
     "open_store": "atlas.store",
     "open_zarr": "atlas.store",
@@ -42,6 +45,8 @@ __all__ = [
     "create_store",
     "embed",
     "evaluate",
+    "export_scvi",
+    "import_scvi",
     "load_model",
     "open_store",
     "open_zarr",

@@ -1,0 +1,213 @@
+"""Models of scvi-tools come in with their latent space, and ours go there; by the real package."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import pytest
+import torch
+from anndata import AnnData
+
+import atlas
+from atlas.errors import ConfigError, ModelError
+from atlas.models import TrainedModel, load_model
+
+scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def cells(request) -> AnnData:
+    path = Path(__file__).parents[2].parent / "shared" / "data" / "pbmc_4batch_3study.h5ad"
+    if not path.is_file():
+        pytest.skip(f"real counts are not here: {path}")
+    adata = ad.read_h5ad(path)[::50, 200:320].copy()
+    adata.X = adata.X.astype(np.float32)
+    return adata
+
+
+def trained(cells: AnnData, kind: str = "SCVI", **options: Any) -> tuple[Any, AnnData]:
+    adata = cells.copy()
+    scvi.settings.seed = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scvi.model.SCVI.setup_anndata(adata, batch_key="batch", labels_key="cell_type")
+        model = scvi.model.SCVI(adata, n_latent=4, n_hidden=16, **options)
+        quick = {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"}
+        model.train(**quick, logger=False)
+        if kind == "SCANVI":
+            model = scvi.model.SCANVI.from_scvi_model(model, "Unknown")
+            model.train(**quick, logger=False)
+    return model, adata
+
+
+def latent(model: TrainedModel, adata: AnnData) -> np.ndarray:
+    code = {name: i for i, name in enumerate(model.batches)}
+    batch = torch.tensor([code[name] for name in adata.obs["batch"]])
+    counts = torch.from_numpy(adata.X.toarray())
+    return model.embed_counts(counts, batch).numpy()
+
+
+SETTINGS = {
+    "defaults": {},
+    "nb, two layers": {"gene_likelihood": "nb", "n_layers": 2},
+    "gene-batch": {"dispersion": "gene-batch", "encode_covariates": True},
+    "latent library": {"use_observed_lib_size": False, "n_layers": 2, "encode_covariates": True},
+    "layer norm": {"use_layer_norm": "both", "use_batch_norm": "none", "encode_covariates": True},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_the_same_latent_here_and_back_there(tmp_path, cells, setting):
+    theirs, adata = trained(cells, **SETTINGS[setting])
+    theirs.save(tmp_path / "theirs")
+    expected = theirs.get_latent_representation()
+    ours = atlas.import_scvi(tmp_path / "theirs")
+    assert ours.genes == tuple(adata.var_names)
+    np.testing.assert_allclose(latent(ours, adata), expected, atol=1e-5)
+    shares = theirs.get_normalized_expression(n_samples=1, transform_batch="pbmc3k")
+    code = ours.batches.index("pbmc3k")
+    decoded = ours.decode(torch.from_numpy(expected), torch.full((len(adata),), code))
+    assert decoded.shape == shares.shape
+
+    ours.save(tmp_path / "ours")
+    atlas.export_scvi(load_model(tmp_path / "ours"), tmp_path / "back")
+    fresh = cells.copy()
+    back = scvi.model.SCVI.load(tmp_path / "back", adata=fresh, accelerator="cpu")
+    np.testing.assert_allclose(back.get_latent_representation(), expected, atol=1e-5)
+    for name, value in theirs.module.state_dict().items():
+        used = "px_r_decoder" not in name
+        used &= "px_dropout" not in name or ours.config.gene_likelihood == "zinb"
+        used &= "l_encoder" not in name or ours.config.library == "latent"
+        if used:
+            assert torch.equal(back.module.state_dict()[name], value), name
+
+
+def test_decoder_is_theirs(tmp_path, cells):
+    theirs, adata = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    ours = atlas.import_scvi(tmp_path / "theirs")
+    z = torch.from_numpy(theirs.get_latent_representation())
+    batch = torch.zeros(len(adata), dtype=torch.int64)
+    with torch.no_grad():
+        library = torch.zeros(len(adata), 1)
+        expected = theirs.module.generative(z, library, batch[:, None])["px"].scale
+    torch.testing.assert_close(ours.decode(z, batch), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_scanvi_gives_its_latent(tmp_path, cells):
+    theirs, adata = trained(cells, "SCANVI", n_layers=2)
+    theirs.save(tmp_path / "theirs")
+    ours = atlas.import_scvi(tmp_path / "theirs")
+    np.testing.assert_allclose(latent(ours, adata), theirs.get_latent_representation(), atol=1e-5)
+    assert ours.training["imported"]["model"] == "SCANVI"
+
+
+def test_a_model_trained_here_goes_there(tmp_path, cells):
+    store = atlas.create_store(tmp_path / "store")
+    store.append(cells, study="pbmc", batch_key="batch")
+    options = {"n_hidden": 16, "n_latent": 4, "device": "cpu"}
+    genes = list(cells.var_names)
+    model = atlas.train(store, out=tmp_path / "run", genes=genes, max_epochs=2, **options)
+    z = atlas.embed(model, store, name=None)
+    atlas.export_scvi(model, tmp_path / "there", batch_key="atlas_batch")
+    adata = atlas.to_anndata(store)[:, genes].copy()
+    back = scvi.model.SCVI.load(tmp_path / "there", adata=adata, accelerator="cpu")
+    np.testing.assert_allclose(back.get_latent_representation(), z, atol=1e-5)
+    with pytest.raises(ModelError, match="There is a model here already"):
+        atlas.export_scvi(model, tmp_path / "there")
+    presence = np.ones((1, len(genes)), bool)
+    presence[0, 3] = False
+    with pytest.raises(ModelError, match=rf"did not measure\n.*{genes[3]} was not measured"):
+        atlas.export_scvi(dataclasses.replace(model, presence=presence), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_imported_batches_are_named_as_in_a_store(tmp_path, cells):
+    theirs, adata = trained(cells, encode_covariates=True)
+    theirs.save(tmp_path / "theirs")
+    names = {name: f"pbmc/{name}" for name in adata.obs["batch"].unique()}
+    model = atlas.import_scvi(tmp_path / "theirs", batches=names)
+    store = atlas.create_store(tmp_path / "store")
+    store.append(adata, study="pbmc", batch_key="batch")
+    z = atlas.embed(model, store, name=None)
+    order = store.index_array("input_position")
+    np.testing.assert_allclose(z, theirs.get_latent_representation()[order], atol=1e-5)
+    with pytest.raises(ConfigError, match="no such batches"):
+        atlas.import_scvi(tmp_path / "theirs", batches={"nowhere": "x"})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gene_likelihood": "poisson"}, "gene_likelihood='poisson'"),
+        ({"latent_distribution": "ln"}, "latent_distribution='ln'"),
+        ({"deeply_inject_covariates": False}, "deeply_inject_covariates=False"),
+        ({"use_batch_norm": "decoder"}, "use_batch_norm='decoder'"),
+    ],
+)
+def test_what_no_model_here_does_is_refused(tmp_path, cells, options, message):
+    theirs, _ = trained(cells, **options)
+    theirs.save(tmp_path / "theirs")
+    with pytest.raises(ModelError, match=message):
+        atlas.import_scvi(tmp_path / "theirs")
+
+
+def test_covariates_are_refused(tmp_path, cells):
+    adata = cells.copy()
+    adata.obs["depth"] = np.arange(len(adata), dtype=float)
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch", continuous_covariate_keys=["depth"])
+    model = scvi.model.SCVI(adata, n_hidden=8)
+    model.is_trained_ = True
+    model.save(tmp_path / "theirs")
+    with pytest.raises(ModelError, match="extra_continuous_covs"):
+        atlas.import_scvi(tmp_path / "theirs")
+
+
+class Payload:
+    """What a pickle can do to who loads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_file_that_would_run_something_is_refused(tmp_path):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    content = {"model_state_dict": {}, "var_names": [], "attr_dict": Payload(tmp_path / "pwned")}
+    torch.save(content, folder / "model.pt")
+    with pytest.raises(ModelError, match=r"cannot be read safely\n.*asks for posix.system"):
+        atlas.import_scvi(folder)
+    (folder / "model.pt").write_bytes(pickle.dumps(Payload(tmp_path / "pwned")))
+    with pytest.raises(ModelError, match="cannot be read safely"):
+        atlas.import_scvi(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_files_that_are_no_models(tmp_path, cells):
+    with pytest.raises(ModelError, match=r"no model of scvi-tools here\n.*no model.pt"):
+        atlas.import_scvi(tmp_path)
+    theirs, _ = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="cannot be read safely"):
+        atlas.import_scvi(tmp_path / "theirs")
+    torch.save({"model_state_dict": {}}, path)
+    with pytest.raises(ModelError, match=r"not a model of scvi-tools 1\.x"):
+        atlas.import_scvi(tmp_path / "theirs")
+    theirs.registry["scvi_version"] = "2.0.0"
+    theirs.save(tmp_path / "newer")
+    with pytest.raises(ModelError, match=r"SCVI of version 2\.0\.0"):
+        atlas.import_scvi(tmp_path / "newer")
