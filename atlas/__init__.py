@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
     from atlas.hub import export_scvi, import_scvi
+    from atlas.hub.scvi_data import ScviDataModule
     from atlas.models import TrainedModel, load_model
     from atlas.store import CountStore, create_store, open_store, open_zarr, to_anndata
     from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
@@ -21,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HOME = {
     "CountStore": "atlas.store",
     "Metrics": "atlas.evaluation.metrics",
+    "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
     "create_store": "atlas.store",
     "embed": "atlas.workflows",
@@ -41,6 +43,7 @@ _HOME = {
 __all__ = [
     "CountStore",
     "Metrics",
+    "ScviDataModule",
     "TrainedModel",
     "create_store",
     "embed",
