@@ -105,6 +105,21 @@ def verify(options: argparse.Namespace) -> int:
     return 0 if report.whole else 1
 
 
+def annotate(options: argparse.Namespace) -> None:
+    from atlas import open_store
+
+    report = open_store(options.store).annotate(
+        options.table,
+        study=options.study,
+        batch_key=options.batch_key,
+        label_key=options.label_key,
+        unlabeled=options.unlabeled,
+    )
+    for name, n in report.cells.items():
+        print(f"{name}: {n:,} cells annotated")
+    print(f"columns {', '.join(report.columns)}; manifest {report.manifest}")
+
+
 def drop(options: argparse.Namespace) -> None:
     from atlas import open_store
 

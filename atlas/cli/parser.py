@@ -97,6 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="as many as cores if not given")
     sub.add_argument("--json", metavar="FILE", help="write the report as JSON")
 
+    sub = command(
+        "annotate", commands.annotate, "add or correct obs columns; older states keep the old ones"
+    )
+    sub.add_argument("store")
+    sub.add_argument("table", help="a .csv or .tsv file: row names first, then the columns")
+    sub.add_argument("--study", help="whose cells they are, where row names repeat")
+    sub.add_argument("--batch-key", help="obs column that becomes the batch of these studies")
+    sub.add_argument("--label-key", help="obs column that becomes the label of these studies")
+    sub.add_argument("--unlabeled", default="Unknown", help="value that stands for no label")
+
     sub = command("drop", commands.drop, "take a study out of a store; older states keep it")
     sub.add_argument("store")
     sub.add_argument("study")

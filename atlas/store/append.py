@@ -195,8 +195,8 @@ def _append(
         fixed = newest.gene_mode == "given" or (newest.gene_mode == "first" and newest.studies)
         old_table = manifests.read_gene_table(root, newest)
         table, columns, _ = align(old_table, counts.var, mode="fixed" if fixed else "union")
-        batches, batch_codes = _extend(newest.batches, *own_batches)
-        labels, label_codes = _extend(newest.labels, *own_labels)
+        batches, batch_codes = extend(newest.batches, *own_batches)
+        labels, label_codes = extend(newest.labels, *own_labels)
 
         asked = _fingerprint(counts, request, memory // (workers.number + 1), columns)
         journal, notes = Journal.open(root, newest.number, asked, fresh=request.fresh, left=left)
@@ -365,13 +365,18 @@ def _labels(counts: StudyCounts, key: str | None, unlabeled: str) -> tuple[list[
     """Names of the labels of a study, None for unlabeled ones, and that of each row."""
     if key is None:
         return [None], np.zeros(counts.n_obs, np.int64)
-    codes, values = pd.factorize(_column(counts, key, "label"))
+    return label_names(_column(counts, key, "label"), unlabeled)
+
+
+def label_names(column: pd.Series[Any], unlabeled: str) -> tuple[list[str | None], Codes]:
+    """Names of the labels in a column, None for unlabeled ones, and that of each row."""
+    codes, values = pd.factorize(column)
     texts = [text_of(value) for value in values]
     names = [None if text.strip() in ("", unlabeled) else text for text in texts]
     return [*names, None], codes.astype(np.int64)  # -1, a missing value, is the last
 
 
-def _extend(
+def extend(
     names: tuple[str, ...], own: Sequence[str | None], codes: Codes
 ) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
     """Codes by append-only names; new names come in alphabetical order, None is -1.

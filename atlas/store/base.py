@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.config import Profile
-from atlas.store import embeddings
+from atlas.store import annotate, embeddings
 from atlas.store import manifest as manifests
 from atlas.store.append import (
     DEFAULT_MEMORY,
@@ -166,6 +166,45 @@ class CountStore(StoreState):
             progress,
         )
         state, report = append_study(self.path, source, request)
+        self.see(state)
+        return report
+
+    def annotate(
+        self,
+        table: annotate.Table,
+        *,
+        study: str | None = None,
+        batch_key: str | None = None,
+        label_key: str | None = None,
+        unlabeled: str = "Unknown",
+    ) -> annotate.AnnotateReport:
+        """Add or correct obs columns of cells; older states keep the values they had.
+
+        Cells that are not in the table keep what they had; a new column is missing there.
+
+        Parameters
+        ----------
+        table
+            Indexed by row name, a column for each obs column; or a CSV or TSV file whose first
+            column is the row names. A missing value makes the cell's value missing. Where studies
+            have row names in common, a column ``atlas_study`` names the study of each.
+        study
+            The study whose cells they are; all when None.
+        batch_key, label_key
+            An obs column, new or not, that becomes the batch or the label of all cells of the
+            studies that have cells in the table. Training on other codes is another training: a
+            run that was begun cannot be resumed, and projections are written anew.
+        unlabeled
+            The value that stands for no label, besides missing and empty ones.
+
+        Raises
+        ------
+        InputError, MissingColumnError, StoreError, LockedError
+            Row names are unknown, given twice or of several studies; a column is reserved or would
+            mix types; there is no such study; another process writes. Nothing is written then.
+        """
+        request = annotate.Request(study, batch_key, label_key, unlabeled)
+        state, report = annotate.annotate(self.path, table, request)
         self.see(state)
         return report
 

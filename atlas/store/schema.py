@@ -153,7 +153,8 @@ class StudyEntry:
     digests
         SHA-256 of its ``metadata`` (all zarr.json and the small tables), ``obs`` and ``indptr``.
     parts
-        What lies beside it: ``index``, ``statistics``, ``embedding:NAME``.
+        What lies beside it: ``index``, ``statistics``, ``embedding:NAME``, and ``obs``, the columns
+        annotated since.
     """
 
     name: str

@@ -61,7 +61,7 @@ def _stack(parts: Sequence[pd.Series[Any] | None], lengths: Sequence[int]) -> An
     given = [part for part in parts if part is not None]
     if len(parts) == 1:
         return given[0].array
-    kinds = {_kind(part) for part in given}
+    kinds = {kind_of(part) for part in given}
     whole = len(given) == len(parts) and not any(part.isna().any() for part in given)
     if kinds == {"float"} or kinds == {"float", "integer"}:
         pieces = [
@@ -93,7 +93,8 @@ def _stack(parts: Sequence[pd.Series[Any] | None], lengths: Sequence[int]) -> An
     return pd.Categorical(np.concatenate(values), categories=list(names))
 
 
-def _kind(part: pd.Series[Any]) -> str:
+def kind_of(part: pd.Series[Any]) -> str:
+    """``"boolean"``, ``"integer"``, ``"float"``, or ``"other"``."""
     if pd.api.types.is_bool_dtype(part.dtype):
         return "boolean"
     if pd.api.types.is_integer_dtype(part.dtype):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from atlas.errors import AtlasError, NotAStoreError
 from atlas.store import manifest as manifests
-from atlas.store.arrays import read_array, read_details
+from atlas.store.arrays import DETAILS, read_array, read_details
 from atlas.store.findings import Finding, Findings, VerifyReport, ingest_again, only_old
 from atlas.store.parallel import ordered_map, resolve_threads
 from atlas.store.schema import Manifest, Part, StudyEntry
@@ -160,11 +160,25 @@ def _checks(root: Path, states: Sequence[Manifest]) -> Iterator[_Check]:
                 tasks = partial(_study, root, state, entry)
                 yield _Check(entry.name, do, tasks, size, is_study=True)
             for name, part in entry.parts.items():
-                if name.startswith("embedding:") and part.path not in done:
-                    done.add(part.path)
+                if part.path in done:
+                    continue
+                done.add(part.path)
+                if name.startswith("embedding:"):
                     own = name.removeprefix("embedding:")
                     do = _embed_again(root, states, state, own, part.path)
                     tasks = partial(_embedding, root, state, entry, own, part)
+                    yield _Check(entry.name, do, tasks, 0)
+                else:
+                    do = ingest_again(root, entry, states)
+                    if name == "obs":
+                        do = f"restore it from a copy, or annotate again: atlas annotate {root} …"
+                    do = _advice(
+                        root,
+                        states,
+                        lambda s, path=part.path: path in _paths(s),  # type: ignore[misc]
+                        do,
+                    )
+                    tasks = partial(_part, root, state, entry, part)
                     yield _Check(entry.name, do, tasks, 0)
         for name, embedding in state.embeddings.items():
             if embedding.details.path not in done:
@@ -240,7 +254,7 @@ def _embedding(
 
 
 def _study(root: Path, state: Manifest, entry: StudyEntry) -> Iterator[Task]:
-    """Everything of one study but its embeddings."""
+    """The files of one study itself."""
     study = ZarrStudy(root, entry)
     if not study.folder.is_dir():
         missing = fault("The folder of a study is missing", study.folder)
@@ -249,10 +263,6 @@ def _study(root: Path, state: Manifest, entry: StudyEntry) -> Iterator[Task]:
         for what, path in (("metadata", ""), ("obs", "obs"), ("indptr", "X/indptr")):
             yield Task(partial(_digest, study, what, study.folder / path))
         yield Task(partial(_tables, study))
-    for name in ("index", "statistics"):
-        part = entry.parts[name]
-        for file in sorted(part.files):
-            yield Task(partial(_array, root, state, entry, part, file.removesuffix(".npy")))
     if study.folder.is_dir():
         n_vars = _n_vars(root, entry)
         yield from MatrixCheck(
@@ -261,6 +271,15 @@ def _study(root: Path, state: Manifest, entry: StudyEntry) -> Iterator[Task]:
         for layer in study.layers:
             folder = study.folder / "layers" / layer
             yield from MatrixCheck(folder, entry.n_obs, n_vars, None, positive=False).tasks()
+
+
+def _part(root: Path, state: Manifest, entry: StudyEntry, part: Part) -> Iterator[Task]:
+    """The index, the statistics, or the annotated columns of a study."""
+    for file in sorted(part.files):
+        if file == DETAILS:
+            yield Task(lambda: caught(lambda: read_details(root, part)))
+        else:
+            yield Task(partial(_array, root, state, entry, part, file.removesuffix(".npy")))
 
 
 def _digest(study: ZarrStudy, what: str, path: Path) -> list[AtlasError]:
@@ -308,12 +327,13 @@ def _array(
     except AtlasError as error:
         return [error]
     path = root / part.path / f"{name}.npy"
-    if part is not entry.parts["index"]:
+    if part is entry.parts["statistics"]:
         return []
+    what = "index" if part is entry.parts["index"] else "annotation"
     if name != "genes" and len(values) != entry.n_obs:
         return [
             fault(
-                "An array of the index has another length than the study",
+                f"An array of the {what} has another length than the study",
                 path,
                 f"{len(values):,}",
                 f"{entry.n_obs:,} rows",

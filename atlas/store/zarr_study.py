@@ -19,7 +19,7 @@ import zarr
 
 from atlas.errors import CorruptStoreError, InputError
 from atlas.files import digest_tree
-from atlas.store import chunks
+from atlas.store import chunks, obs_part
 from atlas.store.arrays import DurableStore
 from atlas.store.schema import RESTORE, StudyEntry
 from atlas.store.tiledb_array import RECORD, SUFFIX, TileArray, array_folder, open_array
@@ -252,9 +252,12 @@ class ZarrStudy:
             ) from error
 
     def obs(self) -> pd.DataFrame:
-        """The study's obs, in stored order, indexed by row name."""
+        """The study's obs, in stored order, indexed by row name; as annotated since."""
         self.check("obs")
         frame: pd.DataFrame = anndata.io.read_elem(self._group["obs"])
+        if "obs" in self.entry.parts:
+            for name, values in obs_part.read(self._root, self.entry.parts["obs"]).items():
+                frame[name] = values
         return frame
 
     def table(self, name: str) -> Any:
