@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from atlas.hub import export_scvi, import_scvi
     from atlas.hub.scvi_data import ScviDataModule
     from atlas.models import TrainedModel, load_model
-    from atlas.store import CountStore, create_store, open_store, open_zarr, to_anndata
+    from atlas.store import (
+        CountStore,
+        convert_store,
+        create_store,
+        open_store,
+        open_zarr,
+        to_anndata,
+    )
     from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
@@ -24,6 +31,7 @@ _HOME = {
     "Metrics": "atlas.evaluation.metrics",
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
+    "convert_store": "atlas.store",
     "create_store": "atlas.store",
     "embed": "atlas.workflows",
     "evaluate": "atlas.workflows",
@@ -45,6 +53,7 @@ __all__ = [
     "Metrics",
     "ScviDataModule",
     "TrainedModel",
+    "convert_store",
     "create_store",
     "embed",
     "evaluate",

@@ -228,6 +228,25 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.out}: {adata.n_obs:,} cells × {adata.n_vars:,} genes")
 
 
+def convert(options: argparse.Namespace) -> None:
+    from atlas import convert_store, open_store, workflows
+
+    store = open_store(options.store)
+    if options.out.endswith(".h5ad"):
+        adata = workflows.export(store, options.out)
+        print(f"{options.out}: {adata.n_obs:,} cells × {adata.n_vars:,} genes")
+        return
+    converted = convert_store(
+        store,
+        options.out,
+        profile=options.profile,
+        format=options.format,
+        threads=options.threads,
+        progress=True,
+    )
+    print(f"{options.out}: {converted.n_obs:,} cells × {converted.n_vars:,} genes")
+
+
 def simulate(options: argparse.Namespace) -> None:
     from atlas.simulate import simulate
 

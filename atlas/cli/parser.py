@@ -168,6 +168,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", help="cells by an obs column: column=value,value")
     sub.add_argument("--order", choices=("store", "input"), default="store")
 
+    sub = command("convert", commands.convert, "write a store in another format or compression")
+    sub.add_argument("store")
+    sub.add_argument("out", help="a new store; or OUT.h5ad, as export writes it")
+    sub.add_argument("--format", choices=get_args(StoreFormat), default="zarr")
+    sub.add_argument("--profile", choices=get_args(Profile), default="fast", help="compression")
+    sub.add_argument("--threads", type=int, help="as many as cores if not given")
+
     sub = command(
         "simulate", commands.simulate, "write studies of simulated cells whose truth is known"
     )

@@ -3,6 +3,7 @@
 from atlas.store.anndata_zarr import ZarrSource, open_zarr
 from atlas.store.append import AppendReport
 from atlas.store.base import CountStore
+from atlas.store.convert import convert_store
 from atlas.store.export import to_anndata
 from atlas.store.opening import create_store, open_store
 from atlas.store.projection import Projection, open_projection
@@ -16,6 +17,7 @@ __all__ = [
     "Projection",
     "Split",
     "ZarrSource",
+    "convert_store",
     "create_store",
     "open_projection",
     "open_store",

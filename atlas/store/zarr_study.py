@@ -163,7 +163,8 @@ class CSRMatrix:
         return CSRMatrix, (self.folder,)  # a worker elsewhere opens it anew
 
     @functools.cached_property
-    def _indptr(self) -> npt.NDArray[np.int64]:
+    def indptr(self) -> npt.NDArray[np.int64]:
+        """Row pointers: int64, (n_obs + 1,)."""
         return cast("npt.NDArray[np.int64]", chunks.read_all(self.folder / "indptr"))
 
     @functools.cached_property
@@ -188,14 +189,14 @@ class CSRMatrix:
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
         """Values in each range of rows: int64, (n_ranges,)."""
-        return self._indptr[stops] - self._indptr[starts]
+        return self.indptr[stops] - self.indptr[starts]
 
     def read(self, starts: int | Ints, stops: int | Ints) -> Rows:
         """Rows ``starts`` to ``stops`` (exclusive) of one range or several, checked and decoded."""
         starts, stops = as_ranges(starts, stops)
-        low, high = self._indptr[starts], self._indptr[stops]
+        low, high = self.indptr[starts], self.indptr[stops]
         return (
-            row_pointers(self._indptr, starts, stops),
+            row_pointers(self.indptr, starts, stops),
             self._indices.read(low, high),
             self._data.read(low, high),
         )
