@@ -21,7 +21,7 @@ from atlas.ingest.tenx import GENES, is_tenx, read_tenx
 from atlas.ingest.text import is_text, read_text
 from atlas.ingest.visium import read_visium, spatial_folder
 
-_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt"
+_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt, or a 10x or Visium folder"
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -123,7 +123,7 @@ def _read(
             raise InputError(
                 f"{path} is a folder that cannot be read",
                 found=f"a folder with {there}",
-                expected="matrix.mtx (10x), spatial (Visium), or a file: " + _READABLE,
+                expected=_READABLE,
                 do="give the file or folder that holds the counts",
                 path=path,
             )

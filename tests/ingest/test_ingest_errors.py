@@ -170,7 +170,9 @@ def test_another_kind_of_file(tmp_path: Path) -> None:
 def test_another_kind_of_hdf5(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "x.h5", "w") as file:
         file["table"] = 1
-    with pytest.raises(InputError, match=r"neither an AnnData nor a 10x or loom file\n.*with table"):
+    with pytest.raises(
+        InputError, match=r"neither an AnnData nor a 10x or loom file\n.*with table"
+    ):
         open_counts(tmp_path / "x.h5")
 
 
