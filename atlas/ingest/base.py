@@ -153,6 +153,22 @@ class CountsSource:
         """One of the :meth:`ranges` as it is stored; from several threads if need be."""
         return self._matrix(layer).rows(start, stop)
 
+    @property
+    def random(self) -> bool:
+        """Whether rows of the counts can be read in any order."""
+        return self._matrix(None).ranges(self._budget) is not None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the counts as stored."""
+        return self._content.counts.dtype
+
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Values in each range of rows at most: int64, (n_ranges,)."""
+        return self._content.counts.count_values(starts, stops)
+
     def stream(self, layer: str | None = None, rows_per_block: int | None = None) -> Iterator[Rows]:
         """Yield all rows in input order, as they are stored."""
         yield from self._matrix(layer).row_blocks(self._budget._replace(rows=rows_per_block))

@@ -87,6 +87,12 @@ class Matrix(ABC):
         """Rows of one of the :meth:`ranges`; safe to call from several threads."""
         raise NotImplementedError(f"{type(self).__name__} yields its rows in order only")
 
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Values in each range of rows at most: int64, (n_ranges,)."""
+        return (stops - starts) * self.shape[1]
+
     @abstractmethod
     def sample(self) -> npt.NDArray[Any]:
         """Some stored values from all over the matrix, read cheaply."""
@@ -101,6 +107,12 @@ class CsrMatrix(Matrix):
         super().__init__(shape, data.dtype, place)
         self.data, self.indices = data, indices
         self.indptr = checked_indptr(indptr, data, indices, shape[0], place)
+
+    def count_values(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Values in each range of rows: int64, (n_ranges,)."""
+        return self.indptr[stops] - self.indptr[starts]
 
     def row_blocks(self, budget: Budget) -> Iterator[Rows]:
         """Yield rows as they are stored."""

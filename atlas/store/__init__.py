@@ -5,6 +5,7 @@ from atlas.store.append import AppendReport
 from atlas.store.base import CountStore
 from atlas.store.convert import convert_store
 from atlas.store.export import to_anndata
+from atlas.store.files_source import FilesSource, open_files
 from atlas.store.opening import create_store, open_store
 from atlas.store.projection import Projection, open_projection
 from atlas.store.split import Split
@@ -14,11 +15,13 @@ __all__ = [
     "AppendReport",
     "CountStore",
     "CountView",
+    "FilesSource",
     "Projection",
     "Split",
     "ZarrSource",
     "convert_store",
     "create_store",
+    "open_files",
     "open_projection",
     "open_store",
     "open_zarr",

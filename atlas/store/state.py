@@ -84,6 +84,11 @@ class StoreState:
         return self.manifest.labels
 
     @property
+    def number(self) -> int:
+        """Number of the state: that of its manifest."""
+        return self.manifest.number
+
+    @property
     def embeddings(self) -> tuple[str, ...]:
         """Names of the embeddings kept with the store."""
         return tuple(self.manifest.embeddings)

@@ -6,7 +6,8 @@ import dataclasses
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
 from atlas.models import TrainedModel, build_model
 from atlas.provenance import command, versions
-from atlas.store import CountStore, CountView
+from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.append import check_name
 from atlas.store.split import Split
 from atlas.training.environment import resolve_device
@@ -30,7 +31,7 @@ from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.projecting import advice, project
 from atlas.workflows.rows import Rows, ranges_of, rows_where
-from loaders import SequentialLoader
+from loaders import RowSource, SequentialLoader
 
 _EMBED_MINIBATCH = 512
 
@@ -41,7 +42,7 @@ def default_epochs(n_obs: int) -> int:
 
 
 def train(
-    store: CountStore,
+    store: CountStore | FilesSource,
     model: str = "scvi",
     *,
     out: str | PathLike[str],
@@ -58,7 +59,7 @@ def train(
     Parameters
     ----------
     store
-        An open store.
+        An open store, or files as they are (:func:`atlas.open_files`).
     model
         ``"scvi"``.
     out
@@ -103,6 +104,13 @@ def train(
             do="choose them with `atlas genes` (atlas.select_genes), or give genes=",
             path=store.path,
         )
+    if training.project and not isinstance(store, CountStore):
+        raise ConfigError(
+            "Only a store can be projected",
+            found=repr(store),
+            do="leave out project, or ingest the files",
+            path=store.path,
+        )
     check_run_folder(folder, resume=resume)
     view = store.select(genes)
     batches = Categories(store.obs_codes["batch"], store.batches)
@@ -117,6 +125,9 @@ def train(
     projected = folder / "projected"
     if not training.project and progress and (line := advice(view, epochs, folder)):
         print(line, file=sys.stderr)
+    reading: Callable[[RowSource], RowSource] | None = None
+    if training.project and isinstance(store, CountStore):
+        reading = partial(_projected, store, genes, projected, progress)
     presence = view.presence
     if hold_out is None:
         split = store.split(training.validation_share)
@@ -146,9 +157,7 @@ def train(
             "batches": list(store.batches),
         },
         progress=progress,
-        reading=(lambda _: project(store, genes, projected, progress=progress))
-        if training.project
-        else None,
+        reading=reading,
     )
     shutil.rmtree(projected, ignore_errors=True)  # an earlier part of the run may have written it
     ids = store.var["gene_id"].reindex(list(genes))
@@ -165,13 +174,19 @@ def train(
             "config": training.to_json(),
             "history": record.to_json(),
             "store": str(store.path),
-            "manifest": store.manifest.number,
+            "manifest": store.number,
             "versions": versions(),
             "command": command(),
         },
     )
     trained.save(folder)
     return trained
+
+
+def _projected(
+    store: CountStore, genes: Sequence[str], path: Path, progress: bool, _: RowSource
+) -> RowSource:
+    return project(store, genes, path, progress=progress)
 
 
 def _configs(options: dict[str, Any]) -> tuple[ScviConfig, TrainConfig]:
@@ -190,7 +205,7 @@ def _configs(options: dict[str, Any]) -> tuple[ScviConfig, TrainConfig]:
     return ScviConfig(**sorted_out[0]), TrainConfig(**sorted_out[1])
 
 
-def _library_prior(view: CountView, n_batches: int) -> torch.Tensor:
+def _library_prior(view: CountView | FilesSource, n_batches: int) -> torch.Tensor:
     """Mean and variance of the log library of each batch: float32, (n_batches, 2).
 
     Empty cells count as one count; a batch of one cell has variance 0 and is given a small one.
@@ -209,7 +224,7 @@ def _library_prior(view: CountView, n_batches: int) -> torch.Tensor:
 
 def embed(
     model: TrainedModel,
-    store: CountStore,
+    store: CountStore | FilesSource,
     *,
     name: str | None = "scvi",
     device: str = "auto",
@@ -244,6 +259,13 @@ def embed(
     """
     if name is not None:
         check_name(name, "embedding")
+        if not isinstance(store, CountStore):
+            raise ConfigError(
+                "Only a store keeps an embedding",
+                found=repr(store),
+                do="give name=None and keep what is returned, or ingest the files",
+                path=store.path,
+            )
     missing = sorted(set(model.genes) - set(store.gene_table.names))
     if missing:
         raise ModelError(
@@ -275,7 +297,7 @@ def embed(
             )
             out[minibatch.rows] = z[:n].cpu().numpy()
             bar.update(n)
-    if name is not None:
+    if name is not None and isinstance(store, CountStore):
         how = {
             "model": {"name": "scvi", **model.config.to_json()},
             "genes": list(model.genes),
@@ -287,7 +309,7 @@ def embed(
     return out
 
 
-def _batch_codes(model: TrainedModel, store: CountStore) -> npt.NDArray[np.int64]:
+def _batch_codes(model: TrainedModel, store: CountStore | FilesSource) -> npt.NDArray[np.int64]:
     """The model's code of each of the store's batches."""
     if not model.config.encode_batch:
         return np.zeros(len(store.batches), np.int64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from atlas.errors import ConfigError, StoreError
-from atlas.store import CountStore, CountView
+from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.parallel import resolve_threads
 from atlas.store.projection import Projection, write_projection
 from atlas.training.checkpoint import FOLDER as CHECKPOINTS
@@ -137,9 +137,9 @@ def measure(
     return seconds / rows / resolve_threads(None), values / max(stored, 1)
 
 
-def advice(view: CountView, epochs: int, run: Path) -> str | None:
+def advice(view: CountView | FilesSource, epochs: int, run: Path) -> str | None:
     """One line that offers ``--project`` to a new run, where that saves something."""
-    if not view.n_obs or (run / CHECKPOINTS).exists():
+    if not isinstance(view, CountView) or not view.n_obs or (run / CHECKPOINTS).exists():
         return None
     try:
         seconds_per_row, kept = measure(view)

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError, MissingColumnError
-from atlas.store import CountStore
+from atlas.store import CountStore, FilesSource
 from atlas.store.append import text_of
 
 Rows = str | Mapping[str, Sequence[str]]
 """Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""
 
 
-def rows_where(store: CountStore, rows: Rows) -> npt.NDArray[np.bool_]:
+def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bool_]:
     """Cells whose obs column has one of some values: bool (n_obs,).
 
     ``study``, ``batch`` and ``label`` fall back to the store's own where no input has such a

@@ -103,4 +103,17 @@ def anndata_zarr(folder: Path) -> Opened:
     return _opened(reopen(), list(whole.obs_names), reopen)
 
 
-OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr]
+def h5ad_files(folder: Path) -> Opened:
+    paths = []
+    for name, study in studies().items():
+        paths.append(folder / f"{name}.h5ad")
+        study.write_h5ad(paths[-1])
+
+    def reopen() -> RowSource:
+        return atlas.open_files(paths, batch_key="batch", label_key="cell_type")
+
+    names = [cell for study in studies().values() for cell in study.obs_names]
+    return _opened(reopen(), names, reopen)
+
+
+OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr, h5ad_files]

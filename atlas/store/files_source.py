@@ -1,0 +1,316 @@
+"""Files of counts as they are, opened like a store without being ingested.
+
+Rows come in the order of the files, each file a study. It is slower than a store, which is written
+for random blocks, and nothing records what the counts were: see README.md, What opens.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from atlas.errors import CorruptStoreError, InputError, MissingColumnError, StoreError
+from atlas.ingest import GeneTable, join
+from atlas.ingest.base import CountsSource
+from atlas.ingest.files import open_counts
+from atlas.ingest.genes import align
+from atlas.store.append import extend, label_names, text_of
+from atlas.store.row_order import hash_names
+from atlas.store.split import Split
+from atlas.store.tables import join_obs
+from loaders import RowBlock
+from loaders.selection import Ints
+from loaders.source import NARROW_MAX, as_ranges, joined, segment_of
+
+INGEST = "ingest it: atlas ingest STORE FILE --study NAME"
+
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+def open_files(
+    paths: Paths,
+    *,
+    batch_key: str | None = None,
+    label_key: str | None = None,
+    unlabeled: str = "Unknown",
+    layer: str | None = None,
+) -> FilesSource:
+    """Open one file of counts, or several, without ingesting them.
+
+    Parameters
+    ----------
+    paths
+        ``.h5ad``, 10x ``.h5`` or ``.loom`` files whose rows can be read in any order: CSR, or dense
+        in chunks of few rows. Genes meet as in a store, by id or name.
+    batch_key
+        The obs column of the batch; each file is one batch without it.
+    label_key, unlabeled
+        The obs column of the label, and the value that stands for none.
+    layer
+        Where the counts are, if not in X.
+
+    Returns
+    -------
+    FilesSource
+        What :func:`atlas.train`, :func:`atlas.embed` (with ``name=None``) and the loader take.
+
+    Raises
+    ------
+    InputError, MissingColumnError
+        A file cannot be read as counts, or only in order; or has no such column.
+    """
+    listed = [paths] if isinstance(paths, str | PathLike) else list(paths)
+    if not listed:
+        raise InputError("No file was given", expected="at least one")
+    return FilesSource([Path(p) for p in listed], batch_key, label_key, unlabeled, layer)
+
+
+class FilesSource:
+    """Rows of files: a :class:`loaders.RowSource`, and what training asks of a store.
+
+    Opened by :func:`open_files`.
+    """
+
+    genes: tuple[str, ...] | None = None
+    """None are recorded; give ``genes=``."""
+    number: int | None = None
+    """Files have no states."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        batch_key: str | None,
+        label_key: str | None,
+        unlabeled: str,
+        layer: str | None,
+        chosen: Sequence[str] | None = None,
+    ) -> None:
+        self._asked = (tuple(paths), batch_key, label_key, unlabeled, layer)
+        self.path = paths[0]
+        self.studies = tuple(join.labels(list(paths)))
+        self._files = [open_counts(path, layer=layer) for path in paths]
+        self._stamps = [_stamp(path) for path in paths]
+        table, columns = GeneTable.of_names(()), []
+        for file, path in zip(self._files, paths, strict=True):
+            if not file.random:
+                raise InputError(
+                    f"The rows of {path} can only be read in order",
+                    expected="counts by row (CSR), or dense in chunks of few rows",
+                    do=INGEST,
+                    path=path,
+                )
+            table, own, _ = align(table, file.var)
+            columns.append(own)
+        self.gene_table = table
+        names = table.names if chosen is None else tuple(map(str, chosen))
+        position = {name: i for i, name in enumerate(table.names)}
+        unknown = [name for name in names if name not in position]
+        if unknown or len(set(names)) < len(names) or not names:
+            raise StoreError(
+                "These genes cannot be selected",
+                found=f"{len(unknown)} of {len(names)} are not in the files, e.g. "
+                + ", ".join(unknown[:5])
+                if unknown
+                else "a gene twice, or none at all",
+                expected="names of the files' genes, each once",
+                path=self.path,
+            )
+        self._names = names
+        place = np.full(len(table.names) + 1, -1, np.int32)
+        place[[position[name] for name in names]] = np.arange(len(names), dtype=np.int32)
+        self._tables = [place[own] for own in columns]
+        self.segments = tuple(int(n) for n in np.cumsum([0, *(f.n_obs for f in self._files)]))
+        self.batches, self.labels, codes = self._coded(batch_key, label_key, unlabeled)
+        self.obs_codes: Mapping[str, npt.NDArray[np.int32]] = codes
+
+    def __reduce__(self) -> tuple[type[FilesSource], tuple[Any, ...]]:
+        return FilesSource, (*self._asked, self._names)
+
+    def __repr__(self) -> str:
+        return (
+            f"FilesSource({len(self._files)} files: {self.n_obs:,} cells × {self.n_vars:,} genes)"
+        )
+
+    def _coded(
+        self, batch_key: str | None, label_key: str | None, unlabeled: str
+    ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, npt.NDArray[np.int32]]]:
+        batches: tuple[str, ...] = ()
+        labels: tuple[str, ...] = ()
+        batch, label = [], []
+        for name, file in zip(self.studies, self._files, strict=True):
+            own = [name] * file.n_obs
+            if batch_key is not None:
+                column = _column(file, batch_key, "batch")
+                if column.isna().any():
+                    raise InputError(
+                        "Some cells have no batch",
+                        found=f"{int(column.isna().sum())} missing values in {batch_key!r}",
+                        expected="a batch for every cell",
+                        path=file.path,
+                    )
+                own = [f"{name}/{text_of(value)}" for value in column]
+            codes, texts = pd.factorize(pd.Series(own, dtype=object))
+            batches, found = extend(batches, list(texts), codes.astype(np.int64))
+            batch.append(found)
+            if label_key is None:
+                label.append(np.full(file.n_obs, -1, np.int32))
+                continue
+            labels, found = extend(
+                labels, *label_names(_column(file, label_key, "label"), unlabeled)
+            )
+            label.append(found)
+        study = np.repeat(np.arange(len(self._files), dtype=np.int32), np.diff(self.segments))
+        return (
+            batches,
+            labels,
+            {"study": study, "batch": np.concatenate(batch), "label": np.concatenate(label)},
+        )
+
+    # what it holds
+
+    @property
+    def n_obs(self) -> int:
+        """Cells of all files."""
+        return self.segments[-1]
+
+    @property
+    def n_vars(self) -> int:
+        """Genes: those chosen, or of all files."""
+        return len(self._names)
+
+    @property
+    def var(self) -> pd.DataFrame:
+        """All genes: index gene name, column ``gene_id``."""
+        index = pd.Index(self.gene_table.names, name="gene", dtype=object)
+        return pd.DataFrame({"gene_id": pd.array(self.gene_table.ids, dtype="string")}, index=index)
+
+    def obs(self, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """Annotations of all cells, in the order of the files; see :meth:`CountStore.obs`."""
+        names = {"study": self.studies, "batch": self.batches, "label": self.labels}
+        own = {
+            f"atlas_{what}": pd.Categorical.from_codes(codes, pd.Index(names[what], dtype=object))
+            for what, codes in self.obs_codes.items()
+        }
+        return join_obs([file.obs for file in self._files], own, columns, self.path)
+
+    def select(self, genes: Sequence[str]) -> FilesSource:
+        """The same rows over chosen genes, in the order given."""
+        return FilesSource(*self._asked, chosen=genes)
+
+    def split(self, validation: float = 0.1) -> Split:
+        """Hold out cells by the hash of file and row name."""
+        hashes = [
+            hash_names(name, file.obs.index)
+            for name, file in zip(self.studies, self._files, strict=True)
+        ]
+        held_out = np.concatenate(hashes) < np.uint64(int(validation * 2**64))
+        return Split(_ranges(~held_out), _ranges(held_out), [])
+
+    @property
+    def presence(self) -> npt.NDArray[np.bool_]:
+        """Which file has which gene: bool (n_files, n_vars)."""
+        out = np.zeros((len(self._files), self.n_vars), bool)
+        for row, table in zip(out, self._tables, strict=True):
+            row[table[table >= 0]] = True
+        return out
+
+    # rows
+
+    @functools.cached_property
+    def narrow(self) -> bool:
+        """Whether the files hold uint16 or less."""
+        small = all(file.dtype in (np.uint8, np.uint16) for file in self._files)
+        return small and self.n_vars <= NARROW_MAX + 1
+
+    @property
+    def reading(self) -> str:
+        """How rows are read."""
+        return (
+            "from files as they are, which takes several times as long as from a store "
+            "(README.md, What opens)"
+        )
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns, about."""
+        return 2**24
+
+    def count_values(self, starts: Ints, stops: Ints) -> Ints:
+        """Values in each range of rows at most: int64, (n_ranges,)."""
+        out = np.empty(len(starts), np.int64)
+        of = np.searchsorted(self.segments, starts, side="right") - 1
+        for i in np.unique(of).tolist():
+            mine, first = of == i, self.segments[i]
+            out[mine] = self._files[i].count_values(starts[mine] - first, stops[mine] - first)
+        return out
+
+    def read_rows(self, starts: int | Ints, stops: int | Ints) -> RowBlock:
+        """Rows of one file, one range or several; thread-safe.
+
+        Raises
+        ------
+        CorruptStoreError
+            The file was replaced or changed since it was opened.
+        CountsError, InputError
+            A value is no count, or a part cannot be read.
+        """
+        starts, stops = as_ranges(starts, stops)
+        i = segment_of(self.segments, starts, stops)
+        path, file, first = self._asked[0][i], self._files[i], self.segments[i]
+        if _stamp(path) != self._stamps[i]:
+            raise CorruptStoreError(
+                "A file was replaced or changed since it was opened",
+                do="open it again",
+                path=path,
+            )
+        blocks = []
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            types = (np.uint16, np.uint16) if self.narrow else (np.int32, np.uint32)
+            rows = file.read(start - first, stop - first)
+            indptr, indices, data = file.tidy(rows, columns=self._tables[i], types=types)
+            block = RowBlock(indptr, indices, data)
+            blocks.append(block if self.narrow else block.widened())
+        return blocks[0] if len(blocks) == 1 else joined(blocks)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A digest of the files' sizes and times, names of rows and genes, and codes."""
+        total = hashlib.sha256(repr((self._stamps, self._names)).encode())
+        for file, table in zip(self._files, self._tables, strict=True):
+            total.update(table.tobytes())
+            total.update("\0".join(file.obs.index).encode())
+        for name, codes in sorted(self.obs_codes.items()):
+            total.update(name.encode() + codes.tobytes())
+        return total.hexdigest()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return -1, -1
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _ranges(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _column(file: CountsSource, key: str, what: str) -> pd.Series[Any]:
+    if key not in file.obs:
+        raise MissingColumnError(
+            f"There is no obs column for the {what}",
+            found=repr(key),
+            expected="one of " + (", ".join(map(str, file.obs.columns)) or "(there are none)"),
+            path=file.path,
+        )
+    return file.obs[key]
