@@ -24,7 +24,7 @@ from atlas.ingest.files import open_counts
 from atlas.ingest.genes import align
 from atlas.store.append import extend, label_names, text_of
 from atlas.store.row_order import hash_names
-from atlas.store.split import Split
+from atlas.store.split import Split, ranges_of
 from atlas.store.tables import join_obs
 from loaders import RowBlock
 from loaders.selection import Ints
@@ -212,7 +212,7 @@ class FilesSource:
             for name, file in zip(self.studies, self._files, strict=True)
         ]
         held_out = np.concatenate(hashes) < np.uint64(int(validation * 2**64))
-        return Split(_ranges(~held_out), _ranges(held_out), [])
+        return Split(ranges_of(~held_out), ranges_of(held_out), [])
 
     @property
     def presence(self) -> npt.NDArray[np.bool_]:
@@ -298,11 +298,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return stat.st_size, stat.st_mtime_ns
-
-
-def _ranges(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0)).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _column(file: CountsSource, key: str, what: str) -> pd.Series[Any]:

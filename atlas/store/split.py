@@ -62,3 +62,9 @@ def split_rows(
             if a < b:
                 ranges.append((a, b))
     return out
+
+
+def ranges_of(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """The rows of a mask, bool (n_obs,), as ranges (start, stop)."""
+    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))

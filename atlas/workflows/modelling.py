@@ -25,12 +25,12 @@ from atlas.models import TrainedModel, build_model
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.append import check_name
-from atlas.store.split import Split
+from atlas.store.split import Split, ranges_of
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.projecting import advice, project
-from atlas.workflows.rows import Rows, ranges_of, rows_where
+from atlas.workflows.rows import Rows, rows_where
 from loaders import RowSource, SequentialLoader
 
 _EMBED_MINIBATCH = 512

@@ -49,12 +49,6 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
     return out
 
 
-def ranges_of(mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """The rows of a mask, bool (n_obs,), as ranges (start, stop)."""
-    edges = np.flatnonzero(np.diff(mask.view(np.int8), prepend=0, append=0)).tolist()
-    return list(zip(edges[::2], edges[1::2], strict=True))
-
-
 def _chosen(rows: Rows) -> dict[str, Any]:
     if isinstance(rows, Mapping):
         return dict(rows)
