@@ -228,6 +228,24 @@ def export(options: argparse.Namespace) -> None:
     print(f"{options.out}: {adata.n_obs:,} cells × {adata.n_vars:,} genes")
 
 
+def import_scvi(options: argparse.Namespace) -> None:
+    import atlas
+
+    model = atlas.import_scvi(options.folder)
+    if options.study is not None:
+        names = {name: f"{options.study}/{name}" for name in model.batches}
+        model = atlas.import_scvi(options.folder, batches=names)
+    model.save(options.out)
+    print(f"{options.out}: scVI of {len(model.genes):,} genes and {len(model.batches)} batches")
+
+
+def export_scvi(options: argparse.Namespace) -> None:
+    import atlas
+
+    atlas.export_scvi(atlas.load_model(options.model), options.out, batch_key=options.batch_key)
+    print(f"{options.out}: for scvi.model.SCVI.load(folder, adata=adata)")
+
+
 def convert(options: argparse.Namespace) -> None:
     from atlas import convert_store, open_store, workflows
 

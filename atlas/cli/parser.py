@@ -168,6 +168,18 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", help="cells by an obs column: column=value,value")
     sub.add_argument("--order", choices=("store", "input"), default="store")
 
+    sub = command("import-scvi", commands.import_scvi, "take in a model that scvi-tools 1.x saved")
+    sub.add_argument("folder", help="what model.save(folder) wrote")
+    sub.add_argument("--out", required=True, help="folder of the model here")
+    sub.add_argument(
+        "--study", help="put STUDY/ before the names of its batches, as a store names them"
+    )
+
+    sub = command("export-scvi", commands.export_scvi, "write a model as scvi-tools saves it")
+    sub.add_argument("model", help="a run folder")
+    sub.add_argument("--out", required=True, help="folder for scvi.model.SCVI.load")
+    sub.add_argument("--batch-key", default="batch", help="obs column of the batch there")
+
     sub = command("convert", commands.convert, "write a store in another format or compression")
     sub.add_argument("store")
     sub.add_argument("out", help="a new store; or OUT.h5ad, as export writes it")

@@ -16,6 +16,7 @@ import torch
 from anndata import AnnData
 
 import atlas
+from atlas.cli import main
 from atlas.errors import ConfigError, ModelError
 from atlas.models import TrainedModel, load_model
 
@@ -169,6 +170,19 @@ def test_covariates_are_refused(tmp_path, cells):
     model.save(tmp_path / "theirs")
     with pytest.raises(ModelError, match="extra_continuous_covs"):
         atlas.import_scvi(tmp_path / "theirs")
+
+
+def test_from_the_command_line(tmp_path, cells, capsys):
+    theirs, _ = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    there, here, back = (str(tmp_path / name) for name in ("theirs", "here", "back"))
+    assert main(["import-scvi", there, "--out", here, "--study", "pbmc"]) == 0
+    assert set(load_model(here).batches) == {f"pbmc/{b}" for b in cells.obs["batch"].unique()}
+    assert main(["export-scvi", here, "--out", back]) == 0
+    first, second = (atlas.import_scvi(folder).module.state_dict() for folder in (there, back))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert main(["export-scvi", here, "--out", back]) != 0
+    assert "There is a model here already" in capsys.readouterr().err
 
 
 class Payload:
