@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas.config import ScviConfig, TrainConfig
+from atlas.errors import OutputError
 
 # torch, zarr and the rest are imported by the command that needs them, so that --help is quick
 
@@ -231,6 +232,8 @@ def export(options: argparse.Namespace) -> None:
 def import_scvi(options: argparse.Namespace) -> None:
     import atlas
 
+    if Path(options.out).exists() and any(Path(options.out).iterdir()):
+        raise OutputError("The folder is not empty", do="choose another as --out", path=options.out)
     model = atlas.import_scvi(options.folder)
     if options.study is not None:
         names = {name: f"{options.study}/{name}" for name in model.batches}

@@ -12,13 +12,22 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from atlas.errors import ConfigError
 from atlas.hub.scvi_export import VERSION
 from atlas.store import CountStore
 from loaders import Minibatch, MinibatchLoader, SequentialLoader
+from loaders.memory import parse_bytes
+
+try:
+    from lightning.pytorch import LightningDataModule
+except ImportError as missing:
+    raise ConfigError(
+        "Training with scvi-tools needs the package scvi-tools",
+        found=missing,
+        do="pip install 'atlas-trainer[scvi]'",
+    ) from None
 
 Batch = dict[str, Tensor | None]
 
@@ -45,12 +54,16 @@ class ScviDataModule(LightningDataModule):
     seed
         Of the order.
     memory
-        What the loader may hold, e.g. ``"512MB"``.
+        What the loader may hold, e.g. ``"512MB"``; for SCANVI, its two loaders together.
 
     Raises
     ------
     ConfigError
-        No genes are chosen, there is no such model, or SCANVI has no labeled cell to train on.
+        No genes are chosen, there is no such model, SCANVI has no labeled cell to train on, a study
+        did not measure one of the genes (scvi-tools would take it for zeros), or ``unlabeled`` is
+        the name of a label.
+    LoaderError
+        Too little memory.
 
     Examples
     --------
@@ -88,8 +101,26 @@ class ScviDataModule(LightningDataModule):
         self.unlabeled_category = unlabeled
         self._store, self._genes, self._size = store, chosen, minibatch_size
         self._view = store.select(chosen)
+        if not self._view.presence.all():
+            study, gene = (int(k) for k in np.argwhere(~self._view.presence)[0])
+            raise ConfigError(
+                "scvi-tools has no genes that a study did not measure",
+                found=f"{chosen[gene]} was not measured in {store.studies[study]}",
+                expected="genes that all studies have",
+                do="give these as genes=, or train with atlas.train",
+                path=store.path,
+            )
+        if unlabeled in store.labels:
+            raise ConfigError(
+                "The name of cells without a label is that of a label",
+                found=repr(unlabeled),
+                do="give another as unlabeled=",
+                path=store.path,
+            )
         split = store.split(validation)
         self._held_out = split.validation
+        if memory is not None and model == "SCANVI":
+            memory = parse_bytes(memory) // 2  # for two loaders
         options: dict[str, Any] = {"seed": seed, "memory": memory}
         self._loader = MinibatchLoader(self._view, minibatch_size, rows=split.train, **options)
         self._labeled: MinibatchLoader | None = None

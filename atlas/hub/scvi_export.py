@@ -12,7 +12,7 @@ import torch
 
 from atlas import files
 from atlas.errors import ModelError
-from atlas.hub.scvi_import import FILE
+from atlas.hub.scvi_file import FILE
 from atlas.hub.scvi_weights import to_theirs
 from atlas.models import TrainedModel
 

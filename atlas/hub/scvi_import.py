@@ -1,70 +1,30 @@
-"""Models saved by scvi-tools 1.x, read without running anything that the file says.
+"""Models saved by scvi-tools 1.x, with the same latent space here.
 
-``model.pt`` is a pickle. It is read by torch's ``weights_only`` reader, which builds tensors and
-plain containers alone; NumPy arrays are let through besides, and the tables of the training history
-(pandas) are replaced by an object that does nothing. A file that names anything else is refused.
+:mod:`atlas.hub.scvi_file` reads the file; this makes a model of what it holds, and believes none of
+it without a look.
 """
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.dtypes
 import torch
 from torch import Tensor
 
 from atlas.config import ScviConfig
 from atlas.errors import ConfigError, ModelError
+from atlas.hub import scvi_file
 from atlas.hub.scvi_weights import to_ours
 from atlas.models import TrainedModel, build_model
+from atlas.models.scvi import SCVI
 
-FILE: Final = "model.pt"
 _MODELS: Final = ("SCVI", "SCANVI")
-
-
-class _Ignored:
-    """Stands for what is not needed: takes everything and does nothing."""
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-def _dict(*_: Any) -> dict[Any, Any]:
-    return {}
-
-
-_IGNORED: Final = (
-    "pandas.core.frame.DataFrame",
-    "pandas.core.series.Series",
-    "pandas.core.indexes.base.Index",
-    "pandas.core.indexes.range.RangeIndex",
-    "pandas.core.indexes.base._new_Index",
-    "pandas.core.internals.managers.BlockManager",
-    "pandas.core.internals.managers.SingleBlockManager",
-    "pandas._libs.internals._unpickle_block",
-    "builtins.slice",
-)
-_reconstruct, _scalar = np._core.multiarray._reconstruct, np._core.multiarray.scalar
-_ALLOWED: Final[list[Any]] = [
-    bytes,
-    dict,
-    np.ndarray,
-    np.dtype,
-    *((_reconstruct, f"{core}.multiarray._reconstruct") for core in ("numpy._core", "numpy.core")),
-    *((_scalar, f"{core}.multiarray.scalar") for core in ("numpy._core", "numpy.core")),
-    *(getattr(numpy.dtypes, n) for n in numpy.dtypes.__all__ if n.endswith("DType")),
-    (_dict, "collections.defaultdict"),
-    *((_Ignored, name) for name in _IGNORED),
-]
+_DAMAGE: Final = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+"""What fails where a file does not hold what it should."""
 
 # Arguments of scvi-tools' VAE: those that the configuration here has, and the only values of others
 # that mean what is done here.
@@ -89,10 +49,15 @@ _FIXED: Final[dict[str, tuple[Any, ...]]] = {
     "var_activation": (None,),
     "extra_encoder_kwargs": (None, {}),
     "extra_decoder_kwargs": (None, {}),
-    "linear_classifier": (True, False),
-    "datamodule": (None,),
-    "use_posterior_mean": (True, False),
-    "classifier_parameters": (None, {}),
+}
+_COVARIATES: Final = ("size_factor", "extra_categorical_covs", "extra_continuous_covs")
+_NO_MATTER: Final = {
+    # of the classifier of SCANVI, and of what it was trained on
+    "linear_classifier",
+    "use_posterior_mean",
+    "classifier_parameters",
+    "unlabeled_category",
+    "datamodule",
 }
 
 
@@ -121,23 +86,25 @@ def import_scvi(
     ------
     ModelError
         There is no model, it cannot be read safely, was written by another version, or does what
-        no model here does: covariates, size factors, another likelihood, …
+        no model here does: covariates, size factors, another likelihood, …; or several of its
+        genes or batches have the same name.
     ConfigError
-        ``batches`` names a batch that the model does not have.
+        ``batches`` names a batch that the model does not have, or gives two the same name.
     """
-    path = Path(folder) / FILE
-    saved = _read(path)
+    saved, path = scvi_file.read(Path(folder)), Path(folder) / scvi_file.FILE
     try:
         registry, attributes = saved["attr_dict"]["registry_"], saved["attr_dict"]
         state: dict[str, Tensor] = saved["model_state_dict"]
-        genes = tuple(map(str, saved["var_names"]))
         kind, version = str(registry["model_name"]), str(registry["scvi_version"])
-        fields, given = registry["field_registries"], attributes["init_params_"]
-        arguments = _flat(given)
-    except (KeyError, TypeError, AttributeError) as error:
+        fields: Mapping[str, Any] = registry["field_registries"]
+        mapping = fields["batch"]["state_registry"]["categorical_mapping"]
+        genes, names = scvi_file.names(saved["var_names"]), scvi_file.names(mapping)
+        arguments = _flat(attributes["init_params_"])
+        covariates = [name for name in _COVARIATES if fields.get(name, {}).get("data_registry")]
+    except _DAMAGE as error:
         raise ModelError(
             "The file is not a model of scvi-tools 1.x",
-            found=f"{type(error).__name__}: {error}",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
             expected="weights, var_names, and a registry",
             path=path,
         ) from None
@@ -148,26 +115,35 @@ def import_scvi(
             expected=f"{' or '.join(_MODELS)} of version 1.x",
             path=path,
         )
-    _check_covariates(fields, path)
-    config = _config(arguments, state, len(genes), path)
-    names = [str(name) for name in fields["batch"]["state_registry"]["categorical_mapping"]]
-    prior = None
-    if config.library == "latent":
-        prior = torch.stack([state["library_log_means"][0], state["library_log_vars"][0]], dim=1)
-    module = build_model(config, len(genes), len(names), seed=0, library_prior=prior)
+    if covariates:
+        raise ModelError(
+            "The model has inputs that no model here has",
+            found=", ".join(covariates),
+            expected="counts and batch alone",
+            do="train it without them",
+            path=path,
+        )
+    for what, of in (("genes", genes), ("batches", names)):
+        if len(set(of)) < len(of):
+            raise ModelError(
+                f"Several {what} of the model have the same name",
+                found=", ".join(sorted({name for name in of if of.count(name) > 1})[:5]),
+                do="make the names unique, and train it again",
+                path=path,
+            )
     try:
-        to_ours(module, state)
-    except (KeyError, RuntimeError) as error:
+        module = _module(_config(arguments, path), state, len(genes), len(names))
+    except _DAMAGE as error:
         raise ModelError(
             "The weights are not those of the architecture that the file names",
-            found=str(error)[:300],
-            expected=f"{kind} with {config}",
+            found=f"{type(error).__name__}: {str(error)[:200]}",
+            expected=f"{kind} of {len(genes)} genes and {len(names)} batches, made with "
+            + ", ".join(f"{name}={value!r:.40}" for name, value in arguments.items()),
             path=path,
         ) from None
-    module.eval()
     return TrainedModel(
         module=module,
-        genes=genes,
+        genes=tuple(genes),
         batches=_renamed(names, batches),
         studies=("scvi-tools",),
         presence=np.ones((1, len(genes)), bool),
@@ -175,52 +151,17 @@ def import_scvi(
     )
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        older = (path.parent / "model_params.pt").exists()
-        raise ModelError(
-            "There is no model of scvi-tools here",
-            found="a model of before version 0.15" if older else f"no {FILE}",
-            expected=f"a folder with {FILE}",
-            do="load it in scvi-tools 1.x and save it again" if older else "check the folder",
-            path=path.parent,
-        )
-    try:
-        with torch.serialization.safe_globals(_ALLOWED):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        pickle.UnpicklingError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        zipfile.BadZipFile,
-        TypeError,
-    ) as error:
-        raise ModelError(
-            "The file cannot be read safely",
-            found=_reason(path) or f"{type(error).__name__}: {str(error)[:200]}",
-            expected="tensors, arrays and plain values, as scvi-tools writes them",
-            do="copy the file again; if it comes from someone else, do not load it at all",
-            path=path,
-        ) from None
-    if not isinstance(saved, dict):
-        raise ModelError("The file is not a model of scvi-tools", found=type(saved), path=path)
-    return saved
-
-
-def _reason(path: Path) -> str | None:
-    """What the file names that nobody needs for a model."""
-    try:
-        named = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-    except Exception:  # a file that is damaged can fail in any way
-        return None
-    known = {one[1] if isinstance(one, tuple) else _name(one) for one in _ALLOWED}
-    other = sorted(set(named) - known)
-    return f"it asks for {', '.join(other[:5])}" if other else None
-
-
-def _name(one: Any) -> str:
-    return f"{one.__module__}.{one.__qualname__}"
+def _module(config: ScviConfig, state: Mapping[str, Tensor], n_genes: int, n_batch: int) -> SCVI:
+    """The module with the weights; sizes are looked at before memory is taken for them."""
+    n_latent, n_hidden = state["z_encoder.mean_encoder.weight"].shape
+    if (n_latent, n_hidden) != (config.n_latent, config.n_hidden) or config.n_layers > len(state):
+        raise ValueError(f"weights of n_latent={n_latent}, n_hidden={n_hidden}")
+    prior = None
+    if config.library == "latent":
+        prior = torch.stack([state["library_log_means"][0], state["library_log_vars"][0]], dim=1)
+    module = build_model(config, n_genes, n_batch, seed=0, library_prior=prior)
+    to_ours(module, state)
+    return module.eval()
 
 
 def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,25 +172,11 @@ def _flat(given: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _check_covariates(fields: Mapping[str, Any], path: Path) -> None:
-    for name in ("size_factor", "extra_categorical_covs", "extra_continuous_covs"):
-        if fields.get(name, {}).get("data_registry"):
-            raise ModelError(
-                "The model has inputs that no model here has",
-                found=name,
-                expected="counts and batch alone",
-                do="train it without them",
-                path=path,
-            )
-
-
-def _config(
-    arguments: Mapping[str, Any], state: Mapping[str, Tensor], n_genes: int, path: Path
-) -> ScviConfig:
+def _config(arguments: Mapping[str, Any], path: Path) -> ScviConfig:
     wrong = [
         f"{name}={value!r}"
         for name, value in arguments.items()
-        if name not in _OURS and value not in _FIXED.get(name, ())
+        if name not in _OURS | _NO_MATTER and value not in _FIXED.get(name, ())
     ]
     norms = (
         arguments.get("use_batch_norm", "both"),
@@ -291,4 +218,9 @@ def _renamed(names: list[str], batches: Mapping[str, str] | None) -> tuple[str, 
             found=", ".join(unknown[:5]),
             expected="some of " + ", ".join(names[:8]),
         )
-    return tuple((batches or {}).get(name, name) for name in names)
+    renamed = tuple((batches or {}).get(name, name) for name in names)
+    if len(set(renamed)) < len(renamed):
+        raise ConfigError(
+            "Two batches would have the same name", found=", ".join(sorted(renamed)[:8])
+        )
+    return renamed

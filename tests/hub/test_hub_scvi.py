@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
+import io
 import os
 import pickle
+import subprocess
+import sys
 import warnings
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +150,55 @@ def test_imported_batches_are_named_as_in_a_store(tmp_path, cells):
     np.testing.assert_allclose(z, theirs.get_latent_representation()[order], atol=1e-5)
     with pytest.raises(ConfigError, match="no such batches"):
         atlas.import_scvi(tmp_path / "theirs", batches={"nowhere": "x"})
+    with pytest.raises(ConfigError, match="Two batches would have the same name"):
+        atlas.import_scvi(tmp_path / "theirs", batches=dict.fromkeys(names, "x"))
+
+
+def test_numbers_of_numpy_among_the_arguments_and_as_batches(tmp_path, cells):
+    adata = cells.copy()
+    adata.obs["batch"] = adata.obs["batch"].astype("category").cat.codes.astype(np.int64)
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    model = scvi.model.SCVI(adata, n_hidden=np.int64(16), dropout_rate=np.float64(0.2))
+    model.train(max_epochs=1, enable_progress_bar=False, accelerator="cpu", logger=False)
+    model.save(tmp_path / "theirs")
+    ours = atlas.import_scvi(tmp_path / "theirs")
+    assert ours.batches == tuple(str(code) for code in sorted(set(adata.obs["batch"])))
+    assert (ours.config.n_hidden, ours.config.dropout_rate) == (16, 0.2)
+    adata.obs["batch"] = adata.obs["batch"].astype(str)
+    expected = model.get_latent_representation()
+    np.testing.assert_allclose(latent(ours, adata), expected, atol=1e-5)
+
+
+def test_names_that_come_twice_are_refused(tmp_path, cells):
+    theirs, _ = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.pt"
+    saved = torch.load(path, weights_only=False)  # our own file
+    saved["var_names"][1] = saved["var_names"][0]
+    torch.save(saved, path)
+    with pytest.raises(ModelError, match=rf"genes .* the same name\n.*{saved['var_names'][0]}"):
+        atlas.import_scvi(tmp_path / "theirs")
+
+
+def test_models_come_in_and_go_without_scvi_tools(tmp_path, cells):
+    theirs, _ = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    script = """
+import sys
+for name in ("scvi", "lightning", "lightning.pytorch", "pytorch_lightning"):
+    sys.modules[name] = None
+import atlas
+atlas.export_scvi(atlas.import_scvi(sys.argv[1]), sys.argv[2])
+try:
+    atlas.ScviDataModule
+except atlas.errors.ConfigError as error:
+    print(error)
+"""
+    arguments = [sys.executable, "-c", script, tmp_path / "theirs", tmp_path / "back"]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "needs the package scvi-tools" in ran.stdout
+    assert "pip install 'atlas-trainer[scvi]'" in ran.stdout
+    assert (tmp_path / "back" / "model.pt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -181,6 +237,8 @@ def test_from_the_command_line(tmp_path, cells, capsys):
     assert main(["export-scvi", here, "--out", back]) == 0
     first, second = (atlas.import_scvi(folder).module.state_dict() for folder in (there, back))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert main(["import-scvi", back, "--out", here]) == 2
+    assert "The folder is not empty" in capsys.readouterr().err
     assert main(["export-scvi", here, "--out", back]) != 0
     assert "There is a model here already" in capsys.readouterr().err
 
@@ -208,6 +266,73 @@ def test_a_file_that_would_run_something_is_refused(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+class Pickled:
+    """Something that is pickled as told."""
+
+    def __init__(self, *how: Any) -> None:
+        self.how = how
+
+    def __reduce__(self) -> Any:
+        return self.how
+
+
+def test_an_array_of_forged_objects_is_refused(tmp_path, cells):
+    # Objects come as a list. With the flag that says so taken out of their dtype, NumPy takes the
+    # bytes of a file for addresses in memory.
+    theirs, _ = trained(cells)
+    theirs.save(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.pt"
+    saved = torch.load(path, weights_only=False)  # our own file
+    dtype = Pickled(np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0))
+    state = (1, (1,), dtype, False, (0x4141414141414141).to_bytes(8, "little"))
+    forged = Pickled(np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), state)
+    torch.save({**saved, "var_names": forged}, path)
+    with pytest.raises(ModelError, match=r"not a model of scvi-tools.*\n.*an array of 'O8'"):
+        atlas.import_scvi(tmp_path / "theirs")
+
+
+def test_whatever_is_damaged_is_an_error(tmp_path, cells):
+    theirs, _ = trained(cells, use_observed_lib_size=False)
+    theirs.save(tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.pt"
+    saved = torch.load(path, weights_only=False)  # our own file
+
+    def places(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for key in node if isinstance(node, dict) else ():
+            yield (*above, key)
+            yield from places(node[key], (*above, key))
+
+    refused = 0
+    for place in places(saved):
+        for value in (None, "x", -1, np.zeros(3)):
+            changed = copy.deepcopy(saved)
+            node = changed
+            for key in place[:-1]:
+                node = node[key]
+            node[place[-1]] = value
+            torch.save(changed, path)
+            try:
+                atlas.import_scvi(tmp_path / "theirs")
+            except (ModelError, ConfigError):
+                refused += 1
+    assert refused > 200  # the rest is not needed, as the history
+
+    whole = io.BytesIO()
+    torch.save(saved, whole)
+    with zipfile.ZipFile(whole) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in parts if name.endswith("data.pkl"))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(parts[pickled])
+        content[rng.integers(len(content))] = rng.integers(256)
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, part in parts.items():
+                archive.writestr(name, bytes(content) if name == pickled else part)
+        with contextlib.suppress(ModelError, ConfigError):
+            atlas.import_scvi(tmp_path / "theirs")
+
+
 def test_files_that_are_no_models(tmp_path, cells):
     with pytest.raises(ModelError, match=r"no model of scvi-tools here\n.*no model.pt"):
         atlas.import_scvi(tmp_path)
@@ -215,9 +340,10 @@ def test_files_that_are_no_models(tmp_path, cells):
     theirs.save(tmp_path / "theirs")
     path = tmp_path / "theirs" / "model.pt"
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ModelError, match="cannot be read safely"):
-        atlas.import_scvi(tmp_path / "theirs")
+    for size in range(0, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ModelError, match="cannot be read safely"):
+            atlas.import_scvi(tmp_path / "theirs")
     torch.save({"model_state_dict": {}}, path)
     with pytest.raises(ModelError, match=r"not a model of scvi-tools 1\.x"):
         atlas.import_scvi(tmp_path / "theirs")

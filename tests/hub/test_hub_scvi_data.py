@@ -13,8 +13,10 @@ from anndata import AnnData
 
 import atlas
 from atlas.errors import ConfigError
+from loaders import LoaderError
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
+Callback = pytest.importorskip("lightning.pytorch").Callback
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = {"enable_progress_bar": False, "accelerator": "cpu", "logger": False}
 
@@ -62,11 +64,15 @@ def test_minibatches_are_the_cells_of_the_store(store):
 
 def test_scvi_learns_as_from_memory(store, cells):
     adata = atlas.to_anndata(store)
+    held_out = np.zeros(store.n_obs, bool)
+    for start, stop in store.split(0.1).validation:
+        held_out[start:stop] = True
+    split = {"external_indexing": [np.flatnonzero(~held_out), np.flatnonzero(held_out)]}
     scvi.settings.seed = 1
     scvi.model.SCVI.setup_anndata(adata, batch_key="atlas_batch")
     options = {"n_hidden": 32, "n_latent": 5}
     memory = scvi.model.SCVI(adata, **options)
-    memory.train(max_epochs=12, train_size=0.9, **QUICK)
+    memory.train(max_epochs=12, datasplitter_kwargs=split, **QUICK)
 
     data = module(store)
     scvi.settings.seed = 1
@@ -74,14 +80,10 @@ def test_scvi_learns_as_from_memory(store, cells):
     model.train(datamodule=data, max_epochs=12, **QUICK)
     z = model.get_latent_representation(dataloader=data.inference_dataloader())
     assert z.shape == (store.n_obs, 5)
-    elbos = [
-        -float(m.get_elbo(dataloader=data.inference_dataloader()))
-        if m is model
-        else -float(m.get_elbo())
-        for m in (memory, model)
-    ]
-    # two trainings from memory differ as much
-    assert elbos[1] == pytest.approx(elbos[0], rel=0.03)
+    expected = float(memory.get_elbo())
+    elbo = float(model.get_elbo(dataloader=data.inference_dataloader()))
+    # the same initial weights and cells in another order; other seeds differ by 7 %
+    assert elbo == pytest.approx(expected, rel=0.01)
 
 
 def test_its_model_can_be_imported(store, tmp_path):
@@ -91,6 +93,14 @@ def test_its_model_can_be_imported(store, tmp_path):
     model.save(tmp_path / "model", datamodule=data)
     z = model.get_latent_representation(dataloader=data.inference_dataloader())
     ours = atlas.import_scvi(tmp_path / "model")
+    np.testing.assert_allclose(atlas.embed(ours, store, name=None), z, atol=1e-5)
+
+    data = module(store, "SCANVI")
+    model = scvi.model.SCANVI(registry=data.registry, datamodule=data, n_hidden=16, n_latent=4)
+    model.train(datamodule=data, max_epochs=1, **QUICK)
+    model.save(tmp_path / "scanvi", datamodule=data)
+    z = model.get_latent_representation(dataloader=data.inference_dataloader())
+    ours = atlas.import_scvi(tmp_path / "scanvi")
     np.testing.assert_allclose(atlas.embed(ours, store, name=None), z, atol=1e-5)
 
 
@@ -124,6 +134,45 @@ def test_an_epoch_goes_on_where_it_was(store):
     assert begun + [b["X"].sum(1).tolist() for b in second.train_dataloader()] == whole
 
 
+class Kept(Callback):
+    """What was trained on; a checkpoint after one of the steps."""
+
+    def __init__(self, path: Path, at: int | None = None) -> None:
+        self.path, self.at = path, at
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_end(self, trainer, plan, outputs, batch, index) -> None:
+        parts = batch if isinstance(batch, (tuple, list)) else [batch]
+        self.seen.append([x for part in parts for x in part["X"].sum(1).tolist()])
+        if trainer.global_step == self.at:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("kind", ["SCVI", "SCANVI"])
+@pytest.mark.parametrize("at", [3, 9, 13, 18])  # within and at the end of epochs of nine steps
+def test_lightning_goes_on_where_it_was(store, tmp_path, kind, at):
+    def train(at: int | None = None, **more: str) -> list[list[float]]:
+        data = module(store, kind, minibatch_size=64)
+        given = {"datamodule": data} if kind == "SCANVI" else {}
+        model = getattr(scvi.model, kind)(registry=data.registry, n_hidden=4, n_latent=2, **given)
+        kept = Kept(tmp_path / "checkpoint", at)
+        model.train(datamodule=data, max_epochs=3, callbacks=[kept], **more, **QUICK)
+        return kept.seen
+
+    whole = train(at)
+    assert len(whole) == 27
+    assert train(ckpt_path=str(tmp_path / "checkpoint")) == whole[at:]
+
+
+def test_memory_is_that_of_all_loaders(store):
+    one, both = (module(store, kind, memory="64MB") for kind in ("SCVI", "SCANVI"))
+    held = [str(loader.budget).split(" (")[0] for loader in (one._loader, both._loader)]
+    assert held == ["64.0 MB", "32.0 MB"]
+    assert str(both._labeled.budget).startswith("32.0 MB")
+    with pytest.raises(LoaderError, match="memory"):
+        module(store, "SCANVI", memory="1MB")
+
+
 def test_wrong_use(store, tmp_path, cells):
     with pytest.raises(ConfigError, match="No genes are chosen"):
         atlas.ScviDataModule(store)
@@ -133,3 +182,11 @@ def test_wrong_use(store, tmp_path, cells):
     bare.append(cells, study="pbmc")
     with pytest.raises(ConfigError, match="no labeled cell"):
         module(bare, "SCANVI")
+    with pytest.raises(ConfigError, match=r"is that of a label\n.*'NK'"):
+        module(store, unlabeled="NK")
+    missing = cells.var_names[0]
+    bare.append(cells[:, 1:], study="other")
+    with pytest.raises(ConfigError, match=rf"{missing} was not measured in other"):
+        module(bare)
+    shared = atlas.ScviDataModule(bare, genes=list(cells.var_names[1:]))
+    assert shared.n_vars == cells.n_vars - 1
