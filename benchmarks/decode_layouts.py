@@ -14,7 +14,7 @@ import pcodec
 import pcodec.standalone
 from common import say, table
 
-from atlas.store.deltas import sum_deltas
+from atlas.codecs.deltas import sum_deltas
 
 Array = npt.NDArray[Any]
 

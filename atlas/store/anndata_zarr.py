@@ -17,6 +17,7 @@ import pandas as pd
 import scipy.sparse as sp
 import zarr
 
+from atlas.codecs.zarr_rows import DenseRows, SparseRows
 from atlas.errors import (
     AtlasError,
     CorruptStoreError,
@@ -27,7 +28,6 @@ from atlas.errors import (
     NotAStoreError,
 )
 from atlas.store.append import text_of
-from atlas.store.zarr_rows import DenseRows, SparseRows
 from loaders import RowBlock
 from loaders.selection import Ints
 from loaders.source import as_ranges, joined, segment_of

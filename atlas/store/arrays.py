@@ -15,8 +15,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from atlas import files
+from atlas.codecs.chunks import RESTORE
 from atlas.errors import CorruptStoreError
-from atlas.store.schema import RESTORE, Part
+from atlas.store.schema import Part
 
 DETAILS = "details.json"
 

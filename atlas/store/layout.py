@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
-from atlas.store.fused import NO_CHUNK
+from atlas.codecs.fused import NO_CHUNK
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")

@@ -16,7 +16,6 @@ from atlas.errors import CorruptStoreError, FormatError
 
 FORMAT = "atlas-store"
 VERSION = 1
-RESTORE = "restore it from a copy, or ingest the study into a new store"
 
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _COUNT = {"type": "integer", "minimum": 0}

@@ -25,9 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas import files
+from atlas.codecs.chunks import RESTORE, ChunkedArray
 from atlas.errors import ConfigError, CorruptStoreError, FormatError
-from atlas.store.chunks import ChunkedArray
-from atlas.store.schema import RESTORE
 from loaders.selection import Ints
 from loaders.source import as_ranges
 
@@ -85,7 +84,7 @@ def open_array(matrix: Path, name: str) -> ChunkedArray | TileArray:
 
 
 class TileArray:
-    """One array of a study in TileDB; as :class:`atlas.store.chunks.ChunkedArray`.
+    """One array of a study in TileDB; as :class:`atlas.codecs.chunks.ChunkedArray`.
 
     Parameters
     ----------

@@ -12,8 +12,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from atlas.codecs.chunks import ChunkedArray
 from atlas.errors import AtlasError, CorruptStoreError
-from atlas.store.chunks import ChunkedArray
 from atlas.store.tiledb_array import TileArray, open_array
 
 _FINE, _RANGE, _ORDER = 0, 1, 2

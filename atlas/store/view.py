@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from atlas.store import fused
+from atlas.codecs import fused
 from atlas.store.kernels import map_columns, select_columns
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock

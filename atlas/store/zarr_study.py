@@ -17,11 +17,13 @@ import numpy.typing as npt
 import pandas as pd
 import zarr
 
+from atlas.codecs import chunks
+from atlas.codecs.chunks import RESTORE
 from atlas.errors import CorruptStoreError, InputError
 from atlas.files import digest_tree
-from atlas.store import chunks, obs_part
+from atlas.store import obs_part
 from atlas.store.arrays import DurableStore
-from atlas.store.schema import RESTORE, StudyEntry
+from atlas.store.schema import StudyEntry
 from atlas.store.tiledb_array import RECORD, SUFFIX, TileArray, array_folder, open_array
 from loaders.selection import Ints
 from loaders.source import as_ranges, row_pointers

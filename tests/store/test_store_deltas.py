@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas.store.deltas import sum_deltas
+from atlas.codecs.deltas import sum_deltas
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<i4", "<u4", "<i8", "<u8"])

@@ -13,8 +13,9 @@ import pytest
 import zarr
 
 import atlas
+from atlas.codecs import chunks, fused
 from atlas.errors import CorruptStoreError
-from atlas.store import chunks, fused, layout
+from atlas.store import layout
 from loaders import MinibatchLoader, SequentialLoader
 
 pytestmark = pytest.mark.timeout(120)

@@ -21,8 +21,9 @@ from anndata import AnnData
 
 import atlas
 from atlas.cli import main
+from atlas.codecs import chunks
 from atlas.errors import CorruptStoreError, NotAStoreError
-from atlas.store import CountStore, chunks, create_store, layout, open_store
+from atlas.store import CountStore, create_store, layout, open_store
 from atlas.store import findings as all_findings
 from atlas.store.findings import VerifyReport
 
@@ -322,7 +323,7 @@ def test_the_command_prints_and_leaves_with_1(
 
 _VERIFY = """
 import sys, threading
-from atlas.store import chunks
+from atlas.codecs import chunks
 from atlas.cli import main
 real = chunks.ChunkedArray.read
 first = threading.Event()

@@ -4,7 +4,7 @@ Every step of it releases the GIL when called from Python, but taking it back co
 than the step itself where blocks are short (two threads then read no faster than one). Here the GIL
 is given up once. The functions called are libc's ``pread``, c-blosc's ``blosc_decompress_ctx`` as
 numcodecs carries it, and the processor's CRC-32C instruction; where one of them is absent,
-:data:`AVAILABLE` is False, :data:`WHY_NOT` says why, and :mod:`atlas.store.chunks` goes the longer
+:data:`AVAILABLE` is False, :data:`WHY_NOT` says why, and :mod:`atlas.codecs.chunks` goes the longer
 way.
 """
 
@@ -24,7 +24,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from atlas.store.deltas import sum_deltas
+from atlas.codecs.deltas import sum_deltas
 
 FINE: Final = 0
 UNREADABLE: Final = -1

@@ -24,14 +24,15 @@ import numpy as np
 import numpy.typing as npt
 import pcodec.standalone
 
+from atlas.codecs import fused
+from atlas.codecs.deltas import sum_deltas
 from atlas.errors import CorruptStoreError, FormatError
-from atlas.store import fused
-from atlas.store.deltas import sum_deltas
-from atlas.store.schema import RESTORE
 from loaders.pool import POOL
 from loaders.selection import Ints
 from loaders.source import as_ranges
 
+RESTORE = "restore it from a copy, or ingest the study into a new store"
+"""What to do where a store is damaged."""
 _STORED = "the crc32c stored"
 _OPEN = 512
 """Shards of all arrays that stay open; a process may have about a thousand files open."""
@@ -149,7 +150,7 @@ class _Opened:
     files
         By number.
     table
-        As :func:`atlas.store.fused.read_ranges` takes it.
+        As :func:`atlas.codecs.fused.read_ranges` takes it.
     """
 
     def __init__(self, files: dict[int, _Shard], table: Ints) -> None:
@@ -297,7 +298,7 @@ class ChunkedArray:
     def _fault(
         self, status: int, path: str, file: _Shard, low: int, index: npt.NDArray[np.uint64]
     ) -> CorruptStoreError:
-        """The error that a status of :mod:`atlas.store.fused` stands for."""
+        """The error that a status of :mod:`atlas.codecs.fused` stands for."""
         if status == fused.ABSENT:
             return _missing(Path(path), "A chunk is missing from a shard of the store")
         if status == fused.UNREADABLE:

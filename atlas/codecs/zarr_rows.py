@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from atlas.codecs.chunks import ChunkedArray
+from atlas.codecs.zarr_arrays import GenericArray, codec_names, why_not_fast
 from atlas.errors import CorruptStoreError, FormatError
-from atlas.store.chunks import ChunkedArray
-from atlas.store.zarr_arrays import GenericArray, codec_names, why_not_fast
 
 FAST = "fast: chunks decoded by Atlas's own kernels"
 

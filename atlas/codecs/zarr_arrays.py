@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 
+from atlas.codecs.fused import NO_CHUNK
 from atlas.errors import CorruptStoreError, FormatError
-from atlas.store.fused import NO_CHUNK
 
 RESTORE = "restore it from a copy, or write the file again with write_empty_chunks=True"
 
@@ -158,7 +158,7 @@ def _absent(path: Path) -> CorruptStoreError:
 
 
 def why_not_fast(folder: Path) -> str | None:
-    """Why :class:`atlas.store.chunks.ChunkedArray` would not read an array right; None if it does.
+    """Why :class:`atlas.codecs.chunks.ChunkedArray` would not read an array right; None if it does.
 
     It is written for the arrays that Atlas writes and takes for granted what they have in common.
     """
