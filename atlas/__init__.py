@@ -17,7 +17,6 @@ if TYPE_CHECKING:
         create_store,
         open_files,
         open_store,
-        open_zarr,
         to_anndata,
     )
     from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
@@ -41,7 +40,6 @@ _HOME = {
     "load_model": "atlas.models",
     "open_files": "atlas.store",
     "open_store": "atlas.store",
-    "open_zarr": "atlas.store",
     "project": "atlas.workflows",
     "report": "atlas.workflows",
     "select_genes": "atlas.workflows",
@@ -64,7 +62,6 @@ __all__ = [
     "load_model",
     "open_files",
     "open_store",
-    "open_zarr",
     "project",
     "report",
     "select_genes",

@@ -80,6 +80,11 @@ class GenericArray:
         self._check_present(start, stop)  # afterwards, so that what vanished before is seen
         return values
 
+    def __getitem__(self, index: slice) -> npt.NDArray[Any]:
+        """Entries of the first axis that follow one another."""
+        start, stop, _ = index.indices(len(self))
+        return self.read(start, max(start, stop))
+
     def _check_present(self, start: int, stop: int) -> None:
         size = self._grid[0]
         first = range(start // size, (stop - 1) // size + 1)
@@ -138,7 +143,7 @@ def _shard_index(array: zarr.Array[Any], folder: Path) -> _ShardIndex:
             "An array has shards whose index this version does not read",
             found=" → ".join([sharding.get("name", "several codecs"), *codecs]),
             expected="sharding_indexed with an index of bytes → crc32c",
-            do="ingest it: store.append(anndata.read_zarr(path), study=…)",
+            do="write the file again with anndata.write_zarr",
             path=folder / "zarr.json",
         )
     shards = cast("tuple[int, ...]", array.shards)

@@ -28,7 +28,7 @@ class SparseRows:
         self.shape = (int(n_obs), int(n_vars))
         arrays = {part: cast("zarr.Array[Any]", group[part]) for part in ("indices", "data")}
         pointers = GenericArray(cast("zarr.Array[Any]", group["indptr"]), folder / "indptr")
-        self._indptr = pointers.read(0, len(pointers)).astype(np.int64)
+        self.indptr = pointers.read(0, len(pointers)).astype(np.int64)
         self._indices: _Column
         self._data: _Column
         reasons = [_why_not(folder / part, f"{name}/{part}") for part in arrays]
@@ -45,17 +45,17 @@ class SparseRows:
         self.overhead = 2 * sum(
             int(array.chunks[0]) * np.dtype(array.dtype).itemsize for array in arrays.values()
         )
-        lengths = {len(self._indices), len(self._data), int(self._indptr[-1])}
+        lengths = {len(self._indices), len(self._data), int(self.indptr[-1])}
         if (
-            len(self._indptr) != self.shape[0] + 1
-            or self._indptr[0] != 0
-            or (np.diff(self._indptr) < 0).any()
+            len(self.indptr) != self.shape[0] + 1
+            or self.indptr[0] != 0
+            or (np.diff(self.indptr) < 0).any()
             or len(lengths) > 1
         ):
             raise CorruptStoreError(
                 "The row pointers do not fit the matrix",
-                found=f"{len(self._indptr)} pointers, from {self._indptr[0]} to "
-                f"{self._indptr[-1]}; {len(self._indices)} indices, {len(self._data)} values",
+                found=f"{len(self.indptr)} pointers, from {self.indptr[0]} to "
+                f"{self.indptr[-1]}; {len(self._indices)} indices, {len(self._data)} values",
                 expected=f"{self.shape[0] + 1} that rise from 0 to the number of values",
                 path=folder,
             )
@@ -63,18 +63,14 @@ class SparseRows:
     def count(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        return self._indptr[stops] - self._indptr[starts]
+        return self.indptr[stops] - self.indptr[starts]
 
     def read(
         self, start: int, stop: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]:
-        indptr = self._indptr[start : stop + 1]
+        indptr = self.indptr[start : stop + 1]
         low, high = int(indptr[0]), int(indptr[-1])
         return indptr - low, self._indices.read(low, high), self._data.read(low, high)
-
-    def digest(self, total: Any) -> None:
-        total.update(self._indptr.tobytes())
-        _digest_files(self.path, total)
 
 
 class DenseRows:
@@ -88,6 +84,7 @@ class DenseRows:
         self.shape = self._array.shape
         self.dtype = self._array.dtype
         self.reading = f"generic: through zarr-python, because {name} is dense"
+        self.rows_at_once = self._array.rows_at_once
         self.overhead = 3 * self._array.rows_at_once * self.shape[1] * self.dtype.itemsize
 
     def count(
@@ -111,19 +108,6 @@ class DenseRows:
             np.concatenate([np.empty(0, np.int32), *columns]),
             np.concatenate([np.empty(0, self.dtype), *values]),
         )
-
-    def digest(self, total: Any) -> None:
-        _digest_files(self.path, total)
-
-
-def _digest_files(folder: Path, total: Any) -> None:
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        with path.open("rb") as file:
-            head = file.read(256)
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 256))
-            total.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
-            total.update(head + file.read())
 
 
 def _why_not(folder: Path, name: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,14 @@ from anndata.utils import make_index_unique
 
 from atlas.errors import CountsError, InputError
 from atlas.ingest import kernels
-from atlas.ingest.content import Content, CountsBlock, LayerBlock, OpenMatrix, missing_layer
+from atlas.ingest.content import (
+    Content,
+    CountsBlock,
+    LayerBlock,
+    OpenMatrix,
+    missing_layer,
+    stamp,
+)
 from atlas.ingest.matrix import Budget, Matrix, Rows, select_columns
 
 DEFAULT_MEMORY = 256 << 20
@@ -168,6 +175,32 @@ class CountsSource:
     ) -> npt.NDArray[np.int64]:
         """Values in each range of rows at most: int64, (n_ranges,)."""
         return self._content.counts.count_values(starts, stops)
+
+    def read_many(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> Sequence[Rows]:
+        """Several ranges of rows that may be read in any order, as they are stored."""
+        return self._content.counts.rows_of_ranges(starts, stops)
+
+    @property
+    def reading(self) -> str:
+        """What reads the rows, and why."""
+        return self._content.counts.reading
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns, about."""
+        return self._content.counts.read_overhead
+
+    def stamp(self) -> str:
+        """A text that changes when the counts do."""
+        if self._content.stamp is not None:
+            return self._content.stamp()
+        return "" if self.path is None else stamp(self.path)
+
+    def digest(self) -> str:
+        """A digest of the counts, as far as it is cheap."""
+        return self._content.digest() if self._content.digest is not None else self.stamp()
 
     def stream(self, layer: str | None = None, rows_per_block: int | None = None) -> Iterator[Rows]:
         """Yield all rows in input order, as they are stored."""

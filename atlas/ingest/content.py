@@ -109,6 +109,10 @@ class Content:
         What the user should know about the choice.
     close
         Gives the file back.
+    stamp
+        A text that changes when the counts do; by default of the file's size and time.
+    digest
+        A digest of the counts, as far as it is cheap; by default the stamp.
     """
 
     name: str
@@ -122,6 +126,17 @@ class Content:
     elsewhere: Mapping[str, OpenMatrix]
     notes: tuple[str, ...] = ()
     close: Callable[[], None] = lambda: None
+    stamp: Callable[[], str] | None = None
+    digest: Callable[[], str] | None = None
+
+
+def stamp(path: Path) -> str:
+    """Size and time of a file."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return "none"
+    return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
 def obsm_array(value: Any) -> npt.NDArray[Any]:

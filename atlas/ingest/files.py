@@ -10,6 +10,7 @@ import h5py
 from anndata import AnnData
 
 from atlas.errors import ConfigError, InputError
+from atlas.ingest.anndata_zarr import is_zarr, read_zarr
 from atlas.ingest.base import DEFAULT_MEMORY, CountsSource
 from atlas.ingest.content import Content
 from atlas.ingest.h5ad import is_h5ad, read_h5ad
@@ -21,7 +22,7 @@ from atlas.ingest.tenx import GENES, is_tenx, read_tenx
 from atlas.ingest.text import is_text, read_text
 from atlas.ingest.visium import read_visium, spatial_folder
 
-_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt, or a 10x or Visium folder"
+_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt, AnnData in Zarr, a 10x or Visium folder"
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -44,7 +45,8 @@ def open_counts(
     source
         An AnnData, in memory or backed; or the path of an ``.h5ad``, a 10x ``.h5`` or a ``.loom``
         file, told apart by what is in them, of a table in text (``.csv``, ``.tsv``, ``.txt``, also
-        gzipped), or of a 10x folder (``matrix.mtx``) or a Visium folder (``spatial``).
+        gzipped), of the folder of an AnnData in Zarr, of a 10x folder (``matrix.mtx``) or of a
+        Visium folder (``spatial``).
     layer
         Read this layer of an AnnData in place of X.
     use_raw
@@ -117,6 +119,8 @@ def _read(
 ) -> Content:
     """Find the reader of a file or folder."""
     if path.is_dir():
+        if is_zarr(path):
+            return read_zarr(path, layer=layer, use_raw=use_raw)
         outs = spatial_folder(path)
         if outs is None and not is_mtx(path):
             there = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing in it"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,33 @@ def is_h5ad(file: h5py.File) -> bool:
 def read_h5ad(file: h5py.File, path: Path, *, layer: str | None, use_raw: bool) -> Content:
     """Find counts and tables in an open file; counts are not read yet.
 
+    Raises as :func:`read_elements`.
+    """
+    found = read_elements(file, path, stored_matrix, layer=layer, use_raw=use_raw)
+    return replace(found, close=file.close)
+
+
+def read_elements(
+    file: Any,
+    path: Path,
+    matrix_of: Callable[[Any, Place], Matrix],
+    *,
+    layer: str | None,
+    use_raw: bool,
+) -> Content:
+    """Find counts and tables in the group of an AnnData, in HDF5 or Zarr.
+
+    Parameters
+    ----------
+    file
+        The open group.
+    path
+        Of the file or folder.
+    matrix_of
+        Opens an element as a matrix.
+    layer, use_raw
+        Where the counts are.
+
     Raises
     ------
     InputError
@@ -48,11 +77,14 @@ def read_h5ad(file: h5py.File, path: Path, *, layer: str | None, use_raw: bool) 
     if use_raw and raw_x not in file:
         raise missing_raw(str(path), path)
 
-    x, raw = _matrix(file, "X", "X", path), _matrix(file, raw_x, "raw.X", path)
+    x, raw = (
+        _matrix(file, key, what, path, matrix_of) for key, what in (("X", "X"), (raw_x, "raw.X"))
+    )
     layers = {
         name: matrix
         for name in names
-        if (matrix := _matrix(file, f"layers/{name}", f"layers[{name!r}]", path)) is not None
+        if (matrix := _matrix(file, f"layers/{name}", f"layers[{name!r}]", path, matrix_of))
+        is not None
     }
     chosen = raw if use_raw else x if layer is None else layers[layer]
     if chosen is None:
@@ -73,7 +105,6 @@ def read_h5ad(file: h5py.File, path: Path, *, layer: str | None, use_raw: bool) 
         counts=chosen(),
         layers={} if use_raw else layers,
         elsewhere=elsewhere(layers, x, raw, chosen),
-        close=file.close,
     )
 
 
@@ -112,13 +143,15 @@ def stored_matrix(element: Any, place: Place) -> Matrix:
     )
 
 
-def _matrix(file: h5py.File, key: str, what: str, path: Path) -> OpenMatrix | None:
+def _matrix(
+    file: Any, key: str, what: str, path: Path, matrix_of: Callable[[Any, Place], Matrix]
+) -> OpenMatrix | None:
     if key not in file or file[key].attrs.get("encoding-type") == "null":
         return None
-    return functools.partial(stored_matrix, file[key], Place(what, path))
+    return functools.partial(matrix_of, file[key], Place(what, path))
 
 
-def _element(file: h5py.File, key: str, path: Path) -> Any:
+def _element(file: Any, key: str, path: Path) -> Any:
     try:
         return read_elem(file[key])
     except Exception as error:  # a damaged element can fail in any way
@@ -131,7 +164,7 @@ def _element(file: h5py.File, key: str, path: Path) -> Any:
         ) from error
 
 
-def _table(file: h5py.File, key: str, path: Path) -> pd.DataFrame:
+def _table(file: Any, key: str, path: Path) -> pd.DataFrame:
     """``obs`` or ``var``; before anndata 0.7 a structured array with categories in ``uns``."""
     table = _element(file, key, path)
     if isinstance(table, pd.DataFrame):
@@ -147,7 +180,7 @@ def _table(file: h5py.File, key: str, path: Path) -> pd.DataFrame:
     return table
 
 
-def _obsm(file: h5py.File, path: Path) -> LazyArrays:
+def _obsm(file: Any, path: Path) -> LazyArrays:
     if "obsm" not in file:
         return LazyArrays({})
     if isinstance(file["obsm"], h5py.Dataset):  # before anndata 0.7
@@ -158,9 +191,9 @@ def _obsm(file: h5py.File, path: Path) -> LazyArrays:
     )
 
 
-def _array(file: h5py.File, key: str, path: Path) -> npt.NDArray[Any]:
+def _array(file: Any, key: str, path: Path) -> npt.NDArray[Any]:
     return obsm_array(_element(file, key, path))
 
 
-def _field(file: h5py.File, name: str) -> npt.NDArray[Any]:
+def _field(file: Any, name: str) -> npt.NDArray[Any]:
     return np.asarray(file["obsm"][name])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,6 +63,11 @@ class Budget(NamedTuple):
 class Matrix(ABC):
     """A matrix of ``shape`` (rows, columns) that yields its rows in blocks."""
 
+    reading = "through h5py"
+    """What reads the rows, and why."""
+    read_overhead = 2**24
+    """Bytes that a read takes besides twice what it returns, about."""
+
     def __init__(self, shape: tuple[int, int], dtype: npt.DTypeLike, place: Place) -> None:
         self.shape = shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
@@ -86,6 +91,12 @@ class Matrix(ABC):
     def rows(self, start: int, stop: int) -> Rows:
         """Rows of one of the :meth:`ranges`; safe to call from several threads."""
         raise NotImplementedError(f"{type(self).__name__} yields its rows in order only")
+
+    def rows_of_ranges(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
+    ) -> Sequence[Rows]:
+        """Several of the :meth:`ranges`, or parts of them; safe to call from several threads."""
+        return list(map(self.rows, starts.tolist(), stops.tolist()))
 
     def count_values(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]

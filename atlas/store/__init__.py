@@ -1,6 +1,5 @@
 """The on-disk format: studies in Zarr, numbered manifests, one gene table, one row order."""
 
-from atlas.store.anndata_zarr import ZarrSource, open_zarr
 from atlas.store.append import AppendReport
 from atlas.store.base import CountStore
 from atlas.store.convert import convert_store
@@ -18,12 +17,10 @@ __all__ = [
     "FilesSource",
     "Projection",
     "Split",
-    "ZarrSource",
     "convert_store",
     "create_store",
     "open_files",
     "open_projection",
     "open_store",
-    "open_zarr",
     "to_anndata",
 ]

@@ -93,22 +93,20 @@ def projection(folder: Path) -> Opened:
 
 
 def anndata_zarr(folder: Path) -> Opened:
-    whole = ad.concat(studies().values())
-    path = folder / "cells.zarr"
-    whole.write_zarr(path)
-
-    def reopen() -> RowSource:
-        return atlas.open_zarr(path, batch_key="batch", label_key="cell_type")
-
-    return _opened(reopen(), list(whole.obs_names), reopen)
+    paths = [folder / f"{name}.zarr" for name in studies()]
+    for path, study in zip(paths, studies().values(), strict=True):
+        study.write_zarr(path)
+    return _files(paths)
 
 
 def h5ad_files(folder: Path) -> Opened:
-    paths = []
-    for name, study in studies().items():
-        paths.append(folder / f"{name}.h5ad")
-        study.write_h5ad(paths[-1])
+    paths = [folder / f"{name}.h5ad" for name in studies()]
+    for path, study in zip(paths, studies().values(), strict=True):
+        study.write_h5ad(path)
+    return _files(paths)
 
+
+def _files(paths: list[Path]) -> Opened:
     def reopen() -> RowSource:
         return atlas.open_files(paths, batch_key="batch", label_key="cell_type")
 
