@@ -31,6 +31,8 @@ def ingest(options: argparse.Namespace) -> None:
         feature_type=options.feature_type,
         transpose=options.transpose,
         gene_lengths=options.gene_lengths,
+        measurement=options.measurement,
+        obs_filter=options.obs_filter,
         keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
         prefix_rows=options.prefix_rows,
         genes_of_all=options.genes_of_all,

@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "source",
         nargs="+",
-        help="an .h5ad, 10x .h5, .loom, .csv or .tsv file, or a 10x (mtx) or Visium folder; "
-        "several become one study",
+        help="an .h5ad, 10x .h5, .loom, .csv or .tsv file, an AnnData in Zarr, a 10x (mtx) or "
+        "Visium folder, or a SOMA experiment; several become one study",
     )
     sub.add_argument("--study", required=True, help="name of the study")
     sub.add_argument(
@@ -60,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--gene-lengths",
         metavar="FILE",
         help="genes and lengths; divide counts of whole transcripts (Smart-seq2) by them",
+    )
+    sub.add_argument("--measurement", metavar="NAME", help="of a SOMA experiment, e.g. RNA")
+    sub.add_argument(
+        "--obs-filter", metavar="CONDITION", help="of a SOMA experiment: \"tissue == 'lung'\""
     )
     sub.add_argument("--keep-layers", help="names of layers to keep, a,b")
     sub.add_argument(

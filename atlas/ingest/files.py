@@ -18,11 +18,14 @@ from atlas.ingest.lengths import ByLength, read_lengths, relative_lengths
 from atlas.ingest.loom import is_loom, read_loom
 from atlas.ingest.memory import read_anndata
 from atlas.ingest.mtx import is_mtx, read_mtx
+from atlas.ingest.soma import is_soma, read_soma
 from atlas.ingest.tenx import GENES, is_tenx, read_tenx
 from atlas.ingest.text import is_text, read_text
 from atlas.ingest.visium import read_visium, spatial_folder
 
-_READABLE = ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt, AnnData in Zarr, a 10x or Visium folder"
+_READABLE = (
+    ".h5ad, 10x .h5, .loom, .csv, .tsv or .txt, AnnData in Zarr, a 10x or Visium folder, SOMA"
+)
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -37,6 +40,8 @@ def open_counts(
     folder: str | PathLike[str] | None = None,
     transpose: bool = False,
     gene_lengths: str | PathLike[str] | None = None,
+    measurement: str | None = None,
+    obs_filter: str | None = None,
 ) -> CountsSource:
     """Open raw counts for reading in blocks.
 
@@ -45,8 +50,8 @@ def open_counts(
     source
         An AnnData, in memory or backed; or the path of an ``.h5ad``, a 10x ``.h5`` or a ``.loom``
         file, told apart by what is in them, of a table in text (``.csv``, ``.tsv``, ``.txt``, also
-        gzipped), of the folder of an AnnData in Zarr, of a 10x folder (``matrix.mtx``) or of a
-        Visium folder (``spatial``).
+        gzipped), of the folder of an AnnData in Zarr, of a 10x folder (``matrix.mtx``), of a Visium
+        folder (``spatial``) or of a SOMA experiment, which may be a URI (``s3://…``).
     layer
         Read this layer of an AnnData in place of X.
     use_raw
@@ -65,6 +70,10 @@ def open_counts(
     gene_lengths
         A table of genes and lengths; counts are divided by the relative length of their gene, and
         the integer part is kept (:mod:`atlas.ingest.lengths`).
+
+    measurement, obs_filter
+        Of a SOMA experiment: the name of the measurement, and a condition on obs; see
+        :func:`atlas.ingest.soma.read_soma`.
 
     Returns
     -------
@@ -87,8 +96,23 @@ def open_counts(
             expected="one of them",
             do="leave out --layer or --use-raw",
         )
+    soma = not isinstance(source, AnnData) and is_soma(Path(source))
+    if not soma and (measurement is not None or obs_filter is not None):
+        name = "an AnnData" if isinstance(source, AnnData) else source
+        raise ConfigError(
+            "Only a SOMA experiment has measurements and a filter of obs",
+            found=f"measurement={measurement!r}, obs_filter={obs_filter!r} with {name}",
+            do="leave them out; rows are chosen with rows= when training or exporting",
+            path=None if isinstance(source, AnnData) else source,
+        )
     if isinstance(source, AnnData):
         content = read_anndata(source, layer=layer, use_raw=use_raw)
+    elif soma:
+        if use_raw:
+            _refuse(None, use_raw, Path(source), "a SOMA experiment")
+        content = read_soma(
+            Path(source), measurement=measurement, layer=layer, obs_filter=obs_filter
+        )
     else:
         content = _read(Path(source), layer, use_raw, feature_type, transpose)
     try:

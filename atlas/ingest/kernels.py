@@ -192,3 +192,15 @@ def gather_rows(  # type: ignore[no-untyped-def]
         out_data[filled:end] = data[start:stop]
         filled = end
         out_indptr[row + 1] = filled
+
+
+@kernel
+def slots(ids, known):  # type: ignore[no-untyped-def]
+    """Position of each id in ``known``, which rises and holds all of them; runs are quick."""
+    out = np.empty(len(ids), np.int64)
+    at = 0
+    for k in range(len(ids)):
+        if known[at] != ids[k]:
+            at = np.searchsorted(known, ids[k])
+        out[k] = at
+    return out

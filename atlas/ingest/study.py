@@ -24,6 +24,7 @@ from atlas.ingest import join
 from atlas.ingest.base import DEFAULT_MEMORY, CountsSource
 from atlas.ingest.content import LazyArrays
 from atlas.ingest.files import open_counts
+from atlas.ingest.soma import is_uri
 from atlas.ingest.tenx import GENES
 
 FILE_COLUMN = "file"
@@ -42,6 +43,8 @@ class Reading:
     folder: Path | None = None
     transpose: bool = False
     gene_lengths: Path | None = None
+    measurement: str | None = None
+    obs_filter: str | None = None
 
     def open(self, source: str | PathLike[str] | AnnData) -> CountsSource:
         """Open one input."""
@@ -55,6 +58,8 @@ class Reading:
             folder=self.folder,
             transpose=self.transpose,
             gene_lengths=self.gene_lengths,
+            measurement=self.measurement,
+            obs_filter=self.obs_filter,
         )
 
 
@@ -129,12 +134,14 @@ class StudyCounts:
 
     @property
     def files(self) -> tuple[Path, ...] | None:
-        """The inputs, where all are files; of a folder the files in it."""
+        """The inputs, where all are files here; of a folder the files in it."""
         out: list[Path] = []
         for piece in self.pieces:
             if isinstance(piece.source, AnnData):
                 return None
             path = Path(piece.source)
+            if is_uri(path):
+                return None
             inside = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
             out += inside
             if piece.reading.gene_lengths is not None:

@@ -59,6 +59,8 @@ class Request:
     feature_type: str = "Gene Expression"
     transpose: bool = False
     gene_lengths: str | None = None
+    measurement: str | None = None
+    obs_filter: str | None = None
     keep_layers: tuple[str, ...] = ()
     prefix_rows: bool = False
     genes_of_all: bool = False
@@ -139,6 +141,8 @@ def append_study(
             folder=root / SCRATCH,
             transpose=request.transpose,
             gene_lengths=None if request.gene_lengths is None else Path(request.gene_lengths),
+            measurement=request.measurement,
+            obs_filter=request.obs_filter,
         )
         with open_study(
             sources, reading, prefix_rows=request.prefix_rows, genes_of_all=request.genes_of_all
@@ -146,7 +150,7 @@ def append_study(
             check_memory(counts, memory)
             if not workers.local and counts.files is None:
                 raise ConfigError(
-                    "An AnnData in memory cannot be read by other processes",
+                    "An AnnData in memory, or a URI, cannot be read by other processes",
                     found=f"scheduler={request.scheduler!r}",
                     expected="paths of files",
                     do="save it first, or leave the scheduler out",

@@ -80,6 +80,8 @@ class CountStore(StoreState):
         feature_type: str = "Gene Expression",
         transpose: bool = False,
         gene_lengths: str | PathLike[str] | None = None,
+        measurement: str | None = None,
+        obs_filter: str | None = None,
         keep_layers: Sequence[str] = (),
         prefix_rows: bool = False,
         genes_of_all: bool = False,
@@ -95,9 +97,10 @@ class CountStore(StoreState):
         Parameters
         ----------
         source
-            An ``.h5ad``, 10x ``.h5`` or ``.loom`` file, a 10x folder (``matrix.mtx``), a Visium
-            folder, or a table in text, all read in blocks; or an AnnData. Or several, whose rows
-            follow one another. Several have the same genes, in any order.
+            An ``.h5ad``, 10x ``.h5`` or ``.loom`` file, an AnnData in Zarr, a 10x folder
+            (``matrix.mtx``), a Visium folder, a table in text, or a SOMA experiment, all read in
+            blocks; or an AnnData. Or several, whose rows follow one another. Several have the same
+            genes, in any order.
         study
             Its name: letters, digits, ``._-``.
         batch_key
@@ -121,6 +124,8 @@ class CountStore(StoreState):
             A CSV or TSV of genes and lengths, for counts of whole transcripts (Smart-seq2): they
             are divided by the relative length of their gene, and the integer part is kept (scANVI,
             Xu et al. 2021, Online Methods, "Normalization of SmartSeq2 data").
+        measurement, obs_filter
+            Of a SOMA experiment: which measurement, and which cells, e.g. ``"tissue == 'lung'"``.
         keep_layers
             Names of layers to keep beside the counts.
         prefix_rows
@@ -157,6 +162,8 @@ class CountStore(StoreState):
             feature_type,
             transpose,
             None if gene_lengths is None else str(gene_lengths),
+            measurement,
+            obs_filter,
             tuple(keep_layers),
             prefix_rows,
             genes_of_all,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from atlas.ingest.genes import align
 from atlas.store.append import extend, label_names, text_of
 from atlas.store.row_order import hash_names
 from atlas.store.split import Split, ranges_of
+from atlas.store.statistics import GeneStatistics, gene_statistics
 from atlas.store.tables import join_obs
 from loaders import RowBlock
 from loaders.selection import Ints
@@ -38,7 +40,10 @@ from loaders.source import NARROW_MAX, as_ranges, joined, segment_of
 
 INGEST = "ingest it: atlas ingest STORE FILE --study NAME"
 
-Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+Codes: TypeAlias = dict[str, npt.NDArray[np.int32]]
+_Csr: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
+
+Paths: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
 def open_files(
@@ -48,6 +53,8 @@ def open_files(
     label_key: str | None = None,
     unlabeled: str = "Unknown",
     layer: str | None = None,
+    measurement: str | None = None,
+    obs_filter: str | None = None,
 ) -> FilesSource:
     """Open one file of counts, or several, without ingesting them.
 
@@ -55,14 +62,16 @@ def open_files(
     ----------
     paths
         ``.h5ad``, 10x ``.h5`` or ``.loom`` files, or folders of AnnData in Zarr, whose rows can be
-        read in any order: CSR, or dense in chunks of few rows. Genes meet as in a store, by id or
-        name.
+        read in any order: CSR, or dense in chunks of few rows; or SOMA experiments, also by URI.
+        Genes meet as in a store, by id or name.
     batch_key
         The obs column of the batch; each file is one batch without it.
     label_key, unlabeled
         The obs column of the label, and the value that stands for none.
     layer
         Where the counts are, if not in X.
+    measurement, obs_filter
+        Of SOMA experiments: which measurement, and which cells, e.g. ``"tissue == 'lung'"``.
 
     Returns
     -------
@@ -77,7 +86,23 @@ def open_files(
     listed = [paths] if isinstance(paths, str | PathLike) else list(paths)
     if not listed:
         raise InputError("No file was given", expected="at least one")
-    return FilesSource([Path(p) for p in listed], batch_key, label_key, unlabeled, layer)
+    asked = Asked(
+        tuple(map(Path, listed)), batch_key, label_key, unlabeled, layer, measurement, obs_filter
+    )
+    return FilesSource(asked)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is opened, and how; the fields are those of :func:`open_files`."""
+
+    paths: tuple[Path, ...]
+    batch_key: str | None = None
+    label_key: str | None = None
+    unlabeled: str = "Unknown"
+    layer: str | None = None
+    measurement: str | None = None
+    obs_filter: str | None = None
 
 
 class FilesSource:
@@ -91,22 +116,22 @@ class FilesSource:
     number: int | None = None
     """Files have no states."""
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        batch_key: str | None,
-        label_key: str | None,
-        unlabeled: str,
-        layer: str | None,
-        chosen: Sequence[str] | None = None,
-    ) -> None:
-        self._asked = (tuple(paths), batch_key, label_key, unlabeled, layer)
-        self.path = paths[0]
-        self.studies = tuple(join.labels(list(paths)))
-        self._files = [open_counts(path, layer=layer) for path in paths]
+    def __init__(self, asked: Asked, chosen: Sequence[str] | None = None) -> None:
+        self._asked = asked
+        self.path = asked.paths[0]
+        self.studies = tuple(join.labels(asked.paths))
+        self._files = [
+            open_counts(
+                path,
+                layer=asked.layer,
+                measurement=asked.measurement,
+                obs_filter=asked.obs_filter,
+            )
+            for path in asked.paths
+        ]
         self._stamps = [file.stamp() for file in self._files]
         table, columns = GeneTable.of_names(()), []
-        for file, path in zip(self._files, paths, strict=True):
+        for file, path in zip(self._files, asked.paths, strict=True):
             if not file.random:
                 raise InputError(
                     f"The rows of {path} can only be read in order",
@@ -133,22 +158,22 @@ class FilesSource:
         self._names = names
         place = np.full(len(table.names) + 1, -1, np.int32)
         place[[position[name] for name in names]] = np.arange(len(names), dtype=np.int32)
+        self._columns = columns
         self._tables = [place[own] for own in columns]
         self.segments = tuple(int(n) for n in np.cumsum([0, *(f.n_obs for f in self._files)]))
-        self.batches, self.labels, codes = self._coded(batch_key, label_key, unlabeled)
+        self.batches, self.labels, codes = self._coded()
         self.obs_codes: Mapping[str, npt.NDArray[np.int32]] = codes
 
     def __reduce__(self) -> tuple[type[FilesSource], tuple[Any, ...]]:
-        return FilesSource, (*self._asked, self._names)
+        return FilesSource, (self._asked, self._names)
 
     def __repr__(self) -> str:
         return (
             f"FilesSource({len(self._files)} files: {self.n_obs:,} cells × {self.n_vars:,} genes)"
         )
 
-    def _coded(
-        self, batch_key: str | None, label_key: str | None, unlabeled: str
-    ) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, npt.NDArray[np.int32]]]:
+    def _coded(self) -> tuple[tuple[str, ...], tuple[str, ...], Codes]:
+        batch_key, label_key = self._asked.batch_key, self._asked.label_key
         batches: tuple[str, ...] = ()
         labels: tuple[str, ...] = ()
         batch, label = [], []
@@ -171,7 +196,7 @@ class FilesSource:
                 label.append(np.full(file.n_obs, -1, np.int32))
                 continue
             labels, found = extend(
-                labels, *label_names(_column(file, label_key, "label"), unlabeled)
+                labels, *label_names(_column(file, label_key, "label"), self._asked.unlabeled)
             )
             label.append(found)
         study = np.repeat(np.arange(len(self._files), dtype=np.int32), np.diff(self.segments))
@@ -210,7 +235,21 @@ class FilesSource:
 
     def select(self, genes: Sequence[str]) -> FilesSource:
         """The same rows over chosen genes, in the order given."""
-        return FilesSource(*self._asked, chosen=genes)
+        return FilesSource(self._asked, genes)
+
+    def statistics(self) -> list[tuple[GeneStatistics, npt.NDArray[np.int32]]]:
+        """Of each file, in two passes over it, and where its genes are in the gene table."""
+        out = []
+        for i, (file, columns) in enumerate(zip(self._files, self._columns, strict=True)):
+            own = self.obs_codes["batch"][self.segments[i] : self.segments[i + 1]]
+            codes = np.unique(own, return_inverse=True)[1].astype(np.int32)
+
+            def read(start: int, stop: int, file: CountsSource = file) -> _Csr:
+                (rows,) = file.read_many(np.array([start]), np.array([stop]))
+                return file.tidy(rows, types=(np.int32, np.uint32))
+
+            out.append((gene_statistics(read, file.n_obs, file.n_vars, codes), columns))
+        return out
 
     def split(self, validation: float = 0.1) -> Split:
         """Hold out cells by the hash of file and row name."""
@@ -272,7 +311,7 @@ class FilesSource:
         """
         starts, stops = as_ranges(starts, stops)
         i = segment_of(self.segments, starts, stops)
-        path, file, first = self._asked[0][i], self._files[i], self.segments[i]
+        path, file, first = self._asked.paths[i], self._files[i], self.segments[i]
         if file.stamp() != self._stamps[i]:
             raise CorruptStoreError(
                 "A file was replaced or changed since it was opened",

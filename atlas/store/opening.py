@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args, overload
 
 from atlas.config import StoreFormat
 from atlas.errors import ConfigError
 from atlas.ingest.genes import GeneTable
+from atlas.ingest.soma import is_soma
 from atlas.store import manifest as manifests
 from atlas.store.base import CountStore
+from atlas.store.files_source import FilesSource, open_files
 from atlas.store.tiledb_array import tiledb
 
 
@@ -52,13 +54,56 @@ def create_store(
     return CountStore(root, manifests.create(root, format, mode, table))
 
 
-def open_store(path: str | PathLike[str], *, number: int | None = None) -> CountStore:
+@overload
+def open_store(path: str | PathLike[str], *, number: int | None = None) -> CountStore: ...
+
+
+@overload
+def open_store(
+    path: str | PathLike[str],
+    *,
+    measurement: str,
+    obs_filter: str | None = None,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    label_key: str | None = None,
+    unlabeled: str = "Unknown",
+) -> FilesSource: ...
+
+
+def open_store(
+    path: str | PathLike[str],
+    *,
+    number: int | None = None,
+    measurement: str | None = None,
+    **soma: Any,
+) -> CountStore | FilesSource:
     """Open a store at its newest state, or at the one of a manifest ``number``.
+
+    A TileDB-SOMA experiment, as CELLxGENE Census publishes them, opens too (extra ``soma``), to be
+    read as it is: ``open_store("experiment", measurement="RNA", obs_filter="tissue == 'lung'")``.
+
+    Parameters
+    ----------
+    path
+        The store, or the folder or URI of an experiment.
+    number
+        Of the state of a store; the newest when None.
+    measurement
+        Of an experiment.
+    obs_filter, layer, batch_key, label_key, unlabeled
+        Of an experiment; see :func:`open_files`. ``layer`` is ``raw`` or ``data`` by default.
 
     Raises
     ------
     NotAStoreError, FormatError, CorruptStoreError
         There is no store, it was written in a newer format, or its manifest is damaged.
+    InputError, MissingColumnError, ConfigError
+        An experiment cannot be opened so.
     """
     root = Path(path)
-    return CountStore(root, manifests.read(root, number))
+    if measurement is None and not soma and not is_soma(root):
+        return CountStore(root, manifests.read(root, number))
+    if number is not None:
+        raise ConfigError("A SOMA experiment has no states by number", found=f"number={number}")
+    return open_files(root, measurement=measurement, **soma)

@@ -12,13 +12,21 @@ from typing import Any, Literal
 
 import anndata.io
 import numpy as np
+import numpy.typing as npt
 from anndata import AnnData
 
 from atlas.config import StoreFormat
 from atlas.errors import ConfigError
 from atlas.hdf5 import create_hdf5
 from atlas.ingest import GeneTable
-from atlas.store import AppendReport, CountStore, create_store, open_store, to_anndata
+from atlas.store import (
+    AppendReport,
+    CountStore,
+    FilesSource,
+    create_store,
+    open_store,
+    to_anndata,
+)
 from atlas.store import manifest as manifests
 from atlas.store.selection import Flavour, select_from_statistics
 from atlas.store.statistics import GeneStatistics
@@ -89,21 +97,25 @@ def _made_so(store: CountStore, genes: Sequence[str] | None) -> bool:
 
 
 def select_genes(
-    store: CountStore, n: int = 2000, *, flavour: Flavour = "seurat_v3", record: bool = True
+    store: CountStore | FilesSource,
+    n: int = 2000,
+    *,
+    flavour: Flavour = "seurat_v3",
+    record: bool = True,
 ) -> list[str]:
-    """Choose the genes to model from the statistics kept with the store.
+    """Choose the genes to model from the statistics kept with the store; of files by two passes.
 
     Parameters
     ----------
     store
-        An open store with at least one study.
+        An open store with at least one study, or files as they are.
     n
         How many; see :func:`atlas.store.selection.select_from_statistics` for the flavours, the
         ties, and when there are more or fewer.
     flavour
         ``"seurat_v3"`` (as scanpy's, by batch) or ``"dispersion"`` (as in the scANVI paper).
     record
-        Keep the choice with the store, as :attr:`atlas.store.CountStore.genes`.
+        Keep the choice with the store, as :attr:`atlas.store.CountStore.genes`; files keep none.
 
     Returns
     -------
@@ -114,17 +126,22 @@ def select_genes(
         raise ConfigError(
             "There are no cells to choose genes by", do="ingest a study first", path=store.path
         )
+    studies = store.statistics() if isinstance(store, FilesSource) else _kept_statistics(store)
+    positions = select_from_statistics(studies, len(store.gene_table.names), n, flavour)
+    genes = [store.gene_table.names[i] for i in positions]
+    if record and isinstance(store, CountStore):
+        store.record_genes(genes, flavour, n)
+    return genes
+
+
+def _kept_statistics(store: CountStore) -> list[tuple[GeneStatistics, npt.NDArray[np.int32]]]:
     studies = []
     for entry in store.manifest.studies:
         names = [field.name for field in dataclasses.fields(GeneStatistics)]
         arrays = {name: store.part_array(entry, "statistics", name) for name in names}
         columns = store.part_array(entry, "index", "genes")
         studies.append((GeneStatistics.from_arrays(arrays), columns))
-    positions = select_from_statistics(studies, store.n_vars, n, flavour)
-    genes = [store.gene_table.names[i] for i in positions]
-    if record:
-        store.record_genes(genes, flavour, n)
-    return genes
+    return studies
 
 
 def export(

@@ -99,6 +99,16 @@ def anndata_zarr(folder: Path) -> Opened:
     return _files(paths)
 
 
+def soma(folder: Path) -> Opened:
+    pytest.importorskip("tiledbsoma", reason="the extra soma is not installed")
+    import tiledbsoma.io
+
+    paths = [folder / name for name in studies()]
+    for path, study in zip(paths, studies().values(), strict=True):
+        tiledbsoma.io.from_anndata(str(path), study, measurement_name="RNA")
+    return _files(paths)
+
+
 def h5ad_files(folder: Path) -> Opened:
     paths = [folder / f"{name}.h5ad" for name in studies()]
     for path, study in zip(paths, studies().values(), strict=True):
@@ -114,4 +124,4 @@ def _files(paths: list[Path]) -> Opened:
     return _opened(reopen(), names, reopen)
 
 
-OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr, h5ad_files]
+OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr, h5ad_files, soma]
