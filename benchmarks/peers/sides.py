@@ -82,6 +82,14 @@ def sides(minibatch_size: int) -> list[Side]:
             most_cells=100_000,
         ),
         Side(
+            "ours, SOMA",
+            ours,
+            {"source": "soma"},
+            needs="tiledbsoma",
+            most_cells=100_000,
+        ),
+        Side("ours, h5ad", ours, {"source": "file"}, needs="file", most_cells=100_000),
+        Side(
             "annbatch",
             "with_annbatch.py",
             {"block_size": BLOCK, "blocks": BUFFER // BLOCK},
@@ -118,6 +126,9 @@ COMPARISONS = (
     ("ours, weighted", "ours", 0.5),
     ("ours, TileDB", "tiledbsoma-ml", 5),
     ("ours, TileDB", "sparse TileDB", 1),
+    ("ours, SOMA", "tiledbsoma-ml", 1),
+    ("ours, h5ad", "scDataset", 1),
+    ("ours", "ours, h5ad", 1),
 )
 """Side, side, and the least ratio of their speeds to reach."""
 

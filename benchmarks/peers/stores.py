@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from common import Json, run_worker, say
@@ -100,6 +101,8 @@ def _make(
     python = sys.executable
     if environment is not None:
         python = str(args.peers / environment / "bin" / "python")
+        if not Path(python).exists() and find_spec(environment) is not None:
+            python = sys.executable  # the store is for a side of ours too
         if not Path(python).exists():
             one["failed"] = f"no environment in {args.peers / environment}"
             return

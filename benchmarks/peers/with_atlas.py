@@ -127,13 +127,18 @@ def _genes(arguments: Json) -> list[str]:
 
 
 def _source(arguments: Json) -> Any:
-    """What is streamed: the store, the chosen genes of it, or its projection."""
+    """What is streamed: a store, the chosen genes of it, its projection, or the file as it is."""
     import atlas
 
     if arguments["source"] == "sparse":
         import sparse_tiledb as layout
 
         return layout.SparseSource(Path(arguments["sparse"]))
+    keys = {"batch_key": "batch", "label_key": "cell_type"}
+    if arguments["source"] == "file":
+        return atlas.open_files(arguments["file"], **keys)
+    if arguments["source"] == "soma":
+        return atlas.open_store(arguments["tiledbsoma"], measurement="RNA", **keys)
     if arguments["source"] == "tiledb":
         return atlas.open_store(arguments["tiledb"])
     store = atlas.open_store(arguments["store"])

@@ -23,6 +23,8 @@ OURS = [
     "ours, projected",
     "ours, TileDB",
     "sparse TileDB",
+    "ours, SOMA",
+    "ours, h5ad",
 ]
 THEIRS = ["annbatch", "scDataset", "tiledbsoma-ml"]
 
