@@ -11,7 +11,8 @@
     │   ├── FormatError            a format or schema this version does not read
     │   ├── CorruptStoreError      a missing, truncated or flipped file or chunk
     │   ├── StudyExistsError       a study name that is taken
-    │   └── LockedError            another writer is at work
+    │   ├── LockedError            another writer is at work
+    │   └── RemoteError            an object store that gives no answer or no leave
     ├── ModelError                 a model that does not fit the store or the request
     ├── CheckpointError            a run folder that cannot be resumed or loaded
     ├── TrainingError              a training that cannot go on
@@ -103,6 +104,10 @@ class StudyExistsError(StoreError):
 
 class LockedError(StoreError):
     """Another writer is at work on the store."""
+
+
+class RemoteError(StoreError):
+    """An object store that gives no answer, or no leave."""
 
 
 class ModelError(AtlasError):

@@ -13,7 +13,7 @@ from loaders.blocks import tile
 from loaders.errors import LoaderError, at_least_one
 from loaders.memory import Budget, Needs, parse_bytes, share_out
 from loaders.minibatch import Minibatch
-from loaders.pipeline import Pipeline, Work, cores
+from loaders.pipeline import Pipeline, Work, default_threads
 from loaders.plan import EpochPlan, sizes
 from loaders.pool import POOL
 from loaders.reader import Ahead, read_held
@@ -57,7 +57,8 @@ class MinibatchLoader:
         Hand out only the part of every minibatch that belongs to one of several processes. All
         ranks together hand out the same minibatches, whatever their number, and as many each.
     threads
-        Number of threads that read and gather; by default as many as the process may use cores.
+        Number of threads that read and gather; by default as many as the process may use cores, or
+        as the source's ``reading_threads``, if it has them.
     memory
         Bytes that may be held, as a number or as ``"512MB"``: windows, those read ahead, scratch,
         minibatches that wait, and rows that are held. By default what the settings need, with some
@@ -103,7 +104,9 @@ class MinibatchLoader:
             )
         self._source = source
         self._narrow = narrow
-        self._threads = cores() if threads is None else at_least_one("threads", threads)
+        self._threads = (
+            default_threads(source) if threads is None else at_least_one("threads", threads)
+        )
         self._obs_codes = checked_codes(source)
         selection = Selection(rows, source.n_obs)
         lanes = at_least_one("lanes", lanes)

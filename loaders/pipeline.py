@@ -185,6 +185,12 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def default_threads(source: RowSource) -> int:
+    """As many as cores, or as the source's ``reading_threads`` where it waits for a network."""
+    wanted: int | None = getattr(source, "reading_threads", None)
+    return max(cores(), wanted or 1)
+
+
 def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
     workers = ThreadPoolExecutor(work.threads, thread_name_prefix="loaders-work")

@@ -10,7 +10,7 @@ import numpy as np
 from loaders.blocks import tile
 from loaders.errors import at_least_one
 from loaders.minibatch import Minibatch
-from loaders.pipeline import Pipeline, Work, cores
+from loaders.pipeline import Pipeline, Work, default_threads
 from loaders.reader import Ahead
 from loaders.selection import Ints, RowsLike, Selection
 from loaders.source import RowSource, checked_codes, checked_segments
@@ -137,7 +137,7 @@ class SequentialLoader:
 
     def __iter__(self) -> Iterator[Minibatch]:
         """All minibatches, from the first."""
-        threads = cores()
+        threads = default_threads(self._source)
         pipeline = Pipeline(
             Work(
                 self._source,

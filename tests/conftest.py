@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,6 +28,19 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[Any]:
+    """An S3 server on loopback, with credentials in the environment: ``object_store.py``."""
+    pytest.importorskip("obstore", reason="the extra remote is not installed")
+    pytest.importorskip("moto", reason="moto is not installed")
+    from object_store import CREDENTIALS, shared
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        yield shared()
 
 
 @pytest.fixture

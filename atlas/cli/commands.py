@@ -270,6 +270,12 @@ def convert(options: argparse.Namespace) -> None:
     print(f"{options.out}: {converted.n_obs:,} cells × {converted.n_vars:,} genes")
 
 
+def inventory(options: argparse.Namespace) -> None:
+    from atlas.store import write_inventory
+
+    print(write_inventory(options.store))
+
+
 def simulate(options: argparse.Namespace) -> None:
     from atlas.simulate import simulate
 

@@ -192,6 +192,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--threads", type=int, help="as many as cores if not given")
 
     sub = command(
+        "inventory",
+        commands.inventory,
+        "list the files of a store beside it, so that it can be read from a web server",
+    )
+    sub.add_argument("store")
+
+    sub = command(
         "simulate", commands.simulate, "write studies of simulated cells whose truth is known"
     )
     sub.add_argument("out_dir")

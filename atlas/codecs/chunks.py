@@ -132,10 +132,10 @@ class _Shard:
         Of the index in memory.
     """
 
-    def __init__(self, path: str, length: int) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._close = weakref.finalize(self, os.close, self.descriptor)
-        self.size = os.fstat(self.descriptor).st_size
+    def __init__(self, descriptor: int, size: int, length: int) -> None:
+        self.descriptor = descriptor
+        self._close = weakref.finalize(self, os.close, descriptor)
+        self.size = size
         self.tail = os.pread(self.descriptor, length, max(0, self.size - length))
         whole = len(self.tail) == length
         self.index = np.frombuffer(self.tail[:-4] if whole else b"", "<u8").reshape(-1, 2)
@@ -214,14 +214,19 @@ class ChunkedArray:
         r = self._recipe
         starts, stops = as_ranges(starts, stops)
         out = POOL.empty(max(0, int((stops - starts).sum())), r.dtype)
-        if r.blosc and fused.AVAILABLE:
-            self._read_fused(starts, stops, out)
-        else:
-            self._read_stepwise(starts, stops, out)
+        self._read_into(starts, stops, out, self._opened)
         return out
 
-    def _read_fused(self, starts: Ints, stops: Ints, out: npt.NDArray[Any]) -> None:
-        r, opened = self._recipe, self._opened
+    def _read_into(self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened) -> None:
+        if self._recipe.blosc and fused.AVAILABLE:
+            self._read_fused(starts, stops, out, opened)
+        else:
+            self._read_stepwise(starts, stops, out, opened)
+
+    def _read_fused(
+        self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened
+    ) -> None:
+        r = self._recipe
         raw = _room("raw", 2 * (self.chunk_bytes + fused.OVERHEAD))
         chunk = _room("chunk", self.chunk_bytes).view(r.dtype)
         where = np.zeros(3, np.int64)
@@ -246,7 +251,9 @@ class ChunkedArray:
     def _outside(self, starts: Ints, stops: Ints) -> IndexError:
         return IndexError(f"elements {starts[:5]} to {stops[:5]} of {len(self)} in {self.path}")
 
-    def _read_stepwise(self, starts: Ints, stops: Ints, out: npt.NDArray[Any]) -> None:
+    def _read_stepwise(
+        self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened
+    ) -> None:
         r = self._recipe
         at = 0
         if not ((starts >= 0) & (starts <= stops) & (stops <= r.n)).all():
@@ -260,18 +267,20 @@ class ChunkedArray:
                 high = min(last, (shard + 1) * r.per_shard - 1)
                 begin = max(start, low * r.chunk)
                 n = min(stop, (high + 1) * r.chunk) - begin
-                self._read_shard(shard, low, high, begin - low * r.chunk, out[at : at + n])
+                file = opened.files.get(shard) or self._open(shard)
+                skip = begin - low * r.chunk
+                self._read_shard(file, shard, low, high, skip, out[at : at + n])
                 at += n
 
     def _read_shard(
-        self, shard: int, low: int, high: int, skip: int, out: npt.NDArray[Any]
+        self, file: _Shard, shard: int, low: int, high: int, skip: int, out: npt.NDArray[Any]
     ) -> None:
         """Decode chunks ``low`` to ``high`` (inclusive, numbered over the array) of one shard.
 
         All elements of them but the first ``skip``, and as many as ``out`` holds.
         """
         r = self._recipe
-        path, file = self._shard_path(shard), self._open(shard)
+        path = self._shard_path(shard)
         index = file.index[low - shard * r.per_shard : high + 1 - shard * r.per_shard]
         if (index == fused.NO_CHUNK).any():
             raise self._fault(fused.ABSENT, path, file, low, index)
@@ -304,7 +313,7 @@ class ChunkedArray:
         if status == fused.UNREADABLE:
             return self._unreadable(path, OSError("read error"))
         if status == fused.SHORT:
-            size = os.fstat(file.descriptor).st_size  # which may have changed
+            size = min(file.size, os.fstat(file.descriptor).st_size)  # which may have changed
             end = int((index[:, 0] + index[:, 1]).max())
             return self._flipped(path, f"{size} bytes", f"at least {end} bytes")
         number = low + status - fused.FLIPPED
@@ -342,7 +351,7 @@ class ChunkedArray:
             return known
         path, length = self._shard_path(shard), self._recipe.per_shard * 16 + 4
         try:
-            opened = _Shard(path, length)
+            opened = self._load(path, length)
         except FileNotFoundError:
             raise _missing(Path(path), "A shard of the store is missing") from None
         except OSError as error:
@@ -360,6 +369,11 @@ class ChunkedArray:
                 if array is not None:
                     array._opened = array._opened.changed(oldest, None)
         return opened
+
+    def _load(self, path: str, length: int) -> _Shard:
+        """Open a shard whose last ``length`` bytes hold its index."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return _Shard(descriptor, os.fstat(descriptor).st_size, length)
 
     def _unreadable(self, path: str, error: OSError) -> CorruptStoreError:
         return CorruptStoreError(

@@ -5,6 +5,7 @@ from atlas.store.base import CountStore
 from atlas.store.convert import convert_store
 from atlas.store.export import to_anndata
 from atlas.store.files_source import FilesSource, open_files
+from atlas.store.mirror import write_inventory
 from atlas.store.opening import create_store, open_store
 from atlas.store.projection import Projection, open_projection
 from atlas.store.split import Split
@@ -23,4 +24,5 @@ __all__ = [
     "open_projection",
     "open_store",
     "to_anndata",
+    "write_inventory",
 ]

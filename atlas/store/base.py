@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.config import Profile
+from atlas.errors import StoreError
 from atlas.store import annotate, embeddings
 from atlas.store import manifest as manifests
 from atlas.store.append import (
@@ -260,7 +261,16 @@ class CountStore(StoreState):
         ------
         CorruptStoreError
             The first thing that is missing or is not what was written, and how many more there are.
+        StoreError
+            It was opened by URL.
         """
+        if self.url is not None:
+            raise StoreError(
+                "A store by URL is verified where it is",
+                found="a copy of a part of it",
+                do="run atlas verify there; what is read from here is checked as it comes",
+                path=self.url,
+            )
         report = verify_state(self.path, self.manifest, progress=progress, threads=threads)
         report.raise_first()
         return report

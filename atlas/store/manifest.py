@@ -30,6 +30,7 @@ from typing import Any
 import filelock
 
 from atlas import files
+from atlas.codecs.connection import MARK, Origin
 from atlas.errors import CorruptStoreError, LockedError, NotAStoreError, StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.provenance import command
@@ -228,6 +229,14 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
     StoreError
         Writing failed (a full disk, an I/O error); the store is as it was.
     """
+    if (root / MARK).is_file():
+        raise StoreError(
+            "A store by URL can only be read",
+            found=f"a copy, in the cache, of what {Origin.read(root).url} holds",
+            do="work on the store where it is, or copy it whole: atlas convert URL STORE; keep an "
+            "embedding with atlas.embed(name=None), genes with record=False",
+            path=root,
+        )
     owner = root / "writer.json"
     try:
         lock = _lock(root)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args, overload
@@ -14,6 +14,7 @@ from atlas.ingest.soma import is_soma
 from atlas.store import manifest as manifests
 from atlas.store.base import CountStore
 from atlas.store.files_source import FilesSource, open_files
+from atlas.store.mirror import is_url, open_mirror
 from atlas.store.tiledb_array import tiledb
 
 
@@ -55,7 +56,16 @@ def create_store(
 
 
 @overload
-def open_store(path: str | PathLike[str], *, number: int | None = None) -> CountStore: ...
+def open_store(
+    path: str | PathLike[str],
+    *,
+    number: int | None = None,
+    cache: str | int = ...,
+    cache_folder: str | PathLike[str] | None = ...,
+    options: Mapping[str, str] | None = ...,
+    timeout: float = ...,
+    deadline: float = ...,
+) -> CountStore: ...
 
 
 @overload
@@ -75,10 +85,18 @@ def open_store(
     path: str | PathLike[str],
     *,
     number: int | None = None,
+    cache: str | int = "10GB",
+    cache_folder: str | PathLike[str] | None = None,
+    options: Mapping[str, str] | None = None,
+    timeout: float = 30.0,
+    deadline: float = 180.0,
     measurement: str | None = None,
     **soma: Any,
 ) -> CountStore | FilesSource:
     """Open a store at its newest state, or at the one of a manifest ``number``.
+
+    A store by URL (extra ``remote``) can be read only: ``open_store("s3://bucket/atlas")``. All but
+    the counts is copied first; counts come as they are read, in joined ranges, and stay in a cache.
 
     A TileDB-SOMA experiment, as CELLxGENE Census publishes them, opens too (extra ``soma``), to be
     read as it is: ``open_store("experiment", measurement="RNA", obs_filter="tissue == 'lung'")``.
@@ -86,9 +104,19 @@ def open_store(
     Parameters
     ----------
     path
-        The store, or the folder or URI of an experiment.
+        The store, or its URL (``s3://``, ``gs://``, ``https://``; over https a store has a list of
+        its files, see :func:`write_inventory`); or the folder or URI of an experiment.
     number
         Of the state of a store; the newest when None.
+    cache, cache_folder
+        Of a store by URL: how many bytes of counts stay on disk, and where:
+        ``~/.cache/atlas/stores`` by default.
+    options
+        Of the connection, as obstore names them: ``{"endpoint": …, "region": …}``, or
+        ``{"skip_signature": "true"}`` for a public bucket. Credentials are those of the
+        environment (``AWS_ACCESS_KEY_ID`` …).
+    timeout, deadline
+        Seconds that a request may take before it is made again, and until that is given up.
     measurement
         Of an experiment.
     obs_filter, layer, batch_key, label_key, unlabeled
@@ -98,12 +126,23 @@ def open_store(
     ------
     NotAStoreError, FormatError, CorruptStoreError
         There is no store, it was written in a newer format, or its manifest is damaged.
+    RemoteError
+        The object store gives no answer, or no leave.
     InputError, MissingColumnError, ConfigError
         An experiment cannot be opened so.
     """
+    if measurement is not None or soma or (not is_url(path) and is_soma(Path(path))):
+        if number is not None:
+            raise ConfigError("A SOMA experiment has no states by number", found=f"number={number}")
+        return open_files(path, measurement=measurement, **soma)
     root = Path(path)
-    if measurement is None and not soma and not is_soma(root):
-        return CountStore(root, manifests.read(root, number))
-    if number is not None:
-        raise ConfigError("A SOMA experiment has no states by number", found=f"number={number}")
-    return open_files(root, measurement=measurement, **soma)
+    if is_url(path):
+        root = open_mirror(
+            str(path),
+            options=options,
+            cache=cache,
+            cache_folder=cache_folder,
+            timeout=timeout,
+            deadline=deadline,
+        )
+    return CountStore(root, manifests.read(root, number))

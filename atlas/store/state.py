@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from atlas.codecs.remote import remote_of
 from atlas.errors import StoreError
 from atlas.ingest.genes import GeneTable
 from atlas.store import embeddings
@@ -52,7 +53,7 @@ class StoreState:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({str(self.path)!r}: {self.n_obs:,} cells × "
+            f"{type(self).__name__}({self.url or str(self.path)!r}: {self.n_obs:,} cells × "
             f"{self.n_vars:,} genes, {len(self.studies)} studies)"
         )
 
@@ -201,6 +202,17 @@ class StoreState:
     def reading(self) -> str:
         """How rows are read, for people."""
         return self._all_genes.reading
+
+    @property
+    def reading_threads(self) -> int | None:
+        """How many threads should read: more than cores where a network is waited for."""
+        return self._all_genes.reading_threads
+
+    @property
+    def url(self) -> str | None:
+        """Where a store opened by URL comes from; ``path`` is its mirror here."""
+        remote = remote_of(self.path / "manifests")
+        return None if remote is None else remote.origin.url
 
     @property
     def read_overhead(self) -> int:

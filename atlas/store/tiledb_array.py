@@ -26,6 +26,8 @@ import numpy.typing as npt
 
 from atlas import files
 from atlas.codecs.chunks import RESTORE, ChunkedArray
+from atlas.codecs.remote import remote_of
+from atlas.codecs.remote_array import RemoteArray
 from atlas.errors import ConfigError, CorruptStoreError, FormatError
 from loaders.selection import Ints
 from loaders.source import as_ranges
@@ -78,9 +80,12 @@ def array_folder(matrix: Path, name: str) -> Path:
 
 
 def open_array(matrix: Path, name: str) -> ChunkedArray | TileArray:
-    """Open ``indices`` or ``data`` of a matrix, in either format."""
+    """Open ``indices`` or ``data`` of a matrix, in either format, here or by URL."""
     path = array_folder(matrix, name)
-    return TileArray(path) if path.suffix == SUFFIX else ChunkedArray(path)
+    if path.suffix == SUFFIX:
+        return TileArray(path)
+    remote = remote_of(path)
+    return ChunkedArray(path) if remote is None else RemoteArray(path, remote)
 
 
 class TileArray:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.codecs import fused
+from atlas.codecs.remote import READING_THREADS, Remote, remote_of
 from atlas.store.kernels import map_columns, select_columns
 from atlas.store.zarr_study import ZarrStudy
 from loaders import RowBlock
@@ -74,9 +75,21 @@ class CountView:
         """Whether columns and counts of all studies are uint16."""
         return self.n_vars <= NARROW_MAX + 1 and all(s.counts.narrow for s in self._studies)
 
+    @functools.cached_property
+    def _remote(self) -> Remote | None:
+        return remote_of(self._studies[0].folder) if self._studies else None
+
+    @property
+    def reading_threads(self) -> int | None:
+        """How many should read: more than cores where a network is waited for."""
+        return None if self._remote is None else READING_THREADS
+
     @property
     def reading(self) -> str:
         """How rows are read."""
+        if (remote := self._remote) is not None:
+            size = f"{remote.origin.cache / 1e9:g} GB"
+            return f"from {remote.origin.url}, in joined ranges, through a cache of {size} on disk"
         if fused.AVAILABLE:
             return "fast: chunks are read, checked and decoded in one compiled call"
         return f"step by step: chunks are decoded by numcodecs, because {fused.WHY_NOT}"

@@ -202,7 +202,7 @@ def info(store: CountStore) -> StoreInfo:
         return [{"name": n, "cells": int(c)} for n, c in zip(names, cells, strict=True)]
 
     return StoreInfo(
-        path=str(store.path),
+        path=store.url or str(store.path),
         manifest=store.manifest.number,
         n_obs=store.n_obs,
         n_vars=store.n_vars,

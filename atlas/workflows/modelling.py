@@ -266,6 +266,13 @@ def embed(
                 do="give name=None and keep what is returned, or ingest the files",
                 path=store.path,
             )
+        if store.url is not None:
+            raise ConfigError(
+                "A store by URL can only be read",
+                found=f"name={name!r}",
+                do="give name=None and keep what is returned",
+                path=store.url,
+            )
     missing = sorted(set(model.genes) - set(store.gene_table.names))
     if missing:
         raise ModelError(

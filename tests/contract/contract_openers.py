@@ -85,6 +85,24 @@ def tiledb(folder: Path) -> Opened:
     return _store(_filled(folder, format="tiledb"))
 
 
+def by_url(folder: Path) -> Opened:
+    pytest.importorskip("obstore", reason="the extra remote is not installed")
+    pytest.importorskip("moto", reason="moto is not installed")
+    import object_store
+
+    patch = pytest.MonkeyPatch()
+    for name, value in object_store.CREDENTIALS.items():
+        patch.setenv(name, value)
+    server = object_store.shared()
+    url = server.upload(_filled(folder), folder.name)
+
+    def reopen() -> RowSource:
+        return atlas.open_store(url, options=server.options, cache_folder=folder / "cache")
+
+    store = atlas.open_store(url, options=server.options, cache_folder=folder / "cache")
+    return _opened(store, list(store.obs().index), reopen)
+
+
 def projection(folder: Path) -> Opened:
     store = atlas.open_store(_filled(folder))
     path = folder / "projected"
@@ -124,4 +142,14 @@ def _files(paths: list[Path]) -> Opened:
     return _opened(reopen(), names, reopen)
 
 
-OPENERS = [zarr_fast, zarr_portable, zarr_small, tiledb, projection, anndata_zarr, h5ad_files, soma]
+OPENERS = [
+    zarr_fast,
+    zarr_portable,
+    zarr_small,
+    tiledb,
+    by_url,
+    projection,
+    anndata_zarr,
+    h5ad_files,
+    soma,
+]

@@ -1,0 +1,241 @@
+"""A store by URL: chunks that are fetched when they are read, and kept in a local cache.
+
+What is small is copied into a folder of the same form, the mirror (:mod:`atlas.store.mirror`). The
+long arrays come in pieces: a shard is a sparse file of the mirror, as long as the object, in which
+those chunks are filled that were asked for; so all that reads shards reads them as it always does.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Final, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.codecs.connection import MARK, THREADS, Connection, Item, Origin, check_process
+
+READING_THREADS: Final = 8
+"""That a loader reads with: they wait more than they work."""
+_GAP: Final = 2**17
+"""Bytes between two chunks that are read with them rather than asked for apart."""
+_PIECE: Final = 2**23
+"""Bytes of one request at most."""
+_ETAG: Final = 256
+
+_T = TypeVar("_T")
+
+
+class Remote:
+    """A mirror and where it comes from; one of each in a process, see :func:`remote_of`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.origin = Origin.read(root)
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._connection: Connection | None = None
+        self._workers: ThreadPoolExecutor | None = None
+        self._shards: OrderedDict[str, tuple[int, Callable[[], None]]] = OrderedDict()
+        self._bytes = 0
+        self.requests = self.received = 0
+        """Of chunks, by this process."""
+        self._left = {str(p): _filled(p) for p in self._there()}
+
+    def _there(self) -> list[Path]:
+        found = [*self.root.glob("studies/*/X/*/c/*"), *self.root.glob("studies/*/layers/*/*/c/*")]
+        found = [path for path in found if path.parent.parent.name in ("indices", "data")]
+        return sorted(found, key=lambda path: path.stat().st_mtime)
+
+    @property
+    def connection(self) -> Connection:
+        """Made at the first request."""
+        with self._lock:
+            if self._connection is None:
+                self._connection = Connection(self.origin)
+            return self._connection
+
+    def check_process(self) -> None:
+        """Refuse a fork: it has none of the threads, and perhaps a lock that stays taken."""
+        check_process(self._process, self.origin.url)
+
+    def key(self, path: str | Path) -> str:
+        """Of an object, from its place in the mirror."""
+        return Path(path).relative_to(self.root).as_posix()
+
+    def map(self, work: Callable[[_T], object], items: Iterable[_T]) -> None:
+        """Do it for all, several at a time; the first error is raised."""
+        with self._lock:
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(THREADS, thread_name_prefix="atlas-remote")
+            workers = self._workers
+        futures = [workers.submit(work, item) for item in items]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def use(self, path: str, taken: int, close: Callable[[], None]) -> None:
+        """Say that a shard is used, and how many bytes came for it; others make room for it."""
+        dropped: list[tuple[str, Callable[[], None]]] = []
+        with self._lock:
+            known = self._left.pop(path, 0)
+            before, _ = self._shards.pop(path, (0, close))
+            self._shards[path] = (before + known + taken, close)
+            self._bytes += known + taken
+            self.received += taken
+            while self._bytes + sum(self._left.values()) > self.origin.cache:
+                if self._left:  # of earlier processes, the oldest first
+                    oldest = next(iter(self._left))
+                    self._left.pop(oldest)
+                    dropped.append((oldest, lambda: None))
+                elif len(self._shards) > 1:
+                    oldest, (size, close_it) = self._shards.popitem(last=False)
+                    self._bytes -= size
+                    dropped.append((oldest, close_it))
+                else:
+                    break
+        for name, close_it in dropped:
+            close_it()
+            with suppress(FileNotFoundError):
+                os.unlink(name)  # noqa: PTH108 - who reads it goes on reading it
+
+    def forget(self, path: str) -> None:
+        """Remove what is there of a shard."""
+        with self._lock:
+            size, _ = self._shards.pop(path, (0, None))
+            self._bytes -= size
+            self._left.pop(path, None)
+        with suppress(FileNotFoundError):
+            os.unlink(path)  # noqa: PTH108
+
+
+def _filled(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+class Filled:
+    """Which chunks of a shard of the mirror are there, kept behind its last byte.
+
+    ``descriptor`` is of the open file, and for whoever takes it to close; ``size`` the object's.
+
+    Parameters
+    ----------
+    remote
+        Of the mirror.
+    path
+        Of the shard.
+    tail
+        Bytes at its end that hold the index.
+    chunks
+        How many chunks it has.
+    """
+
+    def __init__(self, remote: Remote, path: str, tail: int, chunks: int) -> None:
+        self._remote, self.path = remote, path
+        self._key = remote.key(path)
+        item = self._known(chunks)
+        if item is not None and item != remote.connection.head(self._key):
+            remote.forget(path)
+            item = None
+        if item is None:
+            item = self._begin(tail, chunks)
+        self.size, self._etag = item.size, item.etag
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with os.fdopen(os.dup(self.descriptor), "r+b") as file:
+            self._flags = np.memmap(file, np.uint8, "r+", item.size + _ETAG, (chunks,))
+
+    def _known(self, chunks: int) -> Item | None:
+        """What an earlier process left."""
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123 - Path costs as much as the file
+                size = file.seek(0, 2) - _ETAG - chunks
+                file.seek(max(0, size))
+                etag = file.read(_ETAG).rstrip(b"\0").decode()
+        except (OSError, UnicodeDecodeError):
+            return None
+        return Item(self._key, size, etag) if size > 0 and etag else None
+
+    def _begin(self, tail: int, chunks: int) -> Item:
+        data, item = self._remote.connection.get(self._key, -tail)
+        self._remote.requests += 1
+        partial = f"{self._remote.root}/.partial-{os.getpid()}-{threading.get_ident()}"
+        with open(partial, "wb") as file:  # noqa: PTH123
+            file.truncate(item.size + _ETAG + chunks)
+            file.seek(max(0, item.size - len(data)))
+            file.write(data)
+            file.write(item.etag.encode()[:_ETAG].ljust(_ETAG, b"\0"))
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)  # noqa: PTH103, PTH120
+        os.replace(partial, self.path)  # noqa: PTH105
+        return item
+
+    def missing(self, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Those of the chunks that are not there."""
+        lacking: npt.NDArray[np.int64] = chunks[self._flags[chunks] == 0]
+        return lacking
+
+    def pieces(self, chunks: npt.NDArray[np.int64], index: npt.NDArray[np.uint64]) -> list[Piece]:
+        """Requests for chunks, neighbours in one; those outside the object are left out."""
+        found = index[chunks].astype(np.int64)
+        inside = (found[:, 0] >= 0) & (found[:, 1] > 0) & (found.sum(1) <= self.size)
+        chunks, found = chunks[inside], found[inside]
+        order = np.argsort(found[:, 0], kind="stable")
+        out: list[Piece] = []
+        for chunk, (offset, length) in zip(
+            chunks[order].tolist(), found[order].tolist(), strict=True
+        ):
+            stop = offset + length
+            last = out[-1] if out else None
+            if last is not None and offset - last.stop <= _GAP and stop - last.start <= _PIECE:
+                out[-1] = Piece(self, last.start, max(last.stop, stop), (*last.chunks, chunk))
+            else:
+                out.append(Piece(self, offset, stop, (chunk,)))
+        return out
+
+    def fetch(self, piece: Piece) -> None:
+        """Fill a piece in."""
+        data, _ = self._remote.connection.get(self._key, piece.start, piece.stop, self._etag)
+        at = piece.start
+        while len(data):
+            written = os.pwrite(self.descriptor, data, at)
+            data, at = data[written:], at + written
+        self._flags[list(piece.chunks)] = 1
+        self._remote.requests += 1
+
+
+class Piece(NamedTuple):
+    """Bytes of a shard, and the chunks in them."""
+
+    shard: Filled
+    start: int
+    stop: int
+    chunks: Sequence[int]
+
+
+_remotes: dict[Path, Remote] = {}
+_making = threading.Lock()
+
+
+def remote_of(path: Path) -> Remote | None:
+    """The mirror that a path lies in, if it does; opened anew in a process that does not know it.
+
+    Raises
+    ------
+    FormatError
+        It is damaged.
+    """
+    for folder in path.parents:
+        if folder in _remotes:
+            return _remotes[folder]
+        if (folder / MARK).is_file():
+            with _making:
+                return _remotes.setdefault(folder, Remote(folder))
+    return None

@@ -1,0 +1,230 @@
+"""A store by URL: a folder of the same form here, with all of it but the long arrays copied.
+
+Those come as they are read (:mod:`atlas.codecs.remote`). A web server cannot list its files, so for
+``https://`` they are listed in a file that :func:`write_inventory` makes beside the store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from atlas import files
+from atlas.codecs.connection import MARK, Connection, Item, Origin
+from atlas.codecs.remote import Remote, remote_of
+from atlas.errors import ConfigError, CorruptStoreError, FormatError, NotAStoreError
+from atlas.store import manifest as manifests
+from loaders.errors import LoaderError
+from loaders.memory import parse_bytes
+
+INVENTORY = "files.json"
+_FORMAT, _VERSION = "atlas-files", 1
+_LONG = re.compile(r"studies/[^/]+/(X|layers/[^/]+)/(indices|data)/c/\d+")
+_SKIPPED = re.compile(r"(writer\.|\.|.*\.partial$)")
+_SECRET = re.compile(r"secret|token|password|key_id|access_key|credential", re.IGNORECASE)
+_COPIED = ".copied.json"
+
+
+def is_url(path: object) -> bool:
+    """Whether a store is named by URL."""
+    return isinstance(path, str) and re.match(r"[a-z][a-z0-9+.-]+://", path) is not None
+
+
+def open_mirror(
+    url: str,
+    *,
+    options: Mapping[str, str] | None = None,
+    cache: str | int = "10GB",
+    cache_folder: str | os.PathLike[str] | None = None,
+    timeout: float = 30.0,
+    deadline: float = 180.0,
+) -> Path:
+    """Copy what is small of a store, where it is not here yet; returns the mirror's folder.
+
+    Raises
+    ------
+    ConfigError
+        Options of no kind, or secrets among them; the package obstore is not installed.
+    RemoteError, NotAStoreError, FormatError, CorruptStoreError
+        There is no answer or no leave; no store; one of another format; or it is damaged.
+    """
+    origin = Origin(url.rstrip("/"), _checked(options or {}), _bytes(cache), timeout, deadline)
+    above = Path(cache_folder) if cache_folder is not None else _home()
+    name = hashlib.sha256(json.dumps([origin.url, dict(origin.options)]).encode()).hexdigest()[:20]
+    root = (above / name).absolute()
+    connection = Connection(origin)
+    there = _listed(connection, url)
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f"{name}.lock")):
+        if remote_of(root / "manifests") is None or Origin.read(root) != origin:
+            files.replace_bytes(root / MARK, origin.to_bytes())
+        _copy(connection, root, there)
+    return root
+
+
+def _copy(connection: Connection, root: Path, there: Mapping[str, Item]) -> None:
+    """Make the small files those of the store."""
+    try:
+        copied = json.loads((root / _COPIED).read_bytes())
+    except (OSError, ValueError):
+        copied = {}
+    for folder in ("manifests", "genes", "studies", "parts"):
+        (root / folder).mkdir(exist_ok=True)
+        for path in [p for p in (root / folder).rglob("*") if p.is_file()]:
+            if path.relative_to(root).as_posix() not in there:
+                path.unlink(missing_ok=True)
+    small = {key: item for key, item in there.items() if not _LONG.fullmatch(key)}
+    wanted = [
+        item
+        for key, item in small.items()
+        if copied.get(key) != [item.size, item.etag] or not (root / key).is_file()
+    ]
+    remote = Remote(root)
+    with tqdm(
+        total=sum(item.size for item in wanted),
+        unit="B",
+        unit_scale=True,
+        desc="copying what is small of the store",
+        delay=2,
+    ) as shown:
+
+        def fetch(item: Item) -> None:
+            data, found = connection.get(item.key)
+            path = root / item.key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = root / f".partial-{os.getpid()}-{hashlib.sha1(item.key.encode()).hexdigest()}"
+            partial.write_bytes(data)
+            partial.replace(path)
+            copied[item.key] = [found.size, item.etag]
+            shown.update(len(data))
+
+        try:
+            remote.map(fetch, wanted)
+        finally:  # what has come need not come again
+            kept = {key: copied[key] for key in small if key in copied}
+            files.replace_bytes(root / _COPIED, json.dumps(kept).encode())
+    for study in {key.split("/")[1] for key in there if key.startswith("studies/")}:
+        (root / "studies" / study / "layers").mkdir(exist_ok=True)
+
+
+def _listed(connection: Connection, url: str) -> dict[str, Item]:
+    """Files of the store by key."""
+    if url.startswith(("http://", "https://")):
+        listed = _inventory(connection, url)
+    else:
+        listed = connection.list()
+    items = {item.key: item for item in listed if not _SKIPPED.match(item.key)}
+    if not any(key.startswith("manifests/") for key in items):
+        raise NotAStoreError(
+            "There is no store at this URL",
+            found=f"{len(listed):,} files, none of them manifests/…"
+            + (f", e.g. {listed[0].key}" if listed else ""),
+            expected="the files of a folder that `atlas ingest` made",
+            do="check the URL: the bucket, and the path in it",
+            path=url,
+        )
+    for key in items:
+        parts = PurePosixPath(key).parts
+        if ".." in parts or PurePosixPath(key).is_absolute() or "\\" in key:
+            raise CorruptStoreError(
+                "A file of the store has a name outside it", found=key, path=url
+            )
+        if key.endswith("array.json") and ".tiledb/" in key:
+            raise FormatError(
+                "Only stores of the format zarr are read by URL",
+                found="a store of the format tiledb",
+                do="convert it first: atlas convert STORE OTHER --format zarr",
+                path=url,
+            )
+    return items
+
+
+def _inventory(connection: Connection, url: str) -> list[Item]:
+    try:
+        data, _ = connection.get(INVENTORY)
+    except CorruptStoreError:
+        raise NotAStoreError(
+            "A web server cannot list the files of a store, and there is no list of them here",
+            found=f"no file {INVENTORY}",
+            expected=f"{INVENTORY} beside manifests/",
+            do="write it where the store is, and copy it too: atlas inventory STORE",
+            path=url,
+        ) from None
+    try:
+        found = json.loads(bytes(data))
+        if (found["format"], found["version"]) != (_FORMAT, _VERSION):
+            raise ValueError("another format or version")
+        return [Item(str(key), int(size), str(size)) for key, size in found["files"].items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FormatError(
+            "The list of files cannot be read", found=str(error), path=f"{url}/{INVENTORY}"
+        ) from None
+
+
+def write_inventory(path: str | os.PathLike[str]) -> Path:
+    """List the files of a store, for reading it from a web server.
+
+    States written later are not seen from there until it is written again.
+
+    Parameters
+    ----------
+    path
+        The store.
+
+    Returns
+    -------
+    Path
+        Of the list, ``files.json`` in the store.
+
+    Raises
+    ------
+    NotAStoreError
+        There is no store.
+    """
+    root = Path(path)
+    manifests.read(root)
+    with manifests.writer(root, "inventory"):
+        found = {
+            key: file.stat().st_size
+            for file in sorted(p for p in root.rglob("*") if p.is_file())
+            if not _SKIPPED.match(key := file.relative_to(root).as_posix()) and key != INVENTORY
+        }
+        listed: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "files": found}
+        files.replace_bytes(root / INVENTORY, json.dumps(listed, indent=0).encode())
+    return root / INVENTORY
+
+
+def _home() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "atlas" / "stores"
+
+
+def _checked(options: Mapping[str, str]) -> dict[str, str]:
+    secrets = [name for name in options if _SECRET.search(name)]
+    if secrets:
+        raise ConfigError(
+            "Secrets are not taken as options, since the cache keeps them on disk",
+            found=", ".join(secrets),
+            expected="endpoint, region, skip_signature …",
+            do="set them in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY …",
+        )
+    return {str(name): str(value) for name, value in options.items()}
+
+
+def _bytes(cache: str | int) -> int:
+    try:
+        return parse_bytes(cache)
+    except LoaderError as error:
+        raise ConfigError(
+            "cache is no number of bytes",
+            found=repr(cache),
+            expected="a number of bytes, or a text such as 512MB or 2GiB",
+        ) from error
