@@ -236,7 +236,7 @@ def _obsm(opened: _Opened, measurement: str, ids: npt.NDArray[np.int64]) -> Lazy
 class SomaMatrix(Matrix):
     """One sparse layer of a measurement; of the cells with the given join ids, in their order."""
 
-    reading = "through tiledbsoma"
+    reading = "through tiledbsoma: 36 times as long as from a store, 12 times with block_size=2048"
     read_overhead = 4 * _BUFFER
 
     def __init__(

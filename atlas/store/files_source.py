@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -89,7 +90,13 @@ def open_files(
     asked = Asked(
         tuple(map(Path, listed)), batch_key, label_key, unlabeled, layer, measurement, obs_filter
     )
-    return FilesSource(asked)
+    source = FilesSource(asked)
+    warnings.warn(
+        f"{source.path.name}{' …' if len(listed) > 1 else ''} is read {source.reading}; "
+        "for many epochs make a store of it: atlas ingest",
+        stacklevel=2,
+    )
+    return source
 
 
 @dataclass(frozen=True)
@@ -280,10 +287,7 @@ class FilesSource:
     def reading(self) -> str:
         """How rows are read."""
         how = "; ".join(dict.fromkeys(file.reading for file in self._files))
-        return (
-            f"from files as they are ({how}), which takes several times as long as from a store "
-            "(README.md, What opens)"
-        )
+        return f"from files as they are, {how}"
 
     @property
     def read_overhead(self) -> int:

@@ -163,3 +163,14 @@ def test_fingerprints_do_not_depend_on_where_minibatches_end(contract):
         for a, b in ((0, 300), (300, 301), (301, 1000))
     ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.long
+def test_remote_compares_both_on_the_same_counts(tmp_path):
+    pytest.importorskip("obstore", reason="the extra remote is not installed")
+    figures, printed = run("bench_remote.py", tmp_path)
+    (found,) = figures["waits"]
+    assert found["ours"]["total"] == pytest.approx(found["zarr_python"]["total"])
+    assert found["ratio"] == pytest.approx(found["ours"]["first"] / found["zarr_python"]["first"])
+    assert found["ours"]["requests"] > 0
+    assert "zarr-python" in printed

@@ -238,3 +238,21 @@ def test_wrong_use(experiment, cells, tmp_path):
         atlas.open_store("s3://no-such-bucket-of-atlas/x", measurement="RNA")
     with pytest.raises(InputError, match="neither layers nor raw"):
         atlas.create_store(tmp_path / "s").append(experiment, study="a", use_raw=True)
+
+
+def test_an_experiment_by_uri(object_store, experiment, cells, monkeypatch, tmp_path):
+    where = {
+        "ENDPOINT_OVERRIDE": f"127.0.0.1:{object_store.port}",
+        "SCHEME": "http",
+        "USE_VIRTUAL_ADDRESSING": "false",
+        "REGION": "us-east-1",
+    }
+    for name, value in where.items():
+        monkeypatch.setenv(f"TILEDB_VFS_S3_{name}", value)
+    uri = object_store.upload(experiment, "soma")
+    source = opened(uri, obs_filter="batch == 'pbmc3k'")
+    expected = cells[cells.obs["batch"] == "pbmc3k"].X.toarray()
+    np.testing.assert_array_equal(matrix(source), expected)
+    store = atlas.create_store(tmp_path / "store")
+    store.append(uri, study="s", measurement="RNA", obs_filter="batch == 'pbmc3k'")
+    assert store.n_obs == len(expected)
