@@ -19,14 +19,14 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from atlas.codecs.connection import MARK, THREADS, Connection, Item, Origin, check_process
+from atlas.codecs.connection import MARK, PIECE, THREADS, Connection, Item, Origin, check_process
+from atlas.errors import FormatError
+from atlas.files import replace_bytes
 
 READING_THREADS: Final = 8
 """That a loader reads with: they wait more than they work."""
 _GAP: Final = 2**17
 """Bytes between two chunks that are read with them rather than asked for apart."""
-_PIECE: Final = 2**23
-"""Bytes of one request at most."""
 _ETAG: Final = 256
 
 _T = TypeVar("_T")
@@ -194,7 +194,7 @@ class Filled:
         ):
             stop = offset + length
             last = out[-1] if out else None
-            if last is not None and offset - last.stop <= _GAP and stop - last.start <= _PIECE:
+            if last is not None and offset - last.stop <= _GAP and stop - last.start <= PIECE:
                 out[-1] = Piece(self, last.start, max(last.stop, stop), (*last.chunks, chunk))
             else:
                 out.append(Piece(self, offset, stop, (chunk,)))
@@ -222,6 +222,17 @@ class Piece(NamedTuple):
 
 _remotes: dict[Path, Remote] = {}
 _making = threading.Lock()
+
+
+def adopt(root: Path, origin: Origin) -> Remote:
+    """Make a folder the mirror of an origin, or go on with the one that it is."""
+    with suppress(FormatError):
+        if (known := remote_of(root / MARK)) is not None and known.origin == origin:
+            return known
+    replace_bytes(root / MARK, origin.to_bytes())
+    with _making:
+        _remotes[root] = Remote(root)
+        return _remotes[root]
 
 
 def remote_of(path: Path) -> Remote | None:

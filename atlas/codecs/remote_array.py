@@ -97,6 +97,13 @@ class RemoteArray(ChunkedArray):
             none = none.changed(number, shards[number])
         return none
 
+    def _open(self, shard: int) -> _Shard:
+        try:
+            return super()._open(shard)
+        except CorruptStoreError:  # perhaps only the copy is
+            self._remote.forget(self._shard_path(shard))
+            return super()._open(shard)
+
     def _load(self, path: str, length: int) -> _Shard:
         last = 2
         for attempt in range(last + 1):

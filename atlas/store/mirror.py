@@ -18,8 +18,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from atlas import files
-from atlas.codecs.connection import MARK, Connection, Item, Origin
-from atlas.codecs.remote import Remote, remote_of
+from atlas.codecs.connection import NO_ETAG, Connection, Item, Origin
+from atlas.codecs.remote import Remote, adopt
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, NotAStoreError
 from atlas.store import manifest as manifests
 from loaders.errors import LoaderError
@@ -60,18 +60,16 @@ def open_mirror(
     above = Path(cache_folder) if cache_folder is not None else _home()
     name = hashlib.sha256(json.dumps([origin.url, dict(origin.options)]).encode()).hexdigest()[:20]
     root = (above / name).absolute()
-    connection = Connection(origin)
-    there = _listed(connection, url)
+    there = _listed(Connection(origin), url)
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root.with_name(f"{name}.lock")):
-        if remote_of(root / "manifests") is None or Origin.read(root) != origin:
-            files.replace_bytes(root / MARK, origin.to_bytes())
-        _copy(connection, root, there)
+        _copy(adopt(root, origin), there)
     return root
 
 
-def _copy(connection: Connection, root: Path, there: Mapping[str, Item]) -> None:
+def _copy(remote: Remote, there: Mapping[str, Item]) -> None:
     """Make the small files those of the store."""
+    root = remote.root
     try:
         copied = json.loads((root / _COPIED).read_bytes())
     except (OSError, ValueError):
@@ -87,7 +85,6 @@ def _copy(connection: Connection, root: Path, there: Mapping[str, Item]) -> None
         for key, item in small.items()
         if copied.get(key) != [item.size, item.etag] or not (root / key).is_file()
     ]
-    remote = Remote(root)
     with tqdm(
         total=sum(item.size for item in wanted),
         unit="B",
@@ -97,13 +94,13 @@ def _copy(connection: Connection, root: Path, there: Mapping[str, Item]) -> None
     ) as shown:
 
         def fetch(item: Item) -> None:
-            data, found = connection.get(item.key)
+            data = remote.connection.whole(item)
             path = root / item.key
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = root / f".partial-{os.getpid()}-{hashlib.sha1(item.key.encode()).hexdigest()}"
             partial.write_bytes(data)
             partial.replace(path)
-            copied[item.key] = [found.size, item.etag]
+            copied[item.key] = [item.size, item.etag]
             shown.update(len(data))
 
         try:
@@ -162,7 +159,7 @@ def _inventory(connection: Connection, url: str) -> list[Item]:
         found = json.loads(bytes(data))
         if (found["format"], found["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
-        return [Item(str(key), int(size), str(size)) for key, size in found["files"].items()]
+        return [Item(str(key), int(size), NO_ETAG) for key, size in found["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
             "The list of files cannot be read", found=str(error), path=f"{url}/{INVENTORY}"
