@@ -174,3 +174,15 @@ def test_remote_compares_both_on_the_same_counts(tmp_path):
     assert found["ratio"] == pytest.approx(found["ours"]["first"] / found["zarr_python"]["first"])
     assert found["ours"]["requests"] > 0
     assert "zarr-python" in printed
+
+
+@pytest.mark.long
+def test_formats_compares_both_on_the_same_counts(tmp_path):
+    figures, printed = run("bench_formats.py", tmp_path)
+    formats = ["h5ad", "zarr", "mtx", "loom", "csv", "soma"]
+    assert [one["format"] for one in figures["formats"]] == formats
+    for one in figures["formats"]:
+        (ours,), (theirs,) = one["ours"], one["theirs"]
+        assert ours["total"] == pytest.approx(theirs["total"])
+        assert one["ratio"] == pytest.approx(theirs["seconds"] / ours["seconds"])
+        assert one["peer"] in printed

@@ -168,3 +168,27 @@ def test_command_line(store, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert main(["annotate", str(store.path), str(tmp_path / "none.csv")]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("format", ["zarr", "tiledb"])
+def test_export_hold_out_and_conversion_see_the_columns(tmp_path, make_study, format):
+    if format == "tiledb":
+        pytest.importorskip("tiledb", reason="the extra tiledb is not installed")
+    store = atlas.create_store(tmp_path / "store", format=format)
+    store.append(make_study(120, 30, 0, "a"), study="one", batch_key="batch")
+    cells = [f"a{i}" for i in range(120)]
+    donors = pd.DataFrame({"donor": np.where(np.arange(120) < 30, "D1", "D2")}, index=cells)
+    store.annotate(donors, label_key="donor")
+    again = atlas.open_store(store.path)
+    assert again.labels == ("D1", "D2")
+    exported = atlas.to_anndata(again, order="input")
+    assert exported.obs["donor"].tolist() == donors["donor"].tolist()
+    assert not atlas.verify(store.path).findings
+    other = atlas.convert_store(again, tmp_path / "other")
+    assert other.obs()["donor"].tolist() == again.obs()["donor"].tolist()
+    options = {"n_hidden": 8, "n_latent": 2, "device": "cpu", "max_epochs": 1}
+    genes = list(again.gene_table.names)
+    model = atlas.train(again, genes=genes, out=tmp_path / "run", hold_out="donor=D1", **options)
+    assert atlas.embed(model, again, name=None).shape == (120, 2)
+    with pytest.raises(ConfigError, match="donor"):
+        atlas.train(again, genes=genes, out=tmp_path / "no", hold_out="donor=D3", **options)
