@@ -1,8 +1,8 @@
 """Models that versions 1.0 to 1.3 of scvi-tools saved, and the latent space they gave.
 
-``saved/`` was written by each of them (numpy 2.4, torch 2.13; two epochs on 60 simulated cells of 30
-genes, ``counts.npy``, batches a and b, ``batch.npy``): ``model.save(folder)``, and ``z.npy`` is its
-``get_latent_representation()``. The version installed is tested in ``test_hub_scvi.py``.
+``saved/`` was written by each of them (numpy 2.4, torch 2.13): two epochs on 60 simulated cells of
+30 genes (``counts.npy``; batches a and b, ``batch.npy``), then ``model.save(folder)``; ``z.npy`` is
+its ``get_latent_representation()``. The version installed is tested in ``test_hub_scvi.py``.
 """
 
 from __future__ import annotations
