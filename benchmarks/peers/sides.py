@@ -8,6 +8,10 @@ from typing import Any
 MEMORY = 900_000_000
 _BUDGET = {"memory": MEMORY}
 """What 16,384 rows mixed, drawn by weight in minibatches of 4,096, are proven not to exceed."""
+_WIDE = {"memory": 1_400_000_000}
+"""The same where values are not narrow."""
+_PEERS_BUFFER = {"memory": 6_000_000_000, "block_size": 2048, "buffer_size": 65_536}
+"""As many rows mixed as tiledbsoma-ml mixes, in less memory."""
 BUFFER = 8192
 """Rows that are mixed at a time by the peers that take a number, and by ours beside them."""
 BLOCK = 32
@@ -84,11 +88,24 @@ def sides(minibatch_size: int) -> list[Side]:
         Side(
             "ours, SOMA",
             ours,
-            {"source": "soma"},
+            {"source": "soma", "loader": _WIDE},
             needs="tiledbsoma",
             most_cells=100_000,
         ),
-        Side("ours, h5ad", ours, {"source": "file"}, needs="file", most_cells=100_000),
+        Side(
+            "ours, SOMA, block 2048",
+            ours,
+            {"source": "soma", "loader": _PEERS_BUFFER},
+            needs="tiledbsoma",
+            most_cells=100_000,
+        ),
+        Side(
+            "ours, h5ad",
+            ours,
+            {"source": "file", "loader": _WIDE},
+            needs="file",
+            most_cells=100_000,
+        ),
         Side(
             "annbatch",
             "with_annbatch.py",
@@ -127,6 +144,7 @@ COMPARISONS = (
     ("ours, TileDB", "tiledbsoma-ml", 5),
     ("ours, TileDB", "sparse TileDB", 1),
     ("ours, SOMA", "tiledbsoma-ml", 1),
+    ("ours, SOMA, block 2048", "tiledbsoma-ml", 2),
     ("ours, h5ad", "scDataset", 1),
     ("ours", "ours, h5ad", 1),
 )

@@ -24,6 +24,7 @@ OURS = [
     "ours, TileDB",
     "sparse TileDB",
     "ours, SOMA",
+    "ours, SOMA, block 2048",
     "ours, h5ad",
 ]
 THEIRS = ["annbatch", "scDataset", "tiledbsoma-ml"]

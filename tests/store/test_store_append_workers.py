@@ -55,7 +55,7 @@ def _ingest_with(
             memory=256 * 6 * 3,
         )
     assert content(stores["threads"].path) == content(stores["others"].path)
-    with pytest.raises(ConfigError, match="in memory cannot be read by other processes"):
+    with pytest.raises(ConfigError, match="in memory, or a URI, cannot be read by other processes"):
         stores["others"].append(adata, study="t", scheduler=scheduler)
     adata.X.data[3] = 0.5
     adata.write_h5ad(tmp_path / "a.h5ad")

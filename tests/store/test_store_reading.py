@@ -145,15 +145,15 @@ def test_a_read_error_of_the_disk_is_said(store, way, monkeypatch):
     """A folder cannot be read from: the system answers with an error, as a bad disk does."""
     folder = os.open(store.path, os.O_RDONLY)
     try:
-        real = chunks._Shard
+        real = chunks.ChunkedArray._load
 
-        def spoilt(path: str, length: int) -> chunks._Shard:
-            shard = real(path, length)
+        def spoilt(array: chunks.ChunkedArray, path: str, length: int) -> chunks._Shard:
+            shard = real(array, path, length)
             if path.endswith("X/data/c/0"):
                 shard.descriptor = folder
             return shard
 
-        monkeypatch.setattr(chunks, "_Shard", spoilt)
+        monkeypatch.setattr(chunks.ChunkedArray, "_load", spoilt)
         with pytest.raises(CorruptStoreError, match="cannot be read"):
             list(MinibatchLoader(atlas.open_store(store.path), 16))
     finally:
