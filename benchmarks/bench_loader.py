@@ -49,7 +49,6 @@ from stores import Stores, make_stores, sequential_rate  # noqa: E402
 
 FULL: Json = {"genes": 20_000, "n_genes": 2000, "seconds": 3.0, "warm_seconds": 3.0, "limit": 20.0}
 TINY: Json = {"genes": 500, "n_genes": 50, "seconds": 0.0, "warm_seconds": 0.1, "limit": 20.0}
-MEMORY_LIMIT = MEMORY + 200_000_000
 
 
 def environment(peers: Path, side: Side) -> str | None:
@@ -179,13 +178,14 @@ def comparisons(rows: list[Json], made: Json) -> list[Json]:
     """Ratios beside their targets: speed, ingest, size, memory."""
     out: list[Json] = []
     by_name = {row["side"]: row for row in rows if row["runs"]}
+    budgets = {side.name: side.budget for side in sides(1) if side.environment is None}
     for own, peer, target in COMPARISONS:
         if own in by_name and peer in by_name:
             ratio = by_name[own]["cells_a_second"] / by_name[peer]["cells_a_second"]
             out.append(compared(f"{own} / {peer}", ratio, target, at_least=True))
     for name, row in by_name.items():
         if name.startswith("ours") and "cold" not in name:
-            most = row["memory_bytes"] / MEMORY_LIMIT
+            most = row["memory_bytes"] / (budgets[name] + 200_000_000)
             out.append(compared(f"memory of {name} / (budget + 200 MB)", most, 1, at_least=False))
     own, peer = made.get("ours", {}), made.get("annbatch", {})
     if own.get("seconds") and peer.get("seconds"):

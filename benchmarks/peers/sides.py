@@ -53,6 +53,11 @@ class Side:
     limit: float | None = None
     weighted: bool = False
 
+    @property
+    def budget(self) -> int:
+        """Bytes that a side of ours is given."""
+        return int(self.settings.get("loader", _BUDGET)["memory"])
+
     def arguments(self, minibatch_size: int) -> dict[str, Any]:
         """What the worker gets to know of this side."""
         if self.environment is None:
