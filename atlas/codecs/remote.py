@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.codecs.connection import MARK, PIECE, THREADS, Connection, Item, Origin, check_process
-from atlas.errors import FormatError
+from atlas.errors import FormatError, StoreError
 from atlas.files import replace_bytes
 
 READING_THREADS: Final = 8
@@ -204,9 +204,17 @@ class Filled:
         """Fill a piece in."""
         data, _ = self._remote.connection.get(self._key, piece.start, piece.stop, self._etag)
         at = piece.start
-        while len(data):
-            written = os.pwrite(self.descriptor, data, at)
-            data, at = data[written:], at + written
+        try:
+            while len(data):
+                written = os.pwrite(self.descriptor, data, at)
+                data, at = data[written:], at + written
+        except OSError as error:
+            raise StoreError(
+                "The cache of a store by URL cannot be written",
+                found=str(error),
+                do="make room, or open the store with a smaller cache or another cache_folder",
+                path=self.path,
+            ) from error
         self._flags[list(piece.chunks)] = 1
         self._remote.requests += 1
 

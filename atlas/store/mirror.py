@@ -56,6 +56,13 @@ def open_mirror(
     RemoteError, NotAStoreError, FormatError, CorruptStoreError
         There is no answer or no leave; no store; one of another format; or it is damaged.
     """
+    if "?" in url or "@" in url.partition("://")[2].partition("/")[0]:
+        raise ConfigError(
+            "A URL with a query or a password is not taken, since the cache keeps it on disk",
+            found=url.partition("?")[0].rpartition("@")[2],
+            expected="s3://bucket/path, gs://bucket/path or https://host/path",
+            do="set credentials in the environment",
+        )
     origin = Origin(url.rstrip("/"), _checked(options or {}), _bytes(cache), timeout, deadline)
     above = Path(cache_folder) if cache_folder is not None else _home()
     name = hashlib.sha256(json.dumps([origin.url, dict(origin.options)]).encode()).hexdigest()[:20]

@@ -331,6 +331,8 @@ def test_wrong_use(object_store, local, remote, tmp_path, make_study):
         ("s3://atlas-tests/atlas/studies", {}, NotAStoreError, "none of them manifests"),
         ("s3://no-such-bucket/atlas", {"deadline": 1.0}, StoreError, "no-such-bucket"),
         ("ftp://host/atlas", {"options": {}}, ConfigError, "cannot be connected to"),
+        ("https://me:secret@host/atlas", {}, ConfigError, "query or a password is not taken"),
+        ("https://host/atlas?signature=x", {}, ConfigError, "query or a password is not taken"),
         ("s3://atlas-tests/atlas", {"cache": "lots"}, ConfigError, "no number of bytes"),
         (
             "s3://atlas-tests/atlas",
