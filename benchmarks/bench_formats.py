@@ -87,7 +87,8 @@ def _csv(adata: Any, path: Path) -> Path:
 def _soma(adata: Any, path: Path) -> Path:
     import tiledbsoma.io
 
-    tiledbsoma.io.from_anndata(str(path), adata, measurement_name="RNA")
+    h5ad = str(path.with_name("cells_h5ad.h5ad"))
+    tiledbsoma.io.from_h5ad(str(path), h5ad, measurement_name="RNA")
     return path
 
 

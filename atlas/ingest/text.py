@@ -64,6 +64,10 @@ def read_text(path: Path, *, transpose: bool) -> Content:
     )
 
 
+_FIELDS = 2**21
+"""Of a block of lines whose names are read: about 40 MB."""
+
+
 class _Table:
     """A table in text, with names in its first line and its first column."""
 
@@ -101,7 +105,9 @@ class _Table:
     def names(self) -> list[str]:
         """The first column."""
         out: list[str] = []
-        for block in self._blocks(2**16, usecols=[0], dtype=str):
+        # pandas splits all fields of a block, whatever it then takes of them
+        at_a_time = max(1, _FIELDS // (len(self.columns) + 1))
+        for block in self._blocks(at_a_time, usecols=[0], dtype=str):
             out += block.iloc[:, 0].tolist()
         return out
 
