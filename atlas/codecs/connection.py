@@ -8,11 +8,22 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, TypeVar
 
+from atlas.codecs.fetching import (
+    NO_ETAG,
+    Changed,
+    Denied,
+    Direct,
+    Helpers,
+    Item,
+    Missing,
+    Requests,
+    first_line,
+)
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, RemoteError
 
 MARK: Final = ".remote.json"
@@ -24,7 +35,6 @@ PIECE: Final = 2**21
 _FORMAT, _VERSION = "atlas-remote", 1
 _TIMEOUT, _DEADLINE = 30.0, 180.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 10.0
-NO_ETAG: Final = "none"
 
 _T = TypeVar("_T")
 _used_by: int | None = None
@@ -74,14 +84,6 @@ class Origin:
             ) from None
 
 
-class Item(NamedTuple):
-    """An object: its key below the URL, bytes, and ETag where the server has them."""
-
-    key: str
-    size: int
-    etag: str
-
-
 def obstore() -> Any:
     """The package, which is an extra.
 
@@ -100,47 +102,30 @@ def obstore() -> Any:
         ) from None
 
 
-def check_process(of: int | None, url: str) -> None:
-    """Refuse a fork of the process whose threads make the requests, where it would wait for ever.
+class Connection:
+    """Requests to one URL; thread-safe, and made by helper processes in a fork.
 
     Raises
     ------
-    RemoteError
-        This is one.
+    ConfigError
+        The URL or an option cannot be used, or obstore is not installed.
     """
-    if of not in (None, os.getpid()):
-        raise RemoteError(
-            "A store by URL cannot be read in a forked process",
-            found="a process forked after the first request",
-            expected="a process started anew",
-            do="take multiprocessing_context='spawn', or num_workers=0: the loader has threads",
-            path=url,
-        )
-
-
-class Connection:
-    """Requests to one URL; thread-safe."""
 
     def __init__(self, origin: Origin) -> None:
         global _used_by
-        check_process(_used_by, origin.url)
         package = obstore()
         self.origin = origin
+        told = origin.url, origin.options, origin.timeout
+        self._requests: Requests
+        if _used_by not in (None, os.getpid()):
+            self._requests = Helpers(*told)
+            return
         try:
-            self._store = import_module("obstore.store").from_url(
-                origin.url,
-                client_options={
-                    "timeout": timedelta(seconds=origin.timeout),
-                    "connect_timeout": timedelta(seconds=min(10.0, origin.timeout)),
-                    "allow_http": True,
-                },
-                retry_config={"max_retries": 0},  # it is done here, with stalls counted too
-                **origin.options,
-            )
+            self._requests = Direct(*told)
         except (package.exceptions.BaseError, TypeError, ValueError) as error:
             raise ConfigError(
                 "The URL cannot be connected to",
-                found=_first_line(error),
+                found=first_line(error),
                 expected="s3://bucket/path, gs://bucket/path or https://host/path",
                 path=origin.url,
             ) from error
@@ -148,23 +133,11 @@ class Connection:
 
     def list(self) -> list[Item]:
         """All objects below the URL."""
-
-        def listed() -> list[Item]:
-            found = []
-            for page in obstore().list(self._store):
-                found += [Item(o["path"], o["size"], o["e_tag"] or NO_ETAG) for o in page]
-            return found
-
-        return self._tried("the list of its files", listed)
+        return self._tried("the list of its files", self._requests.list)
 
     def head(self, key: str) -> Item:
         """Size and ETag of an object."""
-
-        def asked() -> Item:
-            found = obstore().head(self._store, key)
-            return Item(key, found["size"], found["e_tag"] or NO_ETAG)
-
-        return self._tried(key, asked)
+        return self._tried(key, partial(self._requests.head, key))
 
     def get(
         self, key: str, start: int | None = None, stop: int | None = None, etag: str = NO_ETAG
@@ -178,21 +151,7 @@ class Connection:
         CorruptStoreError
             The object is not there, or is no more the one of this ETag.
         """
-        options: dict[str, Any] = {}
-        if start is not None:
-            options["range"] = (start, stop) if stop is not None else {"suffix": -start}
-        if etag != NO_ETAG:
-            options["if_match"] = etag
-
-        def asked() -> tuple[memoryview, Item]:
-            found = obstore().get(self._store, key, options=options)
-            data = memoryview(found.bytes())
-            first, last = found.range
-            if len(data) != last - first:
-                raise OSError(f"{len(data)} bytes of {last - first}")
-            return data, Item(key, found.meta["size"], found.meta["e_tag"] or NO_ETAG)
-
-        return self._tried(key, asked)
+        return self._tried(key, partial(self._requests.get, key, start, stop, etag))
 
     def whole(self, item: Item) -> bytes:
         """All of an object, in pieces that a slow line brings before a request times out."""
@@ -204,56 +163,42 @@ class Connection:
         """Again after an error that may pass, until the deadline, with longer and longer waits."""
         errors, until = 0, time.monotonic() + self.origin.deadline
         where = f"{self.origin.url.rstrip('/')}/{what}"
-        exceptions = obstore().exceptions
         while True:
             try:
                 return request()
-            except FileNotFoundError as error:
+            except Missing as error:
                 raise CorruptStoreError(
                     "A file of the store is missing",
-                    found=_first_line(error),
+                    found=error,
                     do="check the URL; copy the store there again if it is right",
                     path=where,
                 ) from error
-            except exceptions.PreconditionError as error:
+            except Changed as error:
                 raise CorruptStoreError(
                     "A file of the store was changed while it was read",
-                    found=_first_line(error),
+                    found=error,
                     do="open the store again",
                     path=where,
                 ) from error
-            except (exceptions.BaseError, OSError) as error:
+            except Denied as error:
+                raise RemoteError(
+                    "The object store gives no leave to read",
+                    found=error,
+                    do="set credentials in the environment (AWS_ACCESS_KEY_ID … or "
+                    "GOOGLE_APPLICATION_CREDENTIALS), or for a public bucket "
+                    "options={'skip_signature': 'true'}",
+                    path=where,
+                ) from error
+            except OSError as error:
                 errors += 1
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (errors - 1))
                 wait *= random.uniform(0.5, 1)
-                if _denied(error):
-                    raise RemoteError(
-                        "The object store gives no leave to read",
-                        found=_first_line(error),
-                        do="set credentials in the environment (AWS_ACCESS_KEY_ID … or "
-                        "GOOGLE_APPLICATION_CREDENTIALS), or for a public bucket "
-                        "options={'skip_signature': 'true'}",
-                        path=where,
-                    ) from error
                 if time.monotonic() + wait > until:
                     raise RemoteError(
                         "The object store does not answer",
-                        found=f"{errors} errors in {self.origin.deadline:g} s, the last: "
-                        + _first_line(error),
+                        found=f"{errors} errors in {self.origin.deadline:g} s, the last: {error}",
                         do="check the network and the URL, then run the command again: what has "
                         "come is kept",
                         path=where,
                     ) from error
                 time.sleep(wait)
-
-
-def _denied(error: Exception) -> bool:
-    exceptions = obstore().exceptions
-    kinds = (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError)
-    # without any credentials S3 is asked for them at the address of its machines
-    return isinstance(error, kinds) or "169.254." in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]

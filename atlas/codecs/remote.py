@@ -19,7 +19,8 @@ from typing import Final, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from atlas.codecs.connection import MARK, PIECE, THREADS, Connection, Item, Origin, check_process
+from atlas.codecs.connection import MARK, PIECE, THREADS, Connection, Origin
+from atlas.codecs.fetching import Item
 from atlas.errors import FormatError, StoreError
 from atlas.files import replace_bytes
 
@@ -38,7 +39,7 @@ class Remote:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.origin = Origin.read(root)
-        self._process = os.getpid()
+        self.process = os.getpid()
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._workers: ThreadPoolExecutor | None = None
@@ -60,10 +61,6 @@ class Remote:
             if self._connection is None:
                 self._connection = Connection(self.origin)
             return self._connection
-
-    def check_process(self) -> None:
-        """Refuse a fork: it has none of the threads, and perhaps a lock that stays taken."""
-        check_process(self._process, self.origin.url)
 
     def key(self, path: str | Path) -> str:
         """Of an object, from its place in the mirror."""
@@ -228,8 +225,9 @@ class Piece(NamedTuple):
     chunks: Sequence[int]
 
 
-_remotes: dict[Path, Remote] = {}
-_making = threading.Lock()
+_remotes: dict[tuple[int, Path], Remote] = {}
+"""By process too: what a parent has, has locks that may be taken and threads that are not here."""
+_locks: dict[int, threading.Lock] = {}
 
 
 def adopt(root: Path, origin: Origin) -> Remote:
@@ -238,9 +236,10 @@ def adopt(root: Path, origin: Origin) -> Remote:
         if (known := remote_of(root / MARK)) is not None and known.origin == origin:
             return known
     replace_bytes(root / MARK, origin.to_bytes())
-    with _making:
-        _remotes[root] = Remote(root)
-        return _remotes[root]
+    process = os.getpid()
+    with _locks.setdefault(process, threading.Lock()):
+        _remotes[process, root] = Remote(root)
+        return _remotes[process, root]
 
 
 def remote_of(path: Path) -> Remote | None:
@@ -251,10 +250,13 @@ def remote_of(path: Path) -> Remote | None:
     FormatError
         It is damaged.
     """
+    process = os.getpid()
     for folder in path.parents:
-        if folder in _remotes:
-            return _remotes[folder]
+        if (process, folder) in _remotes:
+            return _remotes[process, folder]
         if (folder / MARK).is_file():
-            with _making:
-                return _remotes.setdefault(folder, Remote(folder))
+            with _locks.setdefault(process, threading.Lock()):
+                if (process, folder) not in _remotes:
+                    _remotes[process, folder] = Remote(folder)
+                return _remotes[process, folder]
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.codecs.chunks import ChunkedArray, _Opened, _Shard
-from atlas.codecs.remote import Filled, Remote
+from atlas.codecs.remote import Filled, Remote, remote_of
 from atlas.errors import CorruptStoreError
 from loaders.pool import POOL
 from loaders.selection import Ints
@@ -39,7 +40,18 @@ class RemoteArray(ChunkedArray):
 
     def __init__(self, path: Path, remote: Remote) -> None:
         super().__init__(path)
-        self._remote = remote
+        self._known = remote
+
+    @property
+    def _remote(self) -> Remote:
+        """The mirror, of this process: in a fork nothing is open yet."""
+        if self._known.process != os.getpid():
+            self._opened = self._none()
+            self._known = remote_of(self.path) or self._known
+        return self._known
+
+    def _none(self) -> _Opened:
+        return _Opened({}, np.full_like(self._opened.table, -1))
 
     def read(self, starts: int | Ints, stops: int | Ints) -> npt.NDArray[Any]:
         """See :meth:`ChunkedArray.read`.
@@ -65,9 +77,7 @@ class RemoteArray(ChunkedArray):
 
     def _fetched(self, starts: Ints, stops: Ints) -> _Opened:
         """The shards that hold the ranges, with all chunks of them there."""
-        r, remote = self._recipe, self._remote
-        remote.check_process()
-        none = _Opened({}, np.full_like(self._opened.table, -1))
+        r, remote, none = self._recipe, self._remote, self._none()
         if not ((starts >= 0) & (starts <= stops) & (stops <= r.n)).all():
             return none  # which reading says
         filled = stops > starts

@@ -18,7 +18,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from atlas import files
-from atlas.codecs.connection import NO_ETAG, Connection, Item, Origin
+from atlas.codecs.connection import Connection, Origin
+from atlas.codecs.fetching import NO_ETAG, Item
 from atlas.codecs.remote import Remote, adopt
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, NotAStoreError
 from atlas.store import manifest as manifests

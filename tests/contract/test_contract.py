@@ -124,8 +124,6 @@ def _sums(source: RowSource, out) -> None:
 
 def test_a_fork_reads_the_same(opened):
     """After its parent has read: what the parent holds open must not be shared unawares."""
-    if getattr(opened.source, "url", None):
-        pytest.skip("refused, with the reason: test_store_remote.py, test_other_processes")
     opened.source.read_rows(0, 5)
     context = multiprocessing.get_context("fork")
     out = context.Queue()

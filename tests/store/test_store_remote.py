@@ -15,6 +15,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from torch.utils.data import DataLoader
 
 import atlas
 from atlas.cli import main
@@ -29,7 +30,7 @@ from atlas.errors import (
     StoreError,
 )
 from atlas.store import layout
-from loaders import MinibatchLoader
+from loaders import MinibatchLoader, TorchDataset
 
 pytestmark = pytest.mark.timeout(200)
 KEYS = {"batch_key": "batch", "label_key": "cell_type"}
@@ -302,16 +303,36 @@ def test_other_processes(local, remote):
         [sys.executable, "-c", code], input=pickle.dumps(store), capture_output=True, check=True
     )
     assert float(done.stdout) == matrix(local, [300], [360]).sum()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            store.read_rows(600, 650)
-        except RemoteError as error:
-            code = 0 if "spawn" in str(error) else 2
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
+    assert sum(len(minibatch["rows"]) for minibatch in _in_a_worker(store)) == local.n_obs
+
+
+def _in_a_worker(store: atlas.CountStore) -> DataLoader:
+    """A worker of torch's, forked after requests were made here; nothing is in its cache."""
+    for path in store.path.rglob("c/*"):
+        if path.parents[1].name in ("indices", "data") and path.parents[2].name == "X":
+            path.unlink()
+    loader = MinibatchLoader(store, 64, block_size=32)
+    dataset = TorchDataset(loader)
+    return DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="fork")
+
+
+@pytest.mark.timeout(100)
+def test_a_helper_that_dies_is_replaced(local, remote, monkeypatch):
+    from atlas.codecs import connection, fetching
+
+    monkeypatch.setattr(connection, "_used_by", os.getpid() + 1)  # as a fork sees it
+    forget()
+    store = remote()
+    helpers = remotes.remote_of(store.path / "x").connection._requests
+    assert isinstance(helpers, fetching.Helpers)
+    expected = matrix(local, [0], [700])
+    np.testing.assert_array_equal(matrix(store, [0], [100]), expected[:100])
+    helper = helpers._idle.get()
+    helper.kill()
+    helper.wait()
+    helpers._idle.put(helper)
+    np.testing.assert_array_equal(matrix(store, [0], [700]), expected)
+    forget()
 
 
 def test_the_command_line(object_store, url, remote, monkeypatch, tmp_path, capsys):
