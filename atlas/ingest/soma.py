@@ -30,7 +30,7 @@ _OBS_NAMES = ("obs_id", "obs_names")
 _VAR_NAMES = ("var_id", "feature_name", "var_names")
 _LAYERS = ("raw", "data")
 """Where counts are looked for: in Census, and where ``tiledbsoma.io`` puts them."""
-_BUFFER = 32 * 2**20
+_BUFFER = 8 * 2**20
 """Bytes that a query fills at a time, of each of its three columns."""
 _CONFIG = {
     "soma.init_buffer_bytes": _BUFFER,

@@ -7,7 +7,7 @@ from typing import Any
 
 MEMORY = 900_000_000
 _BUDGET = {"memory": MEMORY}
-"""What 16,384 rows mixed, drawn by weight in minibatches of 4,096, are proven not to exceed."""
+"""What 16,384 rows mixed in minibatches of 4,096 are proven not to exceed; by weight, 1 GB."""
 _WIDE = {"memory": 1_400_000_000}
 """The same where values are not narrow."""
 _PEERS_BUFFER = {"memory": 6_000_000_000, "block_size": 2048, "buffer_size": 65_536}
@@ -73,7 +73,7 @@ def sides(minibatch_size: int) -> list[Side]:
         Side("ours, block 32", ours, {"loader": alike}),
         Side("ours", ours),
         Side("ours, narrow", ours, {"loader": _BUDGET | {"narrow": True}}),
-        Side("ours, weighted", ours, weighted=True),
+        Side("ours, weighted", ours, {"loader": {"memory": 10**9}}, weighted=True),
         Side("ours, chosen genes", ours, {"source": "chosen"}, genes="chosen"),
         Side("ours, projected", ours, {"source": "projected"}, genes="chosen", needs="projected"),
         Side(
