@@ -130,7 +130,7 @@ def append_study(
             found=repr(request.profile),
             expected=" or ".join(map(repr, get_args(Profile))),
         )
-    memory = _bytes(request.memory)
+    memory = bytes_of("memory", request.memory)
     with Workers(request.scheduler) as workers:
         reading = Reading(
             layer=request.layer,
@@ -159,13 +159,14 @@ def append_study(
     return state, replace(report, seconds=time.monotonic() - started)
 
 
-def _bytes(memory: str | int) -> int:
+def bytes_of(name: str, size: str | int) -> int:
+    """Bytes of an option, given as a number or as a text such as ``512MB``."""
     try:
-        return parse_bytes(memory)
+        return parse_bytes(size)
     except LoaderError as error:
         raise ConfigError(
-            "memory is no number of bytes",
-            found=repr(memory),
+            f"{name} is no number of bytes",
+            found=repr(size),
             expected="a number of bytes, or a text such as 512MB or 2GiB",
         ) from error
 

@@ -23,8 +23,7 @@ from atlas.codecs.fetching import NO_ETAG, Item
 from atlas.codecs.remote import Remote, adopt
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, NotAStoreError
 from atlas.store import manifest as manifests
-from loaders.errors import LoaderError
-from loaders.memory import parse_bytes
+from atlas.store.append import bytes_of
 
 INVENTORY = "files.json"
 _FORMAT, _VERSION = "atlas-files", 1
@@ -64,7 +63,9 @@ def open_mirror(
             expected="s3://bucket/path, gs://bucket/path or https://host/path",
             do="set credentials in the environment",
         )
-    origin = Origin(url.rstrip("/"), _checked(options or {}), _bytes(cache), timeout, deadline)
+    origin = Origin(
+        url.rstrip("/"), _checked(options or {}), bytes_of("cache", cache), timeout, deadline
+    )
     above = Path(cache_folder) if cache_folder is not None else _home()
     name = hashlib.sha256(json.dumps([origin.url, dict(origin.options)]).encode()).hexdigest()[:20]
     root = (above / name).absolute()
@@ -222,14 +223,3 @@ def _checked(options: Mapping[str, str]) -> dict[str, str]:
             do="set them in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY …",
         )
     return {str(name): str(value) for name, value in options.items()}
-
-
-def _bytes(cache: str | int) -> int:
-    try:
-        return parse_bytes(cache)
-    except LoaderError as error:
-        raise ConfigError(
-            "cache is no number of bytes",
-            found=repr(cache),
-            expected="a number of bytes, or a text such as 512MB or 2GiB",
-        ) from error
