@@ -112,6 +112,13 @@ def sides(minibatch_size: int) -> list[Side]:
             most_cells=100_000,
         ),
         Side(
+            "ours, AnnData in Zarr",
+            ours,
+            {"source": "zarr", "loader": _WIDE},
+            needs="zarr",
+            most_cells=100_000,
+        ),
+        Side(
             "annbatch",
             "with_annbatch.py",
             {"block_size": BLOCK, "blocks": BUFFER // BLOCK},
@@ -152,6 +159,7 @@ COMPARISONS = (
     ("ours, SOMA, block 2048", "tiledbsoma-ml", 2),
     ("ours, h5ad", "scDataset", 1),
     ("ours", "ours, h5ad", 1),
+    ("ours", "ours, AnnData in Zarr", 1),
 )
 """Side, side, and the least ratio of their speeds to reach."""
 

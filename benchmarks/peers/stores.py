@@ -56,6 +56,7 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
         "projected": str(folder / "projected"),
         "tiledb": str(folder / "store.tiledb"),
         "sparse": str(folder / "sparse.tiledb"),
+        "zarr": str(folder / "cells.zarr"),
         "genes": str(folder / "genes.txt"),
         "all": str(folder / "all.npy"),
         "chosen": str(folder / "chosen.npy"),
@@ -80,6 +81,7 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
     _make(stores, args, "projected", "with_atlas.py", "project", None, paths["projected"])
     if shape["cells"] <= _SOMA_MOST_CELLS:
         _make(stores, args, "tiledb", "with_atlas.py", "ingest_tiledb", None, paths["tiledb"])
+        _make(stores, args, "zarr", "with_atlas.py", "write_zarr", None, paths["zarr"])
         _make(stores, args, "sparse", "with_atlas.py", "sparse_tiledb", None, paths["sparse"])
     return stores
 

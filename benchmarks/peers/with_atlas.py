@@ -94,6 +94,18 @@ def ingest_tiledb(arguments: Json, phases: Phases) -> Json:
     return ingest(arguments | {"store": arguments["tiledb"], "format": "tiledb"}, phases)
 
 
+def write_zarr(arguments: Json, phases: Phases) -> Json:
+    """The file as anndata writes it to Zarr."""
+    import anndata
+
+    phases.begin("work")
+    started = time.perf_counter()
+    anndata.read_h5ad(arguments["file"]).write_zarr(arguments["zarr"])
+    seconds = time.perf_counter() - started
+    phases.begin("rest")
+    return {"seconds": seconds}
+
+
 def sparse_tiledb(arguments: Json, phases: Phases) -> Json:
     """The counts as a sparse TileDB array of two dimensions."""
     import sparse_tiledb as layout
@@ -135,8 +147,8 @@ def _source(arguments: Json) -> Any:
 
         return layout.SparseSource(Path(arguments["sparse"]))
     keys = {"batch_key": "batch", "label_key": "cell_type"}
-    if arguments["source"] == "file":
-        return atlas.open_files(arguments["file"], **keys)
+    if arguments["source"] in ("file", "zarr"):
+        return atlas.open_files(arguments[arguments["source"]], **keys)
     if arguments["source"] == "soma":
         return atlas.open_store(arguments["tiledbsoma"], measurement="RNA", **keys)
     if arguments["source"] == "tiledb":
@@ -189,4 +201,6 @@ def stream(arguments: Json, phases: Phases) -> Json:
 
 
 if __name__ == "__main__":
-    serve_worker([make_cells, reference, ingest, ingest_tiledb, sparse_tiledb, project, stream])
+    serve_worker(
+        [make_cells, reference, ingest, ingest_tiledb, write_zarr, sparse_tiledb, project, stream]
+    )

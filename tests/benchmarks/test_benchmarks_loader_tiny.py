@@ -26,6 +26,7 @@ OURS = [
     "ours, SOMA",
     "ours, SOMA, block 2048",
     "ours, h5ad",
+    "ours, AnnData in Zarr",
 ]
 THEIRS = ["annbatch", "scDataset", "tiledbsoma-ml"]
 
