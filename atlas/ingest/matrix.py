@@ -63,7 +63,7 @@ class Budget(NamedTuple):
 class Matrix(ABC):
     """A matrix of ``shape`` (rows, columns) that yields its rows in blocks."""
 
-    reading = "through h5py: 2.4 times as long as from a store, longer where dense or compressed"
+    reading = "through h5py: 3 times as long as from a store, longer where dense or compressed"
     """What reads the rows, and why."""
     read_overhead = 2**24
     """Bytes that a read takes besides twice what it returns, about."""

@@ -56,11 +56,11 @@ def test_the_cells_of_the_files(files):
     labels = np.array([*source.labels, "Unknown"], object)[source.obs_codes["label"]]
     assert labels.tolist() == expected.obs["cell_type"].astype(str).tolist()
     assert source.obs(["batch"]).index.tolist() == list(expected.obs_names)
-    assert "2.4 times as long as from a store" in MinibatchLoader(source, 32).describe()
+    assert "3 times as long as from a store" in MinibatchLoader(source, 32).describe()
 
 
 def test_that_it_is_slower_is_said(files):
-    with pytest.warns(UserWarning, match=r"part0.h5ad … is read from files .* 2.4 times as long"):
+    with pytest.warns(UserWarning, match=r"part0.h5ad … is read from files .* 3 times as long"):
         opened(files)
 
 
