@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
-from anndata.utils import make_index_unique
 
 from atlas.errors import CountsError, InputError
 from atlas.ingest import kernels
@@ -25,6 +23,7 @@ from atlas.ingest.content import (
     stamp,
 )
 from atlas.ingest.matrix import Budget, Matrix, Rows, select_columns
+from atlas.ingest.names import check_row_names, make_genes_unique, named
 
 DEFAULT_MEMORY = 256 << 20
 
@@ -75,10 +74,10 @@ class CountsSource:
         self._opened: dict[str, Matrix] = {}
         self._check_shape(content.counts)
         self._check_size()
-        self.obs: pd.DataFrame = _named(content.obs)
-        self.var: pd.DataFrame = _named(content.var)
-        self._check_row_names()
-        self._make_genes_unique()
+        self.obs: pd.DataFrame = named(content.obs)
+        self.var: pd.DataFrame = named(content.var)
+        check_row_names(self.obs, self.name, self.path)
+        make_genes_unique(self.var, self.name)
 
     @property
     def name(self) -> str:
@@ -335,32 +334,6 @@ class CountsSource:
                 path=self.path,
             )
 
-    def _check_row_names(self) -> None:
-        again = self.obs.index.duplicated()
-        if again.any():
-            names = self.obs.index[again].unique()
-            raise InputError(
-                f"row names of {self.name} are not unique",
-                found=f"{len(names):,} names that occur more than once: {_few(names)}",
-                expected="one name per row",
-                do="add the sample to each name, or call adata.obs_names_make_unique() and save",
-                path=self.path,
-            )
-
-    def _make_genes_unique(self) -> None:
-        again = self.var.index.duplicated()
-        if again.any():
-            names = self.var.index[again].unique()
-            warnings.warn(
-                f"{len(names):,} gene names of {self.name} occur more than once "
-                f"({_few(names)}); numbers were added to make them unique",
-                UserWarning,
-                stacklevel=4,
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # ours says it, for the file at hand
-                self.var.index = make_index_unique(self.var.index)
-
 
 def _tidy_layer(
     rows: Rows,
@@ -395,15 +368,3 @@ def looks_like_counts(matrix: OpenMatrix) -> bool:
         and (values < 2**32).all()
         and (values == np.rint(values)).all()
     )
-
-
-def _named(table: pd.DataFrame) -> pd.DataFrame:
-    """A copy with names of rows and columns as str; the caller's table stays as it is."""
-    table = table.copy()
-    table.columns = pd.Index(table.columns.astype(str), dtype=object)
-    table.index = pd.Index(table.index.astype(str), dtype=object, name=table.index.name)
-    return table
-
-
-def _few(names: pd.Index[Any]) -> str:
-    return ", ".join(map(str, names[:5])) + (", …" if len(names) > 5 else "")

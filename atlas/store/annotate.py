@@ -16,8 +16,8 @@ import pandas as pd
 from atlas.errors import ConfigError, InputError, MissingColumnError, StoreError
 from atlas.store import manifest as manifests
 from atlas.store import obs_part
-from atlas.store.append import extend, label_names, text_of
 from atlas.store.arrays import read_array, write_part
+from atlas.store.codes import extend, label_names, text_of
 from atlas.store.schema import Manifest, StudyEntry
 from atlas.store.statistics import gene_statistics
 from atlas.store.tables import kind_of
@@ -84,7 +84,8 @@ def annotate(root: Path, table: Table, request: Request) -> tuple[Manifest, Anno
                 batches, own["batch"] = _batch_codes(batches, column, entry.name, path)
             if request.label_key is not None:
                 column = _key(frame, request.label_key, "label", entry.name, path)
-                labels, own["label"] = extend(labels, *label_names(column, request.unlabeled))
+                texts = label_names(column, len(column), request.unlabeled)
+                labels, own["label"] = extend(labels, *texts)
         # all is checked; from here on it is written
         number = newest.number + 1
         changed = {

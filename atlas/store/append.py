@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,27 +17,23 @@ import pandas as pd
 from anndata import AnnData
 
 from atlas.config import Profile
-from atlas.errors import ConfigError, InputError, MissingColumnError, StudyExistsError
+from atlas.errors import ConfigError, MissingColumnError, StudyExistsError
 from atlas.ingest.genes import align
 from atlas.ingest.study import FILE_COLUMN, Reading, StudyCounts, open_study
 from atlas.store import layout
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array, write_part
+from atlas.store.codes import batch_names, extend, label_names, obs_column
 from atlas.store.journal import Journal
 from atlas.store.manifest import INGEST, SCRATCH
+from atlas.store.options import bytes_of, check_name
 from atlas.store.schema import Manifest, StudyEntry
 from atlas.store.study_writer import StudyWriter, check_memory
 from atlas.store.tiledb_array import tiledb
 from atlas.store.workers import Workers
 from atlas.store.zarr_study import digests
-from loaders.errors import LoaderError
-from loaders.memory import parse_bytes
 
-Codes: TypeAlias = npt.NDArray[np.int64]
 Codes32: TypeAlias = npt.NDArray[np.int32]
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
 
 Source: TypeAlias = str | PathLike[str] | AnnData
 DEFAULT_MEMORY = "512MB"
@@ -103,16 +98,6 @@ class AppendReport:
     seconds: float
 
 
-def check_name(name: str, what: str) -> None:
-    """Names of studies and embeddings are names of folders too."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"The {what} cannot have this name",
-            found=repr(name),
-            expected="1 to 100 letters, digits and ._- , starting with a letter or digit",
-        )
-
-
 def append_study(
     root: Path, sources: Source | Sequence[Source], request: Request
 ) -> tuple[Manifest, AppendReport]:
@@ -159,24 +144,15 @@ def append_study(
     return state, replace(report, seconds=time.monotonic() - started)
 
 
-def bytes_of(name: str, size: str | int) -> int:
-    """Bytes of an option, given as a number or as a text such as ``512MB``."""
-    try:
-        return parse_bytes(size)
-    except LoaderError as error:
-        raise ConfigError(
-            f"{name} is no number of bytes",
-            found=repr(size),
-            expected="a number of bytes, or a text such as 512MB or 2GiB",
-        ) from error
-
-
 def _append(
     root: Path, counts: StudyCounts, request: Request, memory: int, workers: Workers
 ) -> tuple[Manifest, AppendReport]:
     study = request.study
-    own_batches = _batches(counts, request.batch_keys, study)
-    own_labels = _labels(counts, request.label_key, request.unlabeled)
+    of_batch = {key: _column(counts, key, "batch") for key in request.batch_keys}
+    own_batches = batch_names(of_batch, counts.n_obs, study, counts.path)
+    key = request.label_key
+    of_label = None if key is None else _column(counts, key, "label")
+    own_labels = label_names(of_label, counts.n_obs, request.unlabeled)
     _check_layers(counts, request.keep_layers)
     left = (root / SCRATCH / INGEST).exists()
     with manifests.writer(root, f"append {study}") as newest:
@@ -319,85 +295,10 @@ def _check_layers(counts: StudyCounts, names: tuple[str, ...]) -> None:
         )
 
 
-def text_of(value: object) -> str:
-    """A value of obs as text; 1.0 is 1, since a column of integers with a gap has become floats."""
-    if isinstance(value, float | np.floating) and float(value).is_integer():
-        return str(int(value))
-    return str(value)
-
-
 def _column(counts: StudyCounts, key: str, what: str) -> pd.Series[Any]:
     if key == FILE_COLUMN and key not in counts.obs and counts.path is not None:
         return pd.Series(counts.path.stem, counts.obs.index)  # one file, as one of several
-    if key not in counts.obs:
-        raise MissingColumnError(
-            f"There is no obs column for the {what}",
-            found=repr(key),
-            expected="one of " + (", ".join(map(str, counts.obs.columns)) or "(there are none)"),
-            do=f"name the column with --{what}-key, or leave it out",
-            path=counts.path,
-        )
-    return counts.obs[key]
-
-
-def _batches(
-    counts: StudyCounts, keys: tuple[str, ...], study: str
-) -> tuple[list[str | None], Codes]:
-    """Names of the batches of a study, and which of them each row is in, in input order."""
-    codes = np.zeros(counts.n_obs, np.int64)
-    combined: list[str] = []
-    for key in keys:
-        column = _column(counts, key, "batch")
-        own, values = pd.factorize(column)
-        if missing := int((own < 0).sum()):
-            raise InputError(
-                "Some cells have no batch",
-                found=f"{missing} missing values in obs column {key!r}",
-                expected="a batch for every cell",
-                do="fill the column in, or drop these cells",
-                path=counts.path,
-            )
-        texts = [text_of(value) for value in values]
-        codes = codes * len(values) + own
-        combined = [f"{a}|{b}" for a in combined for b in texts] or texts
-        # only combinations that occur, so that many keys do not multiply
-        occurring, codes = np.unique(codes, return_inverse=True)
-        combined = [combined[i] for i in occurring]
-    return [f"{study}/{name}" for name in combined] or [study], codes
-
-
-def _labels(counts: StudyCounts, key: str | None, unlabeled: str) -> tuple[list[str | None], Codes]:
-    """Names of the labels of a study, None for unlabeled ones, and that of each row."""
-    if key is None:
-        return [None], np.zeros(counts.n_obs, np.int64)
-    return label_names(_column(counts, key, "label"), unlabeled)
-
-
-def label_names(column: pd.Series[Any], unlabeled: str) -> tuple[list[str | None], Codes]:
-    """Names of the labels in a column, None for unlabeled ones, and that of each row."""
-    codes, values = pd.factorize(column)
-    texts = [text_of(value) for value in values]
-    names = [None if text.strip() in ("", unlabeled) else text for text in texts]
-    return [*names, None], codes.astype(np.int64)  # -1, a missing value, is the last
-
-
-def extend(
-    names: tuple[str, ...], own: Sequence[str | None], codes: Codes
-) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
-    """Codes by append-only names; new names come in alphabetical order, None is -1.
-
-    Parameters
-    ----------
-    names
-        Names so far.
-    own, codes
-        Names in this study, and which of them each row has.
-    """
-    new = {name for name in own if name is not None} - set(names)
-    names = (*names, *sorted(new))
-    code = {name: i for i, name in enumerate(names)}
-    table = np.array([-1 if name is None else code[name] for name in own], np.int32)
-    return names, table[codes]
+    return obs_column(counts.obs, key, what, counts.path)
 
 
 def _common(

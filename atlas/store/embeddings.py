@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from atlas.errors import StoreError
 from atlas.store import manifest as manifests
-from atlas.store.append import check_name
 from atlas.store.arrays import read_array, read_details, write_part
+from atlas.store.options import check_name
 from atlas.store.schema import EmbeddingEntry, Manifest
 
 

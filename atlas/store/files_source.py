@@ -23,14 +23,13 @@ from atlas.errors import (
     CorruptStoreError,
     CountsError,
     InputError,
-    MissingColumnError,
     StoreError,
 )
 from atlas.ingest import GeneTable, join
 from atlas.ingest.base import CountsSource
 from atlas.ingest.files import open_counts
 from atlas.ingest.genes import align
-from atlas.store.append import extend, label_names, text_of
+from atlas.store.codes import batch_names, extend, label_names, obs_column
 from atlas.store.row_order import hash_names
 from atlas.store.split import Split, ranges_of
 from atlas.store.statistics import GeneStatistics, gene_statistics
@@ -185,26 +184,17 @@ class FilesSource:
         labels: tuple[str, ...] = ()
         batch, label = [], []
         for name, file in zip(self.studies, self._files, strict=True):
-            own = [name] * file.n_obs
-            if batch_key is not None:
-                column = _column(file, batch_key, "batch")
-                if column.isna().any():
-                    raise InputError(
-                        "Some cells have no batch",
-                        found=f"{int(column.isna().sum())} missing values in {batch_key!r}",
-                        expected="a batch for every cell",
-                        path=file.path,
-                    )
-                own = [f"{name}/{text_of(value)}" for value in column]
-            codes, texts = pd.factorize(pd.Series(own, dtype=object))
-            batches, found = extend(batches, list(texts), codes.astype(np.int64))
+
+            def column(key: str, what: str, file: CountsSource = file) -> pd.Series[Any]:
+                return obs_column(file.obs, key, what, file.path)
+
+            of_batch = {} if batch_key is None else {batch_key: column(batch_key, "batch")}
+            own = batch_names(of_batch, file.n_obs, name, file.path)
+            batches, found = extend(batches, *own)
             batch.append(found)
-            if label_key is None:
-                label.append(np.full(file.n_obs, -1, np.int32))
-                continue
-            labels, found = extend(
-                labels, *label_names(_column(file, label_key, "label"), self._asked.unlabeled)
-            )
+            of_label = None if label_key is None else column(label_key, "label")
+            own = label_names(of_label, file.n_obs, self._asked.unlabeled)
+            labels, found = extend(labels, *own)
             label.append(found)
         study = np.repeat(np.arange(len(self._files), dtype=np.int32), np.diff(self.segments))
         return (
@@ -345,14 +335,3 @@ class FilesSource:
         for name, codes in sorted(self.obs_codes.items()):
             total.update(name.encode() + codes.tobytes())
         return total.hexdigest()
-
-
-def _column(file: CountsSource, key: str, what: str) -> pd.Series[Any]:
-    if key not in file.obs:
-        raise MissingColumnError(
-            f"There is no obs column for the {what}",
-            found=repr(key),
-            expected="one of " + (", ".join(map(str, file.obs.columns)) or "(there are none)"),
-            path=file.path,
-        )
-    return file.obs[key]

@@ -23,7 +23,7 @@ from atlas.codecs.fetching import NO_ETAG, Item
 from atlas.codecs.remote import Remote, adopt
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, NotAStoreError
 from atlas.store import manifest as manifests
-from atlas.store.append import bytes_of
+from atlas.store.options import bytes_of
 
 INVENTORY = "files.json"
 _FORMAT, _VERSION = "atlas-files", 1

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import queue
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,101 +16,21 @@ from tqdm import tqdm
 from atlas import files
 from atlas.config import Profile
 from atlas.errors import ConfigError
-from atlas.ingest.base import CountsSource
 from atlas.ingest.matrix import Rows
-from atlas.ingest.study import Piece, Reading, StudyCounts
+from atlas.ingest.study import StudyCounts
 from atlas.store import layout, tally
 from atlas.store.journal import Journal
-from atlas.store.layout import Layout
-from atlas.store.matrix_writer import (
-    Written,
-    create_matrix,
-    index_type,
-    layouts,
-    write_shard,
-)
+from atlas.store.matrix_writer import create_matrix, index_type, layouts
 from atlas.store.row_order import hash_names, order_rows
-from atlas.store.spill import RunResult, Runs, Stretch, write_run
+from atlas.store.spill import RunResult, Runs
 from atlas.store.statistics import GeneStatistics, gene_statistics, statistics_of_sums
+from atlas.store.study_tasks import Block, Shard, close_kept, spill, spill_anywhere, write
 from atlas.store.tiledb_array import SUFFIX, begin_copy, copy, finish_copy
 from atlas.store.workers import Workers
 from atlas.store.zarr_study import CSRMatrix, create_group, write_tables
 
 _TALLY_SHARE = 4
 """Part of the memory that counting values may take: one in so many."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """Rows of one piece that become one run; ``rows`` where they had to be read in order."""
-
-    piece: Piece
-    layer: str | None
-    start: int
-    stop: int
-    destinations: npt.NDArray[np.int64]
-    genes: npt.NDArray[np.int32] | None
-    index_type: str
-    folder: Path
-    rows: Rows | None = None
-
-
-def _spill(source: CountsSource, block: _Block) -> RunResult:
-    """Read, check, sort and write a block."""
-    rows = block.rows or source.read(block.start, block.stop, block.layer)
-    value_type = None if block.layer is not None else np.uint16
-    tidy = functools.partial(
-        source.tidy,
-        rows,
-        block.layer,
-        columns=block.piece.columns,
-        types=(block.index_type, value_type),
-    )
-    return write_run(
-        block.folder,
-        block.piece.first + block.start,
-        block.destinations,
-        lambda order: tidy(order=order),
-        block.genes,
-    )
-
-
-def _spill_anywhere(block: _Block) -> RunResult:
-    """The same in a process that shares nothing but the files."""
-    path = Path(str(block.piece.source))
-    return _spill(_kept_open(path, path.stat().st_mtime_ns, block.piece.reading), block)
-
-
-@functools.lru_cache(maxsize=2)
-def _kept_open(path: Path, changed: int, reading: Reading) -> CountsSource:
-    return reading.open(path)
-
-
-def _close_kept() -> None:
-    """Close what a worker kept open."""
-    _kept_open.cache_clear()
-
-
-@dataclass(frozen=True, eq=False)
-class _Shard:
-    """A shard of both arrays, to be written into ``folder``."""
-
-    stretch: Stretch
-    folder: Path
-    layouts: tuple[Layout, Layout]
-
-
-def _write(shard: _Shard, count: Callable[..., None] | None = None) -> tuple[Written, Written, int]:
-    """Gather a shard and write it; returns what was written, and how many rows end in it."""
-    indptr, indices, data = shard.stretch.gather()
-    if count is not None:
-        count(shard.stretch.first_row, indptr, indices, data)
-    number = shard.stretch.number
-    written = (
-        write_shard(shard.folder / "indices", number, indices, shard.layouts[0]),
-        write_shard(shard.folder / "data", number, data, shard.layouts[1]),
-    )
-    return *written, shard.stretch.n_rows
 
 
 class StudyWriter:
@@ -248,22 +167,22 @@ class StudyWriter:
                 take(result)
             _leave_out(bar)
             blocks = self._blocks(layer, runs.folder, done)
-            spill = self._spill_here if self.workers.local else _spill_anywhere
+            task = self._spill_here if self.workers.local else spill_anywhere
             try:
-                for result in self.workers.run(spill, blocks):
+                for result in self.workers.run(task, blocks):
                     self.journal.add_run(name, result.run)
                     take(result)
             finally:
-                self.workers.everywhere(_close_kept)
+                self.workers.everywhere(close_kept)
         return runs
 
-    def _spill_here(self, block: _Block) -> RunResult:
+    def _spill_here(self, block: Block) -> RunResult:
         with self.counts.opened(block.piece) as source:
-            return _spill(source, block)
+            return spill(source, block)
 
     def _blocks(
         self, layer: str | None, folder: Path, done: set[tuple[int, int]]
-    ) -> Iterator[_Block]:
+    ) -> Iterator[Block]:
         """Cut the inputs into blocks, and leave out those that are done."""
         genes = self.columns if layer is None else None
         for piece in self.counts.pieces:
@@ -281,7 +200,7 @@ class StudyWriter:
                     first = piece.first + start
                     if (first, stop - start) not in done:
                         where = self._destination[first : piece.first + stop]
-                        yield _Block(
+                        yield Block(
                             piece,
                             layer,
                             start,
@@ -315,20 +234,20 @@ class StudyWriter:
             finally:
                 free.put(one)
 
-        write = functools.partial(_write, count=count) if tallies else _write
+        task = functools.partial(write, count=count) if tallies else write
         memory = self.memory - sum(one.nbytes for one in tallies)
         at_once = memory // shard_bytes(self.counts, types)
         with self._bar("writing") as bar:
 
-            def shards() -> Iterator[_Shard]:
+            def shards() -> Iterator[Shard]:
                 for stretch in runs.stretches(own[0].shard, types):
                     if stretch.number not in done:
-                        yield _Shard(stretch, folder, own)
+                        yield Shard(stretch, folder, own)
                     else:
                         bar.update(stretch.n_rows)
                         _leave_out(bar)
 
-            for indices, data, n_rows in self.workers.run(write, shards(), max(1, at_once)):
+            for indices, data, n_rows in self.workers.run(task, shards(), max(1, at_once)):
                 self.journal.add_shards(name, indices, data)
                 bar.update(min(n_rows, self.counts.n_obs - bar.n))
         if tallies and not any(one.given_up for one in tallies):

@@ -24,7 +24,7 @@ from atlas.evaluation.confounding import confounding
 from atlas.models import TrainedModel, build_model
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
-from atlas.store.append import check_name
+from atlas.store.options import check_name
 from atlas.store.split import Split, ranges_of
 from atlas.training.environment import resolve_device
 from atlas.training.loop import fit

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from atlas.errors import ConfigError, MissingColumnError
 from atlas.store import CountStore, FilesSource
-from atlas.store.append import text_of
+from atlas.store.codes import text_of
 
 Rows = str | Mapping[str, Sequence[str]]
 """Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""

@@ -394,7 +394,7 @@ def test_lengths_that_are_wrong(tmp_path, content, message):
 
 
 def test_an_interrupted_ingest_of_a_folder_goes_on(tmp_path, monkeypatch):
-    from atlas.store import study_writer
+    from atlas.store import study_tasks
 
     folder = write_mtx(tmp_path / "m", random_counts(1, 300, 20))
     store = atlas.create_store(tmp_path / "store")
@@ -403,7 +403,7 @@ def test_an_interrupted_ingest_of_a_folder_goes_on(tmp_path, monkeypatch):
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(study_writer, "write_shard", interrupt)
+        patch.setattr(study_tasks, "write_shard", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.append(folder, study="one")
     again = tmp_path / "again"

@@ -18,7 +18,7 @@ from anndata import AnnData
 from atlas import files, workflows
 from atlas.errors import CountsError, StoreError
 from atlas.ingest import CountsSource
-from atlas.store import CountStore, create_store, journal, layout, open_store, study_writer
+from atlas.store import CountStore, create_store, journal, layout, open_store, study_tasks
 from atlas.store import append as append_module
 
 MakeStudy = Callable[..., AnnData]
@@ -73,7 +73,7 @@ def interrupted(
 ) -> None:
     """Interrupt an append at the n-th run or shard."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_writer, at, Counted(getattr(study_writer, at), n))
+        patch.setattr(study_tasks, at, Counted(getattr(study_tasks, at), n))
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
             append(store, path, **options)
     assert (store.path / "scratch" / "ingest" / "journal.json").exists()
@@ -85,11 +85,11 @@ def interrupted(
 def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, Counted]:
     """Counts of blocks read and shards written."""
     counted = {
-        "read": Counted(study_writer.write_run),
-        "shards": Counted(study_writer.write_shard),
+        "read": Counted(study_tasks.write_run),
+        "shards": Counted(study_tasks.write_shard),
     }
-    monkeypatch.setattr(study_writer, "write_run", counted["read"])
-    monkeypatch.setattr(study_writer, "write_shard", counted["shards"])
+    monkeypatch.setattr(study_tasks, "write_run", counted["read"])
+    monkeypatch.setattr(study_tasks, "write_shard", counted["shards"])
     return counted
 
 
@@ -205,7 +205,7 @@ def test_another_commit_ends_it_and_nothing_else_does(
     store = create_store(tmp_path / "s.atlas")
     append(store, make_study(20, 40, prefix="first"), study="first")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_writer, "write_shard", Counted(study_writer.write_shard, 5))
+        patch.setattr(study_tasks, "write_shard", Counted(study_tasks.write_shard, 5))
         with pytest.raises(KeyboardInterrupt):
             append(store, path)
     scratch = store.path / "scratch"
@@ -289,7 +289,7 @@ def test_bad_input_and_objects_leave_nothing(
         append(store, tmp_path / "bad.h5ad")
     assert content(store.path) == before
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_writer, "write_shard", Counted(study_writer.write_shard, 5))
+        patch.setattr(study_tasks, "write_shard", Counted(study_tasks.write_shard, 5))
         with pytest.raises(KeyboardInterrupt) as caught:
             append(store, make_study(300, 40))
     assert not str(caught.value)
@@ -303,7 +303,7 @@ def test_the_first_study_of_a_store_goes_on(tmp_path: Path, path: Path) -> None:
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study_writer, "write_shard", Counted(study_writer.write_shard, 5))
+        patch.setattr(study_tasks, "write_shard", Counted(study_tasks.write_shard, 5))
         with pytest.raises(KeyboardInterrupt, match="goes on"):
             run()
     assert any("going on" in note for note in run().notes)
