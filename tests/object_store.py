@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-BUCKET = "atlas-tests"
+BUCKET = "atlastests"
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing"}
 
 
@@ -115,8 +115,15 @@ class ObjectStore:
 
     def upload(self, folder: Path, prefix: str) -> str:
         """Copy a folder; returns its URL."""
+        keys = set()
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+            keys.add(f"{prefix}/{path.relative_to(folder).as_posix()}")
             self.put(f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=BUCKET, Prefix=f"{prefix}/"
+        )
+        there = {found["Key"] for page in pages for found in page.get("Contents", ())}
+        assert keys <= there, "the server did not keep what it was given"
         return f"s3://{BUCKET}/{prefix}"
 
     def put(self, key: str, data: bytes) -> None:

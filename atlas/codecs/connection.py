@@ -21,6 +21,7 @@ from atlas.codecs.fetching import (
     Helpers,
     Item,
     Missing,
+    Refused,
     Requests,
     first_line,
 )
@@ -187,6 +188,13 @@ class Connection:
                     do="set credentials in the environment (AWS_ACCESS_KEY_ID … or "
                     "GOOGLE_APPLICATION_CREDENTIALS), or for a public bucket "
                     "options={'skip_signature': 'true'}",
+                    path=where,
+                ) from error
+            except Refused as error:
+                raise RemoteError(
+                    "The object store refuses a request",
+                    found=error,
+                    do="check the URL, its bucket, and the region and endpoint in options",
                     path=where,
                 ) from error
             except OSError as error:

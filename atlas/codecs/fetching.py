@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -34,9 +35,15 @@ class Denied(Exception):
     """There is no leave to read it."""
 
 
+class Refused(Exception):
+    """The server takes the request for a wrong one, which it will do again."""
+
+
 _KINDS: Final[dict[str, type[Exception]]] = {
-    kind.__name__: kind for kind in (Missing, Changed, Denied, OSError)
+    kind.__name__: kind for kind in (Missing, Changed, Denied, Refused, OSError)
 }
+_STATUS: Final = re.compile(r"status code: (4\d\d)")
+_PASSING: Final = ("408", "425", "429")
 
 
 class Item(NamedTuple):
@@ -48,7 +55,7 @@ class Item(NamedTuple):
 
 
 class Requests(Protocol):
-    """Requests made once; what may pass is an OSError, else a Missing, Changed or Denied."""
+    """Requests made once; what may pass is an OSError, else it is one of the others above."""
 
     def list(self) -> list[Item]:
         """All objects below the URL."""
@@ -131,9 +138,7 @@ class Direct:
         except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
             raise Denied(first_line(error)) from error
         except exceptions.BaseError as error:
-            # without any credentials S3 asks for them at the address of its machines
-            kind = Denied if "169.254." in str(error) else OSError
-            raise kind(first_line(error)) from error
+            raise _kind(str(error))(first_line(error)) from error
 
 
 class Helpers:
@@ -195,6 +200,14 @@ class Helpers:
         assert helper.stdin is not None
         helper.stdin.write(json.dumps(self._told).encode() + b"\n")
         return helper
+
+
+def _kind(message: str) -> type[Exception]:
+    """Of an error that obstore has no class for."""
+    if "169.254." in message:  # without credentials S3 asks for them at the address of its machines
+        return Denied
+    status = _STATUS.search(message)
+    return OSError if status is None or status[1] in _PASSING else Refused
 
 
 def first_line(error: Exception) -> str:

@@ -43,11 +43,14 @@ class Remote:
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._workers: ThreadPoolExecutor | None = None
-        self._shards: OrderedDict[str, tuple[int, Callable[[], None]]] = OrderedDict()
-        self._bytes = 0
+        # bytes of each shard and how it is closed, the one used last at the end; those that earlier
+        # processes left come first
+        self._shards: OrderedDict[str, tuple[int, Callable[[], None]]] = OrderedDict(
+            (str(path), (path.stat().st_blocks * 512, lambda: None)) for path in self._there()
+        )
+        self._bytes = sum(size for size, _ in self._shards.values())
         self.requests = self.received = 0
         """Of chunks, by this process."""
-        self._left = {str(p): _filled(p) for p in self._there()}
 
     def _there(self) -> list[Path]:
         found = [*self.root.glob("studies/*/X/*/c/*"), *self.root.glob("studies/*/layers/*/*/c/*")]
@@ -84,22 +87,14 @@ class Remote:
         """Say that a shard is used, and how many bytes came for it; others make room for it."""
         dropped: list[tuple[str, Callable[[], None]]] = []
         with self._lock:
-            known = self._left.pop(path, 0)
             before, _ = self._shards.pop(path, (0, close))
-            self._shards[path] = (before + known + taken, close)
-            self._bytes += known + taken
+            self._shards[path] = (before + taken, close)
+            self._bytes += taken
             self.received += taken
-            while self._bytes + sum(self._left.values()) > self.origin.cache:
-                if self._left:  # of earlier processes, the oldest first
-                    oldest = next(iter(self._left))
-                    self._left.pop(oldest)
-                    dropped.append((oldest, lambda: None))
-                elif len(self._shards) > 1:
-                    oldest, (size, close_it) = self._shards.popitem(last=False)
-                    self._bytes -= size
-                    dropped.append((oldest, close_it))
-                else:
-                    break
+            while self._bytes > self.origin.cache and len(self._shards) > 1:
+                oldest, (size, close_it) = self._shards.popitem(last=False)
+                self._bytes -= size
+                dropped.append((oldest, close_it))
         for name, close_it in dropped:
             close_it()
             with suppress(FileNotFoundError):
@@ -110,13 +105,8 @@ class Remote:
         with self._lock:
             size, _ = self._shards.pop(path, (0, None))
             self._bytes -= size
-            self._left.pop(path, None)
         with suppress(FileNotFoundError):
             os.unlink(path)  # noqa: PTH108
-
-
-def _filled(path: Path) -> int:
-    return path.stat().st_blocks * 512
 
 
 class Filled:
@@ -147,8 +137,12 @@ class Filled:
             item = self._begin(tail, chunks)
         self.size, self._etag = item.size, item.etag
         self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        with os.fdopen(os.dup(self.descriptor), "r+b") as file:
-            self._flags = np.memmap(file, np.uint8, "r+", item.size + _ETAG, (chunks,))
+        try:
+            with os.fdopen(os.dup(self.descriptor), "r+b") as file:
+                self._flags = np.memmap(file, np.uint8, "r+", item.size + _ETAG, (chunks,))
+        except BaseException:
+            os.close(self.descriptor)
+            raise
 
     def _known(self, chunks: int) -> Item | None:
         """What an earlier process left."""

@@ -81,22 +81,27 @@ def zarr_matrix(element: Any, place: Place) -> Matrix:
     InputError
         It is stored in another way.
     """
-    place = Place(place.what, Path(str(place.path)) / element.path)
+    folder = Path(str(place.path)) / element.path
+    place = Place(place.what, folder)
     encoding = str(element.attrs.get("encoding-type", ""))
+    found = encoding or type(element).__name__
     if isinstance(element, zarr.Array) and len(element.shape) == 2:
-        return ZarrMatrix(DenseRows(element, Path(str(place.path)), place.what), place)
-    if isinstance(element, zarr.Group) and encoding == "csr_matrix":
-        return ZarrMatrix(SparseRows(element, Path(str(place.path)), place.what), place)
-    if isinstance(element, zarr.Group) and encoding == "csc_matrix":
-        data, indices, indptr = (
-            GenericArray(cast("zarr.Array[Any]", element[name]), Path(str(place.path)) / name)
-            for name in ("data", "indices", "indptr")
-        )
-        n_obs, n_vars = cast("list[int]", element.attrs.asdict()["shape"])
-        return CscMatrix(data, indices, indptr, (n_obs, n_vars), place)
+        return ZarrMatrix(DenseRows(element, folder, place.what), place)
+    if isinstance(element, zarr.Group) and encoding in ("csr_matrix", "csc_matrix"):
+        missing = [name for name in ("data", "indices", "indptr") if name not in element]
+        if not missing and encoding == "csr_matrix":
+            return ZarrMatrix(SparseRows(element, folder, place.what), place)
+        if not missing:
+            data, indices, indptr = (
+                GenericArray(cast("zarr.Array[Any]", element[name]), folder / name)
+                for name in ("data", "indices", "indptr")
+            )
+            n_obs, n_vars = cast("list[int]", element.attrs.asdict()["shape"])
+            return CscMatrix(data, indices, indptr, (n_obs, n_vars), place)
+        found = f"a sparse matrix without {', '.join(missing)}"
     raise InputError(
         f"{place.what} is not stored as a matrix of counts",
-        found=encoding or type(element).__name__,
+        found=found,
         expected="a dense matrix, or a sparse one as CSR or CSC",
         do="write the folder again with adata.write_zarr()",
         path=place.path,

@@ -70,7 +70,6 @@ def open_counts(
     gene_lengths
         A table of genes and lengths; counts are divided by the relative length of their gene, and
         the integer part is kept (:mod:`atlas.ingest.lengths`).
-
     measurement, obs_filter
         Of a SOMA experiment: the name of the measurement, and a condition on obs; see
         :func:`atlas.ingest.soma.read_soma`.
@@ -109,7 +108,13 @@ def open_counts(
         content = read_anndata(source, layer=layer, use_raw=use_raw)
     elif soma:
         if use_raw:
-            _refuse(None, use_raw, Path(source), "a SOMA experiment")
+            raise InputError(
+                f"{source} is a SOMA experiment, which has no raw",
+                found="raw.X was asked for",
+                expected="a layer, or a measurement of its own",
+                do="leave out --use-raw; name them with --layer and --measurement",
+                path=source,
+            )
         content = read_soma(
             Path(source), measurement=measurement, layer=layer, obs_filter=obs_filter
         )

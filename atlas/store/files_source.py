@@ -40,6 +40,9 @@ from loaders.source import NARROW_MAX, as_ranges, joined, segment_of
 
 INGEST = "ingest it: atlas ingest STORE FILE --study NAME"
 
+_CACHED = ("narrow", "fingerprint")
+"""What of a source follows from its genes."""
+
 Codes: TypeAlias = dict[str, npt.NDArray[np.int32]]
 _Csr: TypeAlias = tuple[npt.NDArray[np.int64], npt.NDArray[Any], npt.NDArray[Any]]
 
@@ -148,8 +151,16 @@ class FilesSource:
             table, own, _ = align(table, file.var)
             columns.append(own)
         self.gene_table = table
-        names = table.names if chosen is None else tuple(map(str, chosen))
-        position = {name: i for i, name in enumerate(table.names)}
+        self._columns = columns
+        self.segments = tuple(int(n) for n in np.cumsum([0, *(f.n_obs for f in self._files)]))
+        self.batches, self.labels, codes = self._coded()
+        self.obs_codes: Mapping[str, npt.NDArray[np.int32]] = codes
+        self._choose(table.names if chosen is None else chosen)
+
+    def _choose(self, chosen: Sequence[str]) -> None:
+        """Have these genes as columns, in this order."""
+        names = tuple(map(str, chosen))
+        position = {name: i for i, name in enumerate(self.gene_table.names)}
         unknown = [name for name in names if name not in position]
         if unknown or len(set(names)) < len(names) or not names:
             raise StoreError(
@@ -162,13 +173,9 @@ class FilesSource:
                 path=self.path,
             )
         self._names = names
-        place = np.full(len(table.names) + 1, -1, np.int32)
+        place = np.full(len(self.gene_table.names) + 1, -1, np.int32)
         place[[position[name] for name in names]] = np.arange(len(names), dtype=np.int32)
-        self._columns = columns
-        self._tables = [place[own] for own in columns]
-        self.segments = tuple(int(n) for n in np.cumsum([0, *(f.n_obs for f in self._files)]))
-        self.batches, self.labels, codes = self._coded()
-        self.obs_codes: Mapping[str, npt.NDArray[np.int32]] = codes
+        self._tables = [place[own] for own in self._columns]
 
     def __reduce__(self) -> tuple[type[FilesSource], tuple[Any, ...]]:
         return FilesSource, (self._asked, self._names)
@@ -231,8 +238,11 @@ class FilesSource:
         return join_obs([file.obs for file in self._files], own, columns, self.path)
 
     def select(self, genes: Sequence[str]) -> FilesSource:
-        """The same rows over chosen genes, in the order given."""
-        return FilesSource(self._asked, genes)
+        """The same rows over chosen genes, in the order given; the files stay open for both."""
+        other = object.__new__(FilesSource)
+        other.__dict__ |= {name: one for name, one in vars(self).items() if name not in _CACHED}
+        other._choose(genes)
+        return other
 
     def statistics(self) -> list[tuple[GeneStatistics, npt.NDArray[np.int32]]]:
         """Of each file, in two passes over it, and where its genes are in the gene table."""

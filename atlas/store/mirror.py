@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -76,7 +76,14 @@ def open_mirror(
     return root
 
 
-def _copy(remote: Remote, there: Mapping[str, Item]) -> None:
+class _There(NamedTuple):
+    """An object, and what changes when it does: its ETag, or its time in an inventory."""
+
+    item: Item
+    version: str
+
+
+def _copy(remote: Remote, there: Mapping[str, _There]) -> None:
     """Make the small files those of the store."""
     root = remote.root
     try:
@@ -88,28 +95,29 @@ def _copy(remote: Remote, there: Mapping[str, Item]) -> None:
         for path in [p for p in (root / folder).rglob("*") if p.is_file()]:
             if path.relative_to(root).as_posix() not in there:
                 path.unlink(missing_ok=True)
-    small = {key: item for key, item in there.items() if not _LONG.fullmatch(key)}
+    small = {key: one for key, one in there.items() if not _LONG.fullmatch(key)}
     wanted = [
-        item
-        for key, item in small.items()
-        if copied.get(key) != [item.size, item.etag] or not (root / key).is_file()
+        one
+        for key, one in small.items()
+        if copied.get(key) != [one.item.size, one.version] or not (root / key).is_file()
     ]
     with tqdm(
-        total=sum(item.size for item in wanted),
+        total=sum(one.item.size for one in wanted),
         unit="B",
         unit_scale=True,
         desc="copying what is small of the store",
         delay=2,
     ) as shown:
 
-        def fetch(item: Item) -> None:
+        def fetch(one: _There) -> None:
+            item = one.item
             data = remote.connection.whole(item)
             path = root / item.key
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = root / f".partial-{os.getpid()}-{hashlib.sha1(item.key.encode()).hexdigest()}"
             partial.write_bytes(data)
             partial.replace(path)
-            copied[item.key] = [item.size, item.etag]
+            copied[item.key] = [item.size, one.version]
             shown.update(len(data))
 
         try:
@@ -121,18 +129,24 @@ def _copy(remote: Remote, there: Mapping[str, Item]) -> None:
         (root / "studies" / study / "layers").mkdir(exist_ok=True)
 
 
-def _listed(connection: Connection, url: str) -> dict[str, Item]:
+def _listed(connection: Connection, url: str) -> dict[str, _There]:
     """Files of the store by key."""
     if url.startswith(("http://", "https://")):
         listed = _inventory(connection, url)
     else:
-        listed = connection.list()
-    items = {item.key: item for item in listed if not _SKIPPED.match(item.key)}
+        listed = [_There(item, item.etag) for item in connection.list()]
+    # consoles make an object in place of each folder
+    folders = {str(above) for one in listed for above in PurePosixPath(one.item.key).parents} | {""}
+    items = {
+        one.item.key: one
+        for one in listed
+        if not _SKIPPED.match(one.item.key) and one.item.key not in folders
+    }
     if not any(key.startswith("manifests/") for key in items):
         raise NotAStoreError(
             "There is no store at this URL",
             found=f"{len(listed):,} files, none of them manifests/…"
-            + (f", e.g. {listed[0].key}" if listed else ""),
+            + (f", e.g. {listed[0].item.key}" if listed else ""),
             expected="the files of a folder that `atlas ingest` made",
             do="check the URL: the bucket, and the path in it",
             path=url,
@@ -153,7 +167,7 @@ def _listed(connection: Connection, url: str) -> dict[str, Item]:
     return items
 
 
-def _inventory(connection: Connection, url: str) -> list[Item]:
+def _inventory(connection: Connection, url: str) -> list[_There]:
     try:
         data, _ = connection.get(INVENTORY)
     except CorruptStoreError:
@@ -168,7 +182,10 @@ def _inventory(connection: Connection, url: str) -> list[Item]:
         found = json.loads(bytes(data))
         if (found["format"], found["version"]) != (_FORMAT, _VERSION):
             raise ValueError("another format or version")
-        return [Item(str(key), int(size), NO_ETAG) for key, size in found["files"].items()]
+        return [
+            _There(Item(str(key), int(size), NO_ETAG), str(time))
+            for key, (size, time) in found["files"].items()
+        ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(
             "The list of files cannot be read", found=str(error), path=f"{url}/{INVENTORY}"
@@ -199,7 +216,7 @@ def write_inventory(path: str | os.PathLike[str]) -> Path:
     manifests.read(root)
     with manifests.writer(root, "inventory"):
         found = {
-            key: file.stat().st_size
+            key: [(stat := file.stat()).st_size, stat.st_mtime_ns]
             for file in sorted(p for p in root.rglob("*") if p.is_file())
             if not _SKIPPED.match(key := file.relative_to(root).as_posix()) and key != INVENTORY
         }

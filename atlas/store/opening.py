@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any, get_args, overload
+from typing import get_args, overload
 
 from atlas.config import StoreFormat
 from atlas.errors import ConfigError
@@ -91,7 +91,11 @@ def open_store(
     timeout: float = 30.0,
     deadline: float = 180.0,
     measurement: str | None = None,
-    **soma: Any,
+    obs_filter: str | None = None,
+    layer: str | None = None,
+    batch_key: str | None = None,
+    label_key: str | None = None,
+    unlabeled: str = "Unknown",
 ) -> CountStore | FilesSource:
     """Open a store at its newest state, or at the one of a manifest ``number``.
 
@@ -131,10 +135,25 @@ def open_store(
     InputError, MissingColumnError, ConfigError
         An experiment cannot be opened so.
     """
-    if measurement is not None or soma or (not is_url(path) and is_soma(Path(path))):
+    if measurement is not None or (not is_url(path) and is_soma(Path(path))):
         if number is not None:
             raise ConfigError("A SOMA experiment has no states by number", found=f"number={number}")
-        return open_files(path, measurement=measurement, **soma)
+        return open_files(
+            path,
+            batch_key=batch_key,
+            label_key=label_key,
+            unlabeled=unlabeled,
+            layer=layer,
+            measurement=measurement,
+            obs_filter=obs_filter,
+        )
+    if any(one is not None for one in (obs_filter, layer, batch_key, label_key)):
+        raise ConfigError(
+            "A store has its layers, batches and labels already",
+            found="obs_filter, layer, batch_key or label_key without a measurement",
+            do="name the measurement of a SOMA experiment, or open files with atlas.open_files",
+            path=path,
+        )
     root = Path(path)
     if is_url(path):
         root = open_mirror(

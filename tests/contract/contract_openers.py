@@ -90,10 +90,7 @@ def by_url(folder: Path) -> Opened:
     pytest.importorskip("moto", reason="moto is not installed")
     import object_store
 
-    patch = pytest.MonkeyPatch()
-    for name, value in object_store.CREDENTIALS.items():
-        patch.setenv(name, value)
-    server = object_store.shared()
+    server = object_store.shared()  # the fixture of this name sets its credentials
     url = server.upload(_filled(folder), folder.name)
 
     def reopen() -> RowSource:

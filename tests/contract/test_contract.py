@@ -10,13 +10,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from contract_openers import OPENERS, Opened
+from contract_openers import OPENERS, Opened, by_url
 
 from loaders import MinibatchLoader, RowBlock, RowSource
 
 
 @pytest.fixture(scope="module", params=OPENERS, ids=lambda opener: opener.__name__)
 def opened(request, tmp_path_factory) -> Opened:
+    if request.param is by_url:
+        request.getfixturevalue("object_store")
     return request.param(tmp_path_factory.mktemp(request.param.__name__))
 
 

@@ -15,6 +15,7 @@ import scipy.sparse as sp
 import atlas
 from atlas.cli import main
 from atlas.errors import AtlasError, ConfigError, CountsError, InputError, MissingColumnError
+from atlas.ingest import soma_matrix
 from loaders import MinibatchLoader, TorchDataset
 
 soma = pytest.importorskip("tiledbsoma", reason="the extra soma is not installed")
@@ -110,6 +111,31 @@ def test_training_and_choice_of_genes(experiment, cells, tmp_path):
     z, ours = (atlas.embed(model, s, name=None) for s in (source, store))
     order = np.argsort(store.index_array("input_position"))
     np.testing.assert_allclose(z, ours[order], atol=1e-5)
+
+
+def test_without_the_package(experiment, monkeypatch):
+    def absent(name: str) -> None:
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(soma_matrix, "import_module", absent)
+    with pytest.raises(ConfigError, match=r"need the package tiledbsoma(.*\n)*.*\[soma\]"):
+        opened(experiment)
+
+
+def test_chosen_genes_share_what_is_open(experiment, monkeypatch):
+    source = opened(experiment)
+    starts = np.arange(source.n_obs)
+    lengths = source.count_values(starts, starts + 1)
+    assert lengths.sum() > 0
+
+    def again(*_: object) -> None:
+        raise AssertionError("values are counted again")
+
+    monkeypatch.setattr(soma_matrix.SomaMatrix, "_tables", again)
+    view = source.select(list(source.gene_table.names[5:9]))
+    np.testing.assert_array_equal(view.count_values(starts, starts + 1), lengths)
+    assert (view.n_vars, source.n_vars) == (4, 300)
+    assert view.fingerprint != source.fingerprint
 
 
 def test_workers_forked_and_pickled(experiment):
@@ -236,7 +262,7 @@ def test_wrong_use(experiment, cells, tmp_path):
         atlas.open_store(experiment, measurement="RNA", number=2)  # type: ignore[call-overload]
     with pytest.raises(InputError, match="cannot be opened as a SOMA experiment"):
         atlas.open_store("s3://no-such-bucket-of-atlas/x", measurement="RNA")
-    with pytest.raises(InputError, match="neither layers nor raw"):
+    with pytest.raises(InputError, match="a SOMA experiment, which has no raw"):
         atlas.create_store(tmp_path / "s").append(experiment, study="a", use_raw=True)
 
 

@@ -269,6 +269,11 @@ def test_what_cannot_be_opened(adata: AnnData, tmp_path: Path) -> None:
     path = _write(adata, tmp_path / "csc.zarr", "v3")
     with pytest.raises(InputError, match=r"(?s)only be read in order.*do: ingest it"):
         open_files(path)
+    path = _write(adata, tmp_path / "parts.zarr", "v3")
+    del zarr.open_group(path, mode="r+", use_consolidated=False)["X/indptr"]
+    zarr.consolidate_metadata(path)
+    with pytest.raises(InputError, match="found: a sparse matrix without indptr"):
+        open_files(path)
     adata.obs["batch"] = adata.obs["batch"].where(adata.obs["lane"] == "0")
     path = _write(adata, tmp_path / "gaps.zarr", "v3")
     with pytest.raises(InputError, match="Some cells have no batch"):

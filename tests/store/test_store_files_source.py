@@ -116,6 +116,8 @@ def test_wrong_use(files, tmp_path):
         atlas.open_files([])
     with pytest.raises(InputError, match="does not exist"):
         atlas.open_files(tmp_path / "nothing.h5ad")
+    with pytest.raises(ConfigError, match="A store has its layers, batches and labels already"):
+        atlas.open_store(tmp_path / "store", batch_key="batch")  # type: ignore[call-overload]
 
 
 def test_counts_by_column_are_refused(files, tmp_path):

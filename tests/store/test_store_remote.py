@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import pickle
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import anndata as ad
@@ -29,7 +32,7 @@ from atlas.errors import (
     RemoteError,
     StoreError,
 )
-from atlas.store import layout
+from atlas.store import layout, write_inventory
 from loaders import MinibatchLoader, TorchDataset
 
 pytestmark = pytest.mark.timeout(200)
@@ -276,7 +279,7 @@ def test_it_is_not_written_to(local, remote, make_study):
 
 def test_a_web_server(object_store, local, remote, tmp_path):
     object_store.upload(local.path, "web")
-    where = f"{object_store.proxy.endpoint}/atlas-tests/web"
+    where = f"{object_store.proxy.endpoint}/atlastests/web"
     with pytest.raises(NotAStoreError, match="atlas inventory STORE"):
         remote(where, options={})
     assert main(["inventory", str(local.path)]) == 0
@@ -286,9 +289,61 @@ def test_a_web_server(object_store, local, remote, tmp_path):
         (local.path / "files.json").unlink()
     store = remote(where, options={})
     np.testing.assert_array_equal(matrix(store, [10], [600]), matrix(local, [10], [600]))
+    # published anew with one file written again, of the same size
+    manifest = max((local.path / "manifests").glob("*.json"))
+    os.utime(manifest, ns=(1, 1))
+    try:
+        write_inventory(local.path)
+        object_store.put("web/files.json", (local.path / "files.json").read_bytes())
+    finally:
+        (local.path / "files.json").unlink()
+    object_store.proxy.gets()
+    remote(where, options={})
+    asked = [path.removeprefix("/atlastests/web/") for path, _ in object_store.proxy.gets()]
+    assert asked == ["files.json", f"manifests/{manifest.name}"]
     object_store.put("web/files.json", b'{"format": "other"}')
     with pytest.raises(FormatError, match="list of files cannot be read"):
         remote(where, options={})
+
+
+def test_google_cloud_storage(object_store, local, remote, url, monkeypatch, tmp_path):
+    """By gs://, whose XML interface is that of S3 for what is used here."""
+    key = tmp_path / "key.json"
+    account = {"gcs_base_url": object_store.proxy.endpoint, "disable_oauth": True}
+    nobody = dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
+    key.write_text(json.dumps(account | nobody))
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(key))
+    store = remote(url.replace("s3://", "gs://"), options={})
+    np.testing.assert_array_equal(matrix(store, [10], [600]), matrix(local, [10], [600]))
+
+
+def test_objects_in_place_of_folders(object_store, local, remote):
+    where = object_store.upload(local.path, "marked")
+    for folder in ("", "studies/", "studies/one/", "studies/one/X/data/c/"):
+        object_store.put(f"marked/{folder}", b"")
+    store = remote(where)
+    np.testing.assert_array_equal(matrix(store, [10], [600]), matrix(local, [10], [600]))
+
+
+def test_the_proxy_does_what_it_is_told(object_store, remote):
+    object_store.put("told", b"0123456789")
+    where = f"{object_store.proxy.endpoint}/atlastests/told"
+
+    def get() -> bytes:
+        with urllib.request.urlopen(where, timeout=1) as answer:
+            return answer.read()
+
+    assert get() == b"0123456789"
+    for fault, error in (
+        ("500", urllib.error.HTTPError),
+        ("403", urllib.error.HTTPError),
+        ("cut", http.client.IncompleteRead),
+        ("stall", TimeoutError),
+    ):
+        object_store.proxy.fault = lambda path, range, fault=fault: fault
+        with pytest.raises(error):
+            get()
+    assert len(object_store.proxy.gets()) == 5
 
 
 def test_other_processes(local, remote):
@@ -348,24 +403,26 @@ def test_the_command_line(object_store, url, remote, monkeypatch, tmp_path, caps
 
 def test_wrong_use(object_store, local, remote, tmp_path, make_study):
     cases: list[tuple[str, dict[str, object], type[AtlasError], str]] = [
-        ("s3://atlas-tests/nowhere", {}, NotAStoreError, "no store at this URL"),
-        ("s3://atlas-tests/atlas/studies", {}, NotAStoreError, "none of them manifests"),
-        ("s3://no-such-bucket/atlas", {"deadline": 1.0}, StoreError, "no-such-bucket"),
+        ("s3://atlastests/nowhere", {}, NotAStoreError, "no store at this URL"),
+        ("s3://atlastests/atlas/studies", {}, NotAStoreError, "none of them manifests"),
+        ("s3://no-such-bucket/atlas", {}, StoreError, "no-such-bucket"),
         ("ftp://host/atlas", {"options": {}}, ConfigError, "cannot be connected to"),
         ("https://me:secret@host/atlas", {}, ConfigError, "query or a password is not taken"),
         ("https://host/atlas?signature=x", {}, ConfigError, "query or a password is not taken"),
-        ("s3://atlas-tests/atlas", {"cache": "lots"}, ConfigError, "no number of bytes"),
+        ("s3://atlastests/atlas", {"cache": "lots"}, ConfigError, "no number of bytes"),
         (
-            "s3://atlas-tests/atlas",
+            "s3://atlastests/atlas",
             {"options": {"secret_access_key": "x"}},
             ConfigError,
             "Secrets are not taken(.*\n)*.*AWS_SECRET_ACCESS_KEY",
         ),
-        ("s3://atlas-tests/atlas", {"options": {"no_such": "x"}}, ConfigError, "connected to"),
+        ("s3://atlastests/atlas", {"options": {"no_such": "x"}}, ConfigError, "connected to"),
     ]
     for where, options, error, message in cases:
+        object_store.proxy.log.clear()
         with pytest.raises(error, match=message):
             remote(where, **options)
+        assert len(object_store.proxy.log) <= 1, "what is wrong is not asked again"
     pytest.importorskip("tiledb", reason="the extra tiledb is not installed")
     store = atlas.create_store(tmp_path / "tiles", format="tiledb")
     store.append(make_study(), study="one")
