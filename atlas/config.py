@@ -8,13 +8,17 @@ from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from atlas.errors import ConfigError
 
-GeneLikelihood = Literal["nb", "zinb"]
+GeneLikelihood = Literal["zinb", "nb", "poisson"]
 Dispersion = Literal["gene", "gene-batch"]
 Norm = Literal["layer", "batch"]
-LibraryKind = Literal["observed", "latent"]
+LibraryKind = Literal["observed", "latent", "size-factor"]
 Precision = Literal["float32", "bfloat16"]
 Profile = Literal["fast", "portable", "small"]
 StoreFormat = Literal["zarr", "tiledb"]
+Balance = Literal["none", "batch", "label"]
+ScanviTraining = Literal["alternating", "joint", "scvi-tools"]
+ExpressionLikelihood = Literal["nb", "zinb", "gaussian"]
+MmdOn = Literal["decoder", "z"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +51,12 @@ class _Config:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The inverse of :meth:`to_json`; an unknown or missing field is an error."""
+        """The inverse of :meth:`to_json`; an unknown field is an error.
+
+        A field that a later version added takes its default, which does as before.
+        """
         names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
+        if not set(values) <= names:
             raise ConfigError(
                 f"{cls.__name__} does not have these fields",
                 found=", ".join(sorted(values)),
@@ -74,7 +81,7 @@ class ScviConfig(_Config):
     dropout_rate
         Dropout in the encoder.
     gene_likelihood
-        ``"zinb"`` or ``"nb"``.
+        ``"zinb"``, ``"nb"`` or ``"poisson"``.
     dispersion
         Inverse dispersion per gene, or per gene and batch.
     norm
@@ -84,7 +91,10 @@ class ScviConfig(_Config):
     library
         ``"observed"``: the sum over the modelled genes that the study has. ``"latent"``: inferred,
         with a log-normal prior per batch
-        (scVI, Lopez et al. 2018, Methods).
+        (scVI, Lopez et al. 2018, Methods). ``"size-factor"``: given for each cell; the genes' means
+        are the size factor times the softplus of the decoder's output, as in scvi-tools.
+    encode_covariates
+        Whether the encoder sees the further covariates; the decoder always does.
     """
 
     n_layers: int = 2
@@ -96,12 +106,168 @@ class ScviConfig(_Config):
     norm: Norm = "layer"
     encode_batch: bool = True
     library: LibraryKind = "observed"
+    encode_covariates: bool = False
 
     def _check(self) -> None:
         self._require("n_layers", self.n_layers >= 1, "at least 1")
         self._require("n_hidden", self.n_hidden >= 1, "at least 1")
         self._require("n_latent", self.n_latent >= 1, "at least 1")
         self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class ScanviConfig(ScviConfig):
+    """Architecture of scANVI: that of scVI, and of what is above z (Xu et al. 2021).
+
+    The defaults are the paper's for transferring labels between studies; its setting for seed
+    labels in one study is a classifier of 2 layers of 256, trained for 1 epoch at a time (Online
+    Methods, Hyperparameters).
+
+    Attributes
+    ----------
+    training
+        ``"alternating"``: the bound is maximised with the classifier fixed, and after each epoch
+        the classifier is trained on the labelled cells with the rest fixed (Supplementary Note 3,
+        Algorithm 2). ``"joint"``: both at once (Algorithm 1). ``"scvi-tools"``: its objective, with
+        the unlabelled cells' bound for all cells and a cross-entropy.
+    classifier_layers, classifier_hidden
+        Number and width of the hidden layers of the classifier.
+    classifier_epochs
+        Passes over the labelled cells after each epoch, with alternating training.
+    classification_weight
+        Weight of the cross-entropy, with joint training and in scvi-tools' objective.
+    unobserved_classes
+        Classes for types of cells that no label stands for.
+    """
+
+    training: ScanviTraining = "alternating"
+    classifier_layers: int = 1
+    classifier_hidden: int = 128
+    classifier_epochs: int = 100
+    classification_weight: float = 50.0
+    unobserved_classes: int = 0
+
+    def _check(self) -> None:
+        # Without arguments super() does not know the class: slots make it anew.
+        ScviConfig._check(self)
+        self._require("classifier_layers", self.classifier_layers >= 0, "at least 0")
+        self._require("classifier_hidden", self.classifier_hidden >= 1, "at least 1")
+        self._require("classifier_epochs", self.classifier_epochs >= 1, "at least 1")
+        self._require("classification_weight", self.classification_weight >= 0, "at least 0")
+        self._require("unobserved_classes", self.unobserved_classes >= 0, "at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TrvaeConfig(_Config):
+    """Architecture of trVAE (scArches, Lotfollahi et al. 2022, Methods).
+
+    Attributes
+    ----------
+    n_layers, n_hidden
+        Number and width of the hidden layers of encoder and decoder.
+    n_latent
+        Dimensions of z.
+    dropout_rate
+        Dropout in encoder and decoder.
+    gene_likelihood
+        ``"nb"`` or ``"zinb"`` of counts, or ``"gaussian"`` of normalised expression: the logarithm
+        of 1 plus the counts per 10,000.
+    mmd_weight
+        Weight of the maximum mean discrepancy between batches (β).
+    mmd_on
+        Where it is measured: at the output of the first layer of the decoder, as in the paper, or
+        at z.
+    mmd_pairs
+        Pairs of batches that are compared in a minibatch, at most: there are K (K - 1) / 2.
+    """
+
+    n_layers: int = 2
+    n_hidden: int = 128
+    n_latent: int = 10
+    dropout_rate: float = 0.05
+    gene_likelihood: ExpressionLikelihood = "nb"
+    mmd_weight: float = 1.0
+    mmd_on: MmdOn = "decoder"
+    mmd_pairs: int = 64
+
+    def _check(self) -> None:
+        self._require("n_layers", self.n_layers >= 1, "at least 1")
+        self._require("n_hidden", self.n_hidden >= 1, "at least 1")
+        self._require("n_latent", self.n_latent >= 1, "at least 1")
+        self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+        self._require("mmd_weight", self.mmd_weight >= 0, "at least 0")
+        self._require("mmd_pairs", self.mmd_pairs >= 1, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CvaeConfig(_Config):
+    """Architecture of the conditional autoencoder that scArches compares with: trVAE without MMD.
+
+    Attributes
+    ----------
+    n_layers, n_hidden, n_latent, dropout_rate, gene_likelihood
+        As in :class:`TrvaeConfig`.
+    """
+
+    n_layers: int = 2
+    n_hidden: int = 128
+    n_latent: int = 10
+    dropout_rate: float = 0.05
+    gene_likelihood: ExpressionLikelihood = "nb"
+
+    def _check(self) -> None:
+        TrvaeConfig(**self.to_json())  # which has the same limits
+
+
+@dataclass(frozen=True, slots=True)
+class DavaeConfig(_Config):
+    """Architecture of DAVAE (papers/davae.txt, Methods, "The non-linear model").
+
+    Attributes
+    ----------
+    n_latent
+        Dimensions of z; the hidden layers are 128, 64, 32 wide before it and 32, 64, 128 after.
+    dropout_rate
+        Dropout in the hidden layers.
+    norm
+        BatchNorm (the paper) or LayerNorm (for surgery) after each linear layer.
+    encode_batch
+        Whether the encoder sees the batch: not in the paper; for surgery.
+    adversary_weight
+        Weight λ of the domain classifier (equation 11).
+    adversary_ramp
+        Share of the training over which λ rises from 0.
+    """
+
+    n_latent: int = 10
+    dropout_rate: float = 0.1
+    norm: Norm = "batch"
+    encode_batch: bool = False
+    adversary_weight: float = 1.0
+    adversary_ramp: float = 0.0
+
+    def _check(self) -> None:
+        self._require("n_latent", self.n_latent >= 1, "at least 1")
+        self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+        self._require("adversary_weight", self.adversary_weight >= 0, "at least 0")
+        self._require("adversary_ramp", 0 <= self.adversary_ramp <= 1, "in [0, 1]")
+
+
+Architecture = ScviConfig | ScanviConfig | TrvaeConfig | CvaeConfig | DavaeConfig
+
+ARCHITECTURES: dict[str, type[Architecture]] = {
+    "scvi": ScviConfig,
+    "scanvi": ScanviConfig,
+    "trvae": TrvaeConfig,
+    "cvae": CvaeConfig,
+    "davae": DavaeConfig,
+}
+"""Models by name, and the configuration of each."""
+
+
+def model_name(config: Architecture) -> str:
+    """Name of the model that a configuration is of."""
+    return next(name for name, kind in ARCHITECTURES.items() if kind is type(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +307,9 @@ class TrainConfig(_Config):
     checkpoint_steps, checkpoint_minutes
         A checkpoint every so many steps (0: none by steps) and every so many minutes, besides one
         at the end of each epoch.
+    balance
+        ``"batch"`` or ``"label"``: draw cells so that each batch, or each label, comes equally
+        often, cells without a label as one label more; ``"none"`` takes each cell once an epoch.
     block_size, buffer_size
         Of the loader, in rows; 0 takes the loader's default.
     memory
@@ -167,6 +336,7 @@ class TrainConfig(_Config):
     threads: int = 0
     checkpoint_steps: int = 0
     checkpoint_minutes: float = 5.0
+    balance: Balance = "none"
     block_size: int = 0
     buffer_size: int = 0
     memory: str = ""

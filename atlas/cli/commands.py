@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from atlas.config import ScviConfig, TrainConfig
+from atlas.config import ARCHITECTURES, TrainConfig
 from atlas.errors import OutputError
 
 # torch, zarr and the rest are imported by the command that needs them, so that --help is quick
@@ -166,15 +166,22 @@ def train(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
     values = vars(options)
-    names = {f.name for kind in (ScviConfig, TrainConfig) for f in dataclasses.fields(kind)}
+    kinds = (*ARCHITECTURES.values(), TrainConfig)
+    names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     model = workflows.train(
         open_store(options.store),
         options.model,
         out=options.out,
         hold_out=options.hold_out,
+        label_key=options.label_key,
+        hierarchy=options.hierarchy,
+        categorical_covariates=_listed(options.categorical_covariates),
+        continuous_covariates=_listed(options.continuous_covariates),
+        size_factor=options.size_factor,
+        start_from=options.start_from,
         resume=options.resume,
         progress=True,
-        **{name: values[name] for name in names},
+        **{name: values[name] for name in names & set(values)},
     )
     history = model.training["history"]
     bound = history[-1]["validation_bound"]
@@ -185,13 +192,17 @@ def train(options: argparse.Namespace) -> None:
     print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
 
 
+def _listed(text: str | None) -> list[str]:
+    return text.split(",") if text else []
+
+
 def embed(options: argparse.Namespace) -> None:
     from atlas import load_model, open_store, workflows
 
     store = open_store(options.store)
     model = load_model(options.model)
     z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
-    print(f"embedding {options.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
+    print(f"embedding {options.name or model.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
 
 
 def _measuring(options: argparse.Namespace) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
 from atlas.cli import commands
-from atlas.config import Profile, ScviConfig, StoreFormat, TrainConfig
+from atlas.config import ARCHITECTURES, Profile, StoreFormat, TrainConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command("train", commands.train, "train a model on all studies of a store")
     sub.add_argument("store")
-    sub.add_argument("--model", choices=("scvi",), default="scvi")
+    sub.add_argument("--model", choices=tuple(ARCHITECTURES), default="scvi")
     sub.add_argument("--out", required=True, help="run folder: log, checkpoints, model")
     sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
     sub.add_argument(
@@ -148,13 +148,29 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         help="passes over the cells; scvi-tools' rule if not given",
     )
-    _add_fields(sub, ScviConfig, {})
+    sub.add_argument("--label-key", help="scanvi: obs column of the labels; else the store's own")
+    sub.add_argument(
+        "--hierarchy",
+        metavar="FILE",
+        help="scanvi: the parent of each label; JSON, or a table of child and parent",
+    )
+    sub.add_argument(
+        "--from", dest="start_from", metavar="RUN", help="scanvi: a trained scvi to start from"
+    )
+    sub.add_argument(
+        "--categorical-covariates", metavar="A,B", help="scvi, scanvi: obs columns besides batch"
+    )
+    sub.add_argument("--continuous-covariates", metavar="A,B", help="the same, of numbers")
+    sub.add_argument("--size-factor", metavar="COLUMN", help="scvi, scanvi: obs column")
+    _add_architectures(sub)
     _add_fields(sub, TrainConfig, {"max_epochs"})
 
     sub = command("embed", commands.embed, "embed all cells of a store")
     sub.add_argument("model", help="a run folder")
     sub.add_argument("store")
-    sub.add_argument("--name", default="scvi", help="name to keep the embedding under")
+    sub.add_argument(
+        "--name", default="", help="name to keep the embedding under; the model's if not given"
+    )
     sub.add_argument("--device", default="auto")
 
     sub = command("evaluate", commands.evaluate, "measure an embedding")
@@ -213,6 +229,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _add_architectures(sub: argparse.ArgumentParser) -> None:
+    """One option per field of the models' configurations; what is not given is not there."""
+    fields: dict[str, list[str]] = {}
+    for model, kind in ARCHITECTURES.items():
+        for field in dataclasses.fields(kind):
+            fields.setdefault(field.name, []).append(model)
+    for name, models in fields.items():
+        kinds = [ARCHITECTURES[model] for model in models]
+        hints = [get_type_hints(kind)[name] for kind in kinds]
+        defaults = {
+            model: ARCHITECTURES[model].__dataclass_fields__[name].default for model in models
+        }
+        if len(set(defaults.values())) == 1:
+            said = f"{', '.join(models)}: {defaults[models[0]]}"
+        else:
+            said = ", ".join(f"{model}: {value}" for model, value in defaults.items())
+        text = f"{_field_help(kinds[0])[name]} ({said})"
+        flag = "--" + name.replace("_", "-")
+        shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": name}
+        if hints[0] is bool:
+            sub.add_argument(flag, action=argparse.BooleanOptionalAction, **shared)
+        elif get_args(hints[0]):
+            choices = dict.fromkeys(choice for hint in hints for choice in get_args(hint))
+            sub.add_argument(flag, choices=tuple(choices), **shared)
+        else:
+            sub.add_argument(flag, type=hints[0], **shared)
 
 
 def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> None:

@@ -14,7 +14,7 @@ from atlas import files
 from atlas.errors import ModelError
 from atlas.hub.scvi_file import FILE
 from atlas.hub.scvi_weights import to_theirs
-from atlas.models import TrainedModel
+from atlas.models import SCVI, TrainedModel
 
 VERSION: Final = "1.4.2"
 """Of scvi-tools, whose form is written."""
@@ -46,6 +46,14 @@ def export_scvi(
         raise ModelError(
             "There is a model here already", do="choose another folder, or remove it", path=path
         )
+    module = model.module
+    if type(module) is not SCVI or module.config.library == "size-factor" or _covariates(model):
+        raise ModelError(
+            "Only scVI without further covariates is written for scvi-tools",
+            found=f"{model.name}, covariates {', '.join(_covariates(model)) or 'none'}",
+            expected="scVI with the batch alone and a library that is observed or latent",
+            path=path,
+        )
     if not model.presence.all():
         study, gene = (int(k) for k in np.argwhere(~model.presence)[0])
         raise ModelError(
@@ -56,13 +64,17 @@ def export_scvi(
             path=path,
         )
     buffer = io.BytesIO()
-    torch.save(_content(model, batch_key), buffer)
+    torch.save(_content(model, module, batch_key), buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.replace_bytes(path, buffer.getvalue())
 
 
-def _content(model: TrainedModel, batch_key: str) -> dict[str, Any]:
-    config, genes = model.config, np.array(model.genes, object)
+def _covariates(model: TrainedModel) -> list[str]:
+    return [*(name for name, _ in model.columns.categorical), *model.columns.continuous]
+
+
+def _content(model: TrainedModel, module: SCVI, batch_key: str) -> dict[str, Any]:
+    config, genes = module.config, np.array(model.genes, object)
     norms = ("both", "none") if config.norm == "batch" else ("none", "both")
     arguments = {
         "n_hidden": config.n_hidden,
@@ -95,7 +107,7 @@ def _content(model: TrainedModel, batch_key: str) -> dict[str, Any]:
         "setup_method_name": "setup_anndata",
     }
     return {
-        "model_state_dict": {**to_theirs(model.module), "pyro_param_store": _PYRO},
+        "model_state_dict": {**to_theirs(module), "pyro_param_store": _PYRO},
         "var_names": genes,
         "attr_dict": {
             "init_params_": {"kwargs": {"kwargs": passed_on}, "non_kwargs": arguments},

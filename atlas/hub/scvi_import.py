@@ -80,7 +80,7 @@ def import_scvi(
     Returns
     -------
     TrainedModel
-        Its ``embed_counts`` gives what scvi-tools' ``get_latent_representation`` gives.
+        Its ``embed`` gives what scvi-tools' ``get_latent_representation`` gives.
 
     Raises
     ------
@@ -160,6 +160,7 @@ def _module(config: ScviConfig, state: Mapping[str, Tensor], n_genes: int, n_bat
     if config.library == "latent":
         prior = torch.stack([state["library_log_means"][0], state["library_log_vars"][0]], dim=1)
     module = build_model(config, n_genes, n_batch, seed=0, library_prior=prior)
+    assert isinstance(module, SCVI)
     to_ours(module, state)
     return module.eval()
 
@@ -185,7 +186,7 @@ def _config(arguments: Mapping[str, Any], path: Path) -> ScviConfig:
     norm = {("both", "none"): "batch", ("none", "both"): "layer"}.get(norms)
     if norm is None:
         wrong.append(f"use_batch_norm={norms[0]!r}, use_layer_norm={norms[1]!r}")
-    if arguments.get("gene_likelihood", "zinb") not in ("zinb", "nb"):
+    if arguments.get("gene_likelihood", "zinb") not in ("zinb", "nb", "poisson"):
         wrong.append(f"gene_likelihood={arguments['gene_likelihood']!r}")
     if arguments.get("dispersion", "gene") not in ("gene", "gene-batch"):
         wrong.append(f"dispersion={arguments['dispersion']!r}")
@@ -193,8 +194,8 @@ def _config(arguments: Mapping[str, Any], path: Path) -> ScviConfig:
         raise ModelError(
             "The model was made with options that no model here has",
             found=", ".join(wrong),
-            expected="nb or zinb, dispersion gene or gene-batch, a normal latent space, and batch "
-            "or layer norm in encoder and decoder alike",
+            expected="nb, zinb or poisson, dispersion gene or gene-batch, a normal latent space, "
+            "and batch or layer norm in encoder and decoder alike",
             path=path,
         )
     return ScviConfig(

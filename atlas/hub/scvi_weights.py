@@ -1,7 +1,7 @@
 """Weights of scVI under the names that scvi-tools gives them, and under ours.
 
 scvi-tools appends the one-hot batch to the input of a layer; here the batch has a matrix of its own
-(:class:`atlas.models.layers.BatchLinear`). All else is the same under another name.
+(:class:`atlas.models.layers.ConditionalLinear`). All else is the same under another name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from atlas.models.layers import BatchLinear, Encoder, HiddenStack
+from atlas.models.layers import ConditionalLinear, Encoder, HiddenStack
 from atlas.models.scvi import SCVI
 
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -50,15 +50,19 @@ def to_ours(module: SCVI, theirs: Mapping[str, Tensor]) -> None:
         A weight is missing, or is of another shape.
     """
     for name, layer in _layers(module):
-        if isinstance(layer, BatchLinear):
+        if isinstance(layer, ConditionalLinear):
             n_in = layer.weight.shape[1]
             weight = theirs[f"{name}.weight"]
             _fill(layer.weight, weight[:, :n_in])
-            _fill(layer.batch_weight, weight[:, n_in:].T)
+            if layer.sees_batch:
+                _fill(layer.batch_weight, weight[:, n_in:].T)
+            elif weight.shape[1] != n_in:
+                raise RuntimeError(f"shape {tuple(weight.shape)} where {n_in} columns are expected")
             _fill(layer.bias, theirs[f"{name}.bias"])
         else:
             layer.load_state_dict({k: theirs[f"{name}.{k}"] for k in layer.state_dict()})
-    _fill(module.log_inverse_dispersion, theirs["px_r"].movedim(0, -1))
+    if module.config.gene_likelihood != "poisson":
+        _fill(module.log_inverse_dispersion, theirs["px_r"].movedim(0, -1))
 
 
 def _fill(ours: Tensor, theirs: Tensor) -> None:
@@ -76,12 +80,17 @@ def to_theirs(module: SCVI) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {}
     for name, layer in _layers(module):
-        if isinstance(layer, BatchLinear):
-            out[f"{name}.weight"] = torch.cat([layer.weight, layer.batch_weight.T], dim=1)
+        if isinstance(layer, ConditionalLinear):
+            weight: Tensor = layer.weight
+            if layer.sees_batch:
+                weight = torch.cat([weight, layer.batch_weight.T], dim=1)
+            out[f"{name}.weight"] = weight
             out[f"{name}.bias"] = layer.bias
         else:
             out |= {f"{name}.{key}": value for key, value in layer.state_dict().items()}
-    out["px_r"] = module.log_inverse_dispersion.movedim(-1, 0)
+    out["px_r"] = torch.zeros(module.n_genes)
+    if module.config.gene_likelihood != "poisson":
+        out["px_r"] = module.log_inverse_dispersion.movedim(-1, 0)
     if module.library_prior is not None:
         out["library_log_means"] = module.library_prior[:, 0][None]
         out["library_log_vars"] = module.library_prior[:, 1][None]

@@ -1,16 +1,24 @@
-"""Models of counts: what they share, scVI, and trained models on disk."""
+"""Models: what they share, one file each, and trained models on disk."""
 
-from atlas.models.base import Inputs, Losses, Model
+from atlas.models.base import Conditions, CovariateSizes, Inputs, Losses, Model
 from atlas.models.build import build_model
+from atlas.models.columns import ObsColumns
+from atlas.models.labels import LabelTree
 from atlas.models.likelihood import nb_loss, zinb_loss
+from atlas.models.scanvi import SCANVI
 from atlas.models.scvi import SCVI, ScviOutputs
 from atlas.models.trained import TrainedModel, load_model
 
 __all__ = [
+    "SCANVI",
     "SCVI",
+    "Conditions",
+    "CovariateSizes",
     "Inputs",
+    "LabelTree",
     "Losses",
     "Model",
+    "ObsColumns",
     "ScviOutputs",
     "TrainedModel",
     "build_model",

@@ -5,17 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atlas.config import ScviConfig
+from atlas.config import Architecture, CvaeConfig, DavaeConfig, ScanviConfig, TrvaeConfig
+from atlas.models.base import CovariateSizes, Model
+from atlas.models.labels import LabelTree
+from atlas.models.layers import NO_COVARIATES
 from atlas.models.scvi import SCVI
 
 
 def build_model(
-    config: ScviConfig,
+    config: Architecture,
     n_genes: int,
     n_batch: int,
     seed: int,
     library_prior: Tensor | None = None,
-) -> SCVI:
+    covariates: CovariateSizes = NO_COVARIATES,
+    labels: LabelTree | None = None,
+) -> Model:
     """Build a model on the CPU; the same arguments give the same weights, bit for bit.
 
     Parameters
@@ -28,14 +33,30 @@ def build_model(
         Of the initial weights. Torch's global generator is left as it was.
     library_prior
         float32, (n_batch, 2); see :class:`~atlas.models.SCVI`.
+    covariates
+        Further covariates; scVI and scANVI only.
+    labels
+        The classes; for, and only for, scANVI.
 
     Raises
     ------
-    ModelError
-        The prior does not fit the configuration.
+    ModelError, ConfigError
+        The prior does not fit the configuration, or the model cannot take what was given.
     """
     # The layers draw from the CPU's global generator, so it is seeded for the time being.
     # torch.manual_seed would reseed every GPU's generator too, and those are not restored here.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return SCVI(config, n_genes, n_batch, library_prior)
+        if isinstance(config, ScanviConfig):
+            from atlas.models.scanvi import SCANVI
+
+            return SCANVI(config, n_genes, n_batch, labels, library_prior, covariates)
+        if isinstance(config, TrvaeConfig | CvaeConfig):
+            from atlas.models.trvae import TRVAE
+
+            return TRVAE(config, n_genes, n_batch)
+        if isinstance(config, DavaeConfig):
+            from atlas.models.davae import DAVAE
+
+            return DAVAE(config, n_genes, n_batch)
+        return SCVI(config, n_genes, n_batch, library_prior, covariates)

@@ -9,42 +9,71 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import Norm
+from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
+
+NO_COVARIATES = CovariateSizes()
 
 VARIANCE_FLOOR = 1e-4
 """Added to every posterior variance (scvi-tools' ``var_eps``)."""
 
 
-class BatchLinear(nn.Module):
-    """A linear layer plus one row of weights per batch.
+class ConditionalLinear(nn.Module):
+    """A linear layer plus one row of weights per batch, and weights for further covariates.
 
-    The same function as a linear layer on the input with the one-hot batch appended, but the
-    weights of the batches are a parameter of their own: adding batches later leaves every other
-    parameter alone (scArches, Lotfollahi et al. 2022, Methods).
+    The same function as a linear layer on the input with the one-hot batch and covariates appended,
+    but each covariate's weights are a parameter of their own: adding batches later leaves every
+    other parameter alone (scArches, Lotfollahi et al. 2022, Methods).
 
     Parameters
     ----------
     n_in, n_out
         Width of input and output.
     n_batch
-        Number of batches.
+        Number of batches; 0 where the layer does not see the batch.
+    covariates
+        Further covariates that it sees.
     """
 
-    def __init__(self, n_in: int, n_out: int, n_batch: int) -> None:
+    def __init__(
+        self, n_in: int, n_out: int, n_batch: int, covariates: CovariateSizes = NO_COVARIATES
+    ) -> None:
         super().__init__()
-        # Bounds as if the one-hot batch were part of the input, which is how the peers draw them.
-        bound = 1 / math.sqrt(n_in + n_batch)
-        self.weight = nn.Parameter(torch.empty(n_out, n_in).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound))
-        self.batch_weight = nn.Parameter(torch.empty(n_batch, n_out).uniform_(-bound, bound))
+        # Bounds as if all conditions were part of the input, which is how the peers draw them.
+        n_all = n_in + n_batch + sum(covariates.n_categories) + covariates.n_continuous
+        bound = 1 / math.sqrt(n_all)
 
-    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
-        """Map (n_cells, n_in) and batch codes (n_cells,) to (n_cells, n_out)."""
-        return F.linear(x, self.weight, self.bias) + F.embedding(batch, self.batch_weight)
+        def draw(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+        self.weight = draw(n_out, n_in)
+        self.bias = draw(n_out)
+        self.sees_batch = n_batch > 0
+        if self.sees_batch:
+            self.batch_weight = draw(n_batch, n_out)
+        self.category_weights = nn.ParameterList(draw(n, n_out) for n in covariates.n_categories)
+        self.sees_continuous = covariates.n_continuous > 0
+        if self.sees_continuous:
+            self.continuous_weight = draw(n_out, covariates.n_continuous)
+
+    def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
+        """Map (n_cells, n_in) to (n_cells, n_out)."""
+        out = F.linear(x, self.weight, self.bias)
+        if self.sees_batch:
+            out = out + F.embedding(conditions.batch, self.batch_weight)
+        if len(self.category_weights):
+            assert conditions.categories is not None
+            columns = conditions.categories.unbind(dim=1)
+            for codes, weight in zip(columns, self.category_weights, strict=True):
+                out = out + F.embedding(codes, weight)
+        if self.sees_continuous:
+            assert conditions.continuous is not None
+            out = out + F.linear(conditions.continuous, self.continuous_weight)
+        return out
 
 
 class HiddenStack(nn.Module):
-    """Layers of linear → norm → ReLU → dropout; the batch enters each linear layer.
+    """Layers of linear → norm → ReLU → dropout; batch and covariates enter each linear layer.
 
     LayerNorm has no weights of its own and BatchNorm has momentum .01 and epsilon .001, as in
     scvi-tools.
@@ -61,6 +90,8 @@ class HiddenStack(nn.Module):
         ``"layer"`` or ``"batch"``.
     dropout_rate
         Share of the activations set to zero in training mode.
+    covariates
+        Further covariates that the layers see.
     """
 
     def __init__(
@@ -71,14 +102,13 @@ class HiddenStack(nn.Module):
         n_batch: int,
         norm: Norm,
         dropout_rate: float = 0.0,
+        covariates: CovariateSizes = NO_COVARIATES,
     ) -> None:
         super().__init__()
-        self.sees_batch = n_batch > 0
         self.dropout_rate = dropout_rate
         widths = [n_in] + [n_hidden] * (n_layers - 1)
         self.linears = nn.ModuleList(
-            BatchLinear(width, n_hidden, n_batch) if self.sees_batch else nn.Linear(width, n_hidden)
-            for width in widths
+            ConditionalLinear(width, n_hidden, n_batch, covariates) for width in widths
         )
         self.norms = nn.ModuleList(
             nn.LayerNorm(n_hidden, elementwise_affine=False)
@@ -87,14 +117,15 @@ class HiddenStack(nn.Module):
             for _ in widths
         )
 
-    def forward(self, x: Tensor, batch: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Map (n_cells, n_in) to (n_cells, n_hidden).
 
         Without a generator, or in evaluation mode, nothing is dropped.
         """
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = linear(x, batch) if self.sees_batch else linear(x)
-            x = F.relu(norm(at_least_float32(x)))
+            x = F.relu(norm(at_least_float32(linear(x, conditions))))
             if self.training and generator is not None and self.dropout_rate > 0:
                 x = dropout(x, self.dropout_rate, generator)
         return x
@@ -107,7 +138,7 @@ class Encoder(nn.Module):
     ----------
     n_in, n_out
         Width of the input and of the posterior.
-    n_hidden, n_layers, n_batch, norm, dropout_rate
+    n_hidden, n_layers, n_batch, norm, dropout_rate, covariates
         As in :class:`HiddenStack`.
     """
 
@@ -120,17 +151,18 @@ class Encoder(nn.Module):
         n_batch: int,
         norm: Norm,
         dropout_rate: float,
+        covariates: CovariateSizes = NO_COVARIATES,
     ) -> None:
         super().__init__()
-        self.hidden = HiddenStack(n_in, n_hidden, n_layers, n_batch, norm, dropout_rate)
+        self.hidden = HiddenStack(n_in, n_hidden, n_layers, n_batch, norm, dropout_rate, covariates)
         self.mean = nn.Linear(n_hidden, n_out)
         self.log_variance = nn.Linear(n_hidden, n_out)
 
     def forward(
-        self, x: Tensor, batch: Tensor, generator: torch.Generator | None = None
+        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Mean and variance, each (n_cells, n_out) and at least float32."""
-        h = self.hidden(x, batch, generator)
+        h = self.hidden(x, conditions, generator)
         mean = at_least_float32(self.mean(h))
         variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
         return mean, variance
@@ -152,3 +184,18 @@ def sample_normal(mean: Tensor, variance: Tensor, generator: torch.Generator | N
         return mean
     noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return torch.addcmul(mean, noise, variance.sqrt())
+
+
+def kl_normal(
+    mean: Tensor, variance: Tensor, prior_mean: Tensor | float, prior_variance: Tensor | float
+) -> Tensor:
+    """KL(N(mean, variance) || N(prior)), summed over the last dimension."""
+    ratio = variance / prior_variance
+    distance = (mean - prior_mean).square() / prior_variance
+    return 0.5 * (ratio + distance - 1 - ratio.log()).sum(dim=-1)
+
+
+def log_normal(x: Tensor, mean: Tensor | float, variance: Tensor) -> Tensor:
+    """Log-density of a normal with diagonal covariance, summed over the last dimension."""
+    log_density = math.log(2 * math.pi) + variance.log() + (x - mean).square() / variance
+    return -0.5 * log_density.sum(dim=-1)

@@ -20,12 +20,15 @@ forward pass, where their parts are at hand, and keeps nothing else for the back
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Link = Literal["softmax", "log"]
 
 
 def nb_loss(
@@ -34,6 +37,7 @@ def nb_loss(
     log_library: Tensor,
     log_inverse_dispersion: Tensor,
     present: Tensor | None = None,
+    link: Link = "softmax",
 ) -> Tensor:
     """Negative log-likelihood of counts under a negative binomial, summed over genes.
 
@@ -52,12 +56,14 @@ def nb_loss(
     present
         Genes measured, bool (n_cells, n_genes): softmax and sum run over these only, the others
         get no gradient. None: all.
+    link
+        ``"log"`` where ``scale_logits`` are logarithms of the means already, but for the library.
 
     Returns
     -------
     (n_cells,), in nats; in float32, or in float64 if an argument is.
     """
-    return _call(counts, scale_logits, log_library, log_inverse_dispersion, None, present)
+    return _call(counts, scale_logits, log_library, log_inverse_dispersion, None, present, link)
 
 
 def zinb_loss(
@@ -67,13 +73,80 @@ def zinb_loss(
     log_inverse_dispersion: Tensor,
     dropout_logits: Tensor,
     present: Tensor | None = None,
+    link: Link = "softmax",
 ) -> Tensor:
     """Negative log-likelihood under a zero-inflated negative binomial, summed over genes.
 
     As :func:`nb_loss`, with ``dropout_logits`` (n_cells, n_genes): the log-odds that a count was
     replaced by zero.
     """
-    return _call(counts, scale_logits, log_library, log_inverse_dispersion, dropout_logits, present)
+    return _call(
+        counts, scale_logits, log_library, log_inverse_dispersion, dropout_logits, present, link
+    )
+
+
+def poisson_loss(
+    counts: Tensor,
+    scale_logits: Tensor,
+    log_library: Tensor,
+    present: Tensor | None = None,
+    link: Link = "softmax",
+) -> Tensor:
+    """Negative log-likelihood under a Poisson, summed over genes; arguments as :func:`nb_loss`."""
+    log_mean = log_means(scale_logits, log_library, present, link)
+    counts = counts if present is None else counts.masked_fill(~present, 0.0)
+    # Both terms are about x·log x, and nearly cancel: in double precision.
+    x = counts.double()
+    matched = torch.lgamma(x + 1) - torch.where(x > 0, x * log_mean.double(), 0.0)
+    return (log_mean.exp() + matched.to(log_mean.dtype)).sum(dim=-1)
+
+
+def gaussian_loss(
+    x: Tensor, mean: Tensor, log_variance: Tensor, present: Tensor | None = None
+) -> Tensor:
+    """Negative log-likelihood under a normal, summed over genes.
+
+    Parameters
+    ----------
+    x, mean
+        (n_cells, n_genes).
+    log_variance
+        Of anything that broadcasts to them.
+    present
+        As in :func:`nb_loss`.
+
+    Returns
+    -------
+    (n_cells,), in nats.
+    """
+    mean, log_variance = at_least_float32(mean), at_least_float32(log_variance)
+    squares = (x - mean).square() * torch.exp(-log_variance)
+    loss = 0.5 * (math.log(2 * math.pi) + log_variance + squares)
+    return (loss if present is None else loss.masked_fill(~present, 0.0)).sum(dim=-1)
+
+
+def log_means(
+    scale_logits: Tensor,
+    log_library: Tensor,
+    present: Tensor | None = None,
+    link: Link = "softmax",
+) -> Tensor:
+    """Logarithm of the mean of each count, as :func:`nb_loss` has it: (n_cells, n_genes).
+
+    A gene that is not present has a mean of 0, whose logarithm is a large negative number.
+    """
+    scale_logits = at_least_float32(scale_logits)
+    if present is not None:
+        scale_logits = scale_logits.masked_fill(~present, torch.finfo(scale_logits.dtype).min)
+    log_scale = F.log_softmax(scale_logits, dim=-1) if link == "softmax" else scale_logits
+    return log_scale + at_least_float32(log_library)
+
+
+def log_softplus(x: Tensor) -> Tensor:
+    """``log(log(1 + exp(x)))``, which is ``x`` to float32's last bit where x is below -20."""
+    x = at_least_float32(x)
+    low = x < -20.0
+    return torch.where(low, x, F.softplus(x.masked_fill(low, 0.0)).log())
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -88,6 +161,7 @@ def _call(
     log_inverse_dispersion: Tensor,
     dropout_logits: Tensor | None,
     present: Tensor | None,
+    link: Link,
 ) -> Tensor:
     loss: Tensor = _CountLoss.apply(  # type: ignore[no-untyped-call]
         counts,
@@ -96,6 +170,7 @@ def _call(
         at_least_float32(log_inverse_dispersion),
         None if dropout_logits is None else at_least_float32(dropout_logits),
         present,
+        link,
     )
     return loss
 
@@ -112,6 +187,7 @@ class _CountLoss(torch.autograd.Function):
         log_theta: Tensor,
         dropout_logits: Tensor | None,
         present: Tensor | None,
+        link: Link,
     ) -> Tensor:
         if present is not None:
             # The lowest finite number instead of -inf: an absent gene with count 0 then has
@@ -119,7 +195,7 @@ class _CountLoss(torch.autograd.Function):
             lowest = torch.finfo(scale_logits.dtype).min
             scale_logits = scale_logits.masked_fill(~present, lowest)
             counts = counts.masked_fill(~present, 0.0)
-        log_scale = F.log_softmax(scale_logits, dim=-1)
+        log_scale = F.log_softmax(scale_logits, dim=-1) if link == "softmax" else scale_logits
         d = (log_scale + log_library).sub_(log_theta)
 
         # Loss and derivatives by log μ, log θ and dropout logit, of each element as if it were 0.
@@ -142,7 +218,9 @@ class _CountLoss(torch.autograd.Function):
 
         if any(ctx.needs_input_grad):
             by_library = by_mean.sum(dim=-1, keepdim=True)
-            by_scale = by_mean.addcmul_(log_scale.exp_(), by_library, value=-1.0)
+            by_scale = by_mean
+            if link == "softmax":
+                by_scale = by_mean.addcmul_(log_scale.exp_(), by_library, value=-1.0)
             ctx.save_for_backward(by_scale, by_library, by_theta, by_dropout)
             ctx.theta_per_cell = log_theta.dim() == 2
         return loss.sum(dim=-1)
@@ -159,6 +237,7 @@ class _CountLoss(torch.autograd.Function):
             by_library * grad,
             theta_grad if ctx.theta_per_cell else theta_grad.sum(dim=0),
             None if by_dropout is None else by_dropout * grad,
+            None,
             None,
         )
 

@@ -10,9 +10,52 @@ from torch import Tensor, nn
 
 from atlas.config import ScviConfig
 from atlas.errors import ModelError
-from atlas.models.base import Inputs, Losses, Model, evaluating
-from atlas.models.layers import Encoder, HiddenStack, sample_normal
-from atlas.models.likelihood import at_least_float32, nb_loss, zinb_loss
+from atlas.models.base import (
+    Conditions,
+    CountParameters,
+    CovariateSizes,
+    Inputs,
+    Losses,
+    Model,
+    evaluating,
+)
+from atlas.models.layers import (
+    NO_COVARIATES,
+    Encoder,
+    HiddenStack,
+    kl_normal,
+    log_normal,
+    sample_normal,
+)
+from atlas.models.likelihood import (
+    Link,
+    at_least_float32,
+    log_means,
+    log_softplus,
+    nb_loss,
+    poisson_loss,
+    zinb_loss,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the decoder makes of z.
+
+    Attributes
+    ----------
+    scale_logits
+        Logits of the genes' shares, before the softmax; with a given size factor the logarithm of
+        the means, but for it: (n_cells, n_genes).
+    dropout_logits
+        Log-odds of zero inflation, (n_cells, n_genes); None where there is none.
+    log_inverse_dispersion
+        (n_genes,), or (n_cells, n_genes) where it is per batch; None for the Poisson.
+    """
+
+    scale_logits: Tensor
+    dropout_logits: Tensor | None
+    log_inverse_dispersion: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +67,11 @@ class ScviOutputs:
     z_mean, z_variance, z
         Posterior of z and the sample of it that was decoded: (n_cells, n_latent).
     library_mean, library_variance
-        Posterior of the log library size, (n_cells, 1); None where it is observed.
+        Posterior of the log library size, (n_cells, 1); None where it is observed or given.
     log_library
-        Observed or sampled: (n_cells, 1).
-    scale_logits
-        Logits of the genes' shares, before the softmax: (n_cells, n_genes).
-    dropout_logits
-        Log-odds of zero inflation, (n_cells, n_genes); None for the negative binomial.
-    log_inverse_dispersion
-        (n_genes,), or (n_cells, n_genes) where it is per batch.
+        Observed, given or sampled: (n_cells, 1).
+    decoded
+        What the decoder made of z.
     """
 
     z_mean: Tensor
@@ -41,9 +80,7 @@ class ScviOutputs:
     library_mean: Tensor | None
     library_variance: Tensor | None
     log_library: Tensor
-    scale_logits: Tensor
-    dropout_logits: Tensor | None
-    log_inverse_dispersion: Tensor
+    decoded: Decoded
 
 
 class SCVI(Model):
@@ -63,6 +100,9 @@ class SCVI(Model):
     library_prior
         Mean and variance of the log library size in each batch, (n_batch, 2); for, and only for, a
         latent library.
+    covariates
+        Further covariates. Each has weights of its own in every layer of the decoder and, with
+        ``encode_covariates``, of the encoder.
 
     Raises
     ------
@@ -70,6 +110,7 @@ class SCVI(Model):
         A prior is missing, not asked for, or of another shape.
     """
 
+    config: ScviConfig
     library_prior: Tensor | None
 
     def __init__(
@@ -78,62 +119,61 @@ class SCVI(Model):
         n_genes: int,
         n_batch: int,
         library_prior: Tensor | None = None,
+        covariates: CovariateSizes = NO_COVARIATES,
     ) -> None:
         super().__init__()
         self.config = config
         self.n_genes = n_genes
         self.n_batch = n_batch
         self.n_latent = config.n_latent
+        self.covariates = covariates
         _check_prior(config, n_batch, library_prior)
-        encoder_batches = n_batch if config.encode_batch else 0
+        seen = (
+            n_batch if config.encode_batch else 0,
+            config.norm,
+            config.dropout_rate,
+            covariates if config.encode_covariates else NO_COVARIATES,
+        )
 
-        self.encoder = Encoder(
-            n_genes,
+        self.encoder = Encoder(n_genes, config.n_latent, config.n_hidden, config.n_layers, *seen)
+        if config.library == "latent":
+            self.library_encoder = Encoder(n_genes, 1, config.n_hidden, 1, *seen)
+        self.decoder = HiddenStack(
             config.n_latent,
             config.n_hidden,
             config.n_layers,
-            encoder_batches,
+            n_batch,
             config.norm,
-            config.dropout_rate,
-        )
-        if config.library == "latent":
-            self.library_encoder = Encoder(
-                n_genes, 1, config.n_hidden, 1, encoder_batches, config.norm, config.dropout_rate
-            )
-        self.decoder = HiddenStack(
-            config.n_latent, config.n_hidden, config.n_layers, n_batch, config.norm
+            covariates=covariates,
         )
         self.scale = nn.Linear(config.n_hidden, n_genes)
         if config.gene_likelihood == "zinb":
             self.zero_inflation = nn.Linear(config.n_hidden, n_genes)
-        shape = (n_genes,) if config.dispersion == "gene" else (n_batch, n_genes)
-        self.log_inverse_dispersion = nn.Parameter(torch.randn(shape))
+        if config.gene_likelihood != "poisson":
+            shape = (n_genes,) if config.dispersion == "gene" else (n_batch, n_genes)
+            self.log_inverse_dispersion = nn.Parameter(torch.randn(shape))
         self.register_buffer("library_prior", library_prior)
+
+    @property
+    def link(self) -> Link:
+        """How the means of the counts follow from the decoder's output."""
+        return "log" if self.config.library == "size-factor" else "softmax"
 
     def forward(self, inputs: Inputs, generator: torch.Generator | None = None) -> ScviOutputs:
         """Encode, sample and decode a minibatch; see :meth:`Model.loss` for the generator."""
-        config, batch = self.config, inputs.batch
-        counts = inputs.counts
-        if inputs.present is not None:
-            counts = counts.masked_fill(~inputs.present, 0.0)
+        conditions = inputs.conditions
+        counts = inputs.measured
         features = counts.log1p()
 
-        z_mean, z_variance = self.encoder(features, batch, generator)
+        z_mean, z_variance = self.encoder(features, conditions, generator)
         z = sample_normal(z_mean, z_variance, generator)
 
         library_mean, library_variance = None, None
-        if config.library == "latent":
-            library_mean, library_variance = self.library_encoder(features, batch, generator)
+        if self.config.library == "latent":
+            library_mean, library_variance = self.library_encoder(features, conditions, generator)
             log_library = sample_normal(library_mean, library_variance, generator)
         else:
-            # An empty cell counts as one of a single count: its log must be finite, and a mean
-            # of one count over all genes explains zeros as well as any.
-            log_library = counts.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()
-
-        h = self.decoder(z, batch)
-        log_inverse_dispersion: Tensor = self.log_inverse_dispersion
-        if config.dispersion == "gene-batch":
-            log_inverse_dispersion = F.embedding(batch, log_inverse_dispersion)
+            log_library = self._known_library(counts, inputs)
         return ScviOutputs(
             z_mean=z_mean,
             z_variance=z_variance,
@@ -141,67 +181,131 @@ class SCVI(Model):
             library_mean=library_mean,
             library_variance=library_variance,
             log_library=log_library,
-            scale_logits=self.scale(h),
-            dropout_logits=self.zero_inflation(h) if config.gene_likelihood == "zinb" else None,
+            decoded=self._decode(z, conditions),
+        )
+
+    def _known_library(self, counts: Tensor, inputs: Inputs) -> Tensor:
+        """Logarithm of the library size that is observed or given: (n_cells, 1)."""
+        if self.config.library == "size-factor":
+            assert inputs.size_factor is not None
+            return inputs.size_factor.log().unsqueeze(-1)
+        # An empty cell counts as one of a single count: its log must be finite, and a mean
+        # of one count over all genes explains zeros as well as any.
+        return counts.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()
+
+    def _decode(self, z: Tensor, conditions: Conditions) -> Decoded:
+        h = self.decoder(z, conditions)
+        scale_logits = self.scale(h)
+        log_inverse_dispersion: Tensor | None = None
+        if self.config.gene_likelihood != "poisson":
+            log_inverse_dispersion = self.log_inverse_dispersion
+            if self.config.dispersion == "gene-batch":
+                log_inverse_dispersion = F.embedding(conditions.batch, self.log_inverse_dispersion)
+        return Decoded(
+            scale_logits=scale_logits if self.link == "softmax" else log_softplus(scale_logits),
+            dropout_logits=self.zero_inflation(h)
+            if self.config.gene_likelihood == "zinb"
+            else None,
             log_inverse_dispersion=log_inverse_dispersion,
         )
+
+    def reconstruction_loss(self, inputs: Inputs, decoded: Decoded, log_library: Tensor) -> Tensor:
+        """Negative log-likelihood of the counts: (n_cells,)."""
+        counts, logits, theta = inputs.counts, decoded.scale_logits, decoded.log_inverse_dispersion
+        present, link = inputs.present, self.link
+        if theta is None:
+            return poisson_loss(counts, logits, log_library, present, link)
+        if decoded.dropout_logits is None:
+            return nb_loss(counts, logits, log_library, theta, present, link)
+        dropout = decoded.dropout_logits
+        return zinb_loss(counts, logits, log_library, theta, dropout, present, link)
 
     def loss(
         self,
         inputs: Inputs,
         kl_weight: Tensor | float = 1.0,
         generator: torch.Generator | None = None,
+        progress: float = 1.0,
     ) -> Losses:
         """Negative evidence lower bound; the warm-up weighs the divergence of z only.
 
         See :meth:`Model.loss`.
         """
         out = self(inputs, generator)
-        arguments = (
-            inputs.counts,
-            out.scale_logits,
-            out.log_library,
-            out.log_inverse_dispersion,
-        )
-        if out.dropout_logits is None:
-            reconstruction_loss = nb_loss(*arguments, present=inputs.present)
-        else:
-            reconstruction_loss = zinb_loss(*arguments, out.dropout_logits, present=inputs.present)
-
-        # KL(N(m, v) || N(0, 1))
-        kl_z = 0.5 * (out.z_mean.square() + out.z_variance - 1 - out.z_variance.log()).sum(dim=-1)
+        reconstruction_loss = self.reconstruction_loss(inputs, out.decoded, out.log_library)
+        kl_z = kl_normal(out.z_mean, out.z_variance, 0.0, 1.0)
         kl = kl_z
         objective = reconstruction_loss + kl_weight * kl_z
         if out.library_mean is not None:
-            kl_library = self._library_kl(out, inputs.batch)
+            kl_library = self.library_kl(out, inputs.batch)
             kl = kl_z + kl_library
             objective = objective + kl_library
         return Losses(reconstruction_loss=reconstruction_loss, kl=kl, objective=objective.mean())
 
-    def _library_kl(self, out: ScviOutputs, batch: Tensor) -> Tensor:
-        """KL(N(m, v) || N(prior of the batch)): (n_cells,)."""
-        assert self.library_prior is not None
+    def library_kl(self, out: ScviOutputs, batch: Tensor) -> Tensor:
+        """KL(N(m, v) || N(prior of the batch)) of a latent log library size: (n_cells,)."""
         assert out.library_mean is not None
         assert out.library_variance is not None
+        return kl_normal(out.library_mean, out.library_variance, *self._prior_of(batch))
+
+    def _prior_of(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the log library size in each cell's batch, each (n_cells, 1)."""
+        assert self.library_prior is not None
         mean, variance = F.embedding(batch, self.library_prior).unsqueeze(-1).unbind(dim=1)
-        ratio = out.library_variance / variance
-        distance = (out.library_mean - mean).square() / variance
-        return 0.5 * (ratio + distance - 1 - ratio.log()).squeeze(-1)
+        return mean, variance
 
-    def embed(self, inputs: Inputs) -> Tensor:
-        """See :meth:`Model.embed`."""
-        counts = inputs.counts
-        if inputs.present is not None:
-            counts = counts.masked_fill(~inputs.present, 0.0)
+    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.posterior`."""
         with evaluating(self):
-            z_mean, _ = self.encoder(counts.log1p(), inputs.batch)
-        embedding: Tensor = z_mean
-        return embedding
+            mean, variance = self.encoder(inputs.measured.log1p(), inputs.conditions)
+        return mean, variance
 
-    def decode(self, z: Tensor, batch: Tensor) -> Tensor:
+    def library_posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the log library size, in evaluation mode, without gradient.
+
+        The variance is 0 where the library is observed or given. Each (n_cells, 1).
+        """
+        with evaluating(self):
+            if self.config.library == "latent":
+                mean, variance = self.library_encoder(inputs.measured.log1p(), inputs.conditions)
+                return mean, variance
+            known = self._known_library(inputs.measured, inputs)
+            return known, torch.zeros_like(known)
+
+    def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
         """See :meth:`Model.decode`."""
         with evaluating(self):
-            return at_least_float32(self.scale(self.decoder(z, batch))).softmax(dim=-1)
+            return at_least_float32(self._decode(z, conditions).scale_logits).softmax(dim=-1)
+
+    def count_parameters(self, z: Tensor, inputs: Inputs) -> CountParameters:
+        """See :meth:`Model.count_parameters`."""
+        with evaluating(self):
+            log_library, _ = self.library_posterior(inputs)
+            decoded = self._decode(z, inputs.conditions)
+            theta, logits = decoded.log_inverse_dispersion, decoded.dropout_logits
+            return CountParameters(
+                mean=log_means(decoded.scale_logits, log_library, inputs.present, self.link).exp(),
+                inverse_dispersion=None if theta is None else theta.exp(),
+                dropout=None if logits is None else at_least_float32(logits).sigmoid(),
+            )
+
+    def log_weight(self, inputs: Inputs, generator: torch.Generator) -> Tensor:
+        """See :meth:`Model.log_weight`."""
+        with evaluating(self):
+            out = self(inputs, generator)
+            log_weight = (
+                log_normal(out.z, 0.0, torch.ones_like(out.z))
+                - log_normal(out.z, out.z_mean, out.z_variance)
+                - self.reconstruction_loss(inputs, out.decoded, out.log_library)
+            )
+            return log_weight + self.library_log_weight(out, inputs.batch)
+
+    def library_log_weight(self, out: ScviOutputs, batch: Tensor) -> Tensor | float:
+        """``log p(l) - log q(l | x)`` of a latent log library size, (n_cells,); 0 of a known."""
+        if out.library_mean is None or out.library_variance is None:
+            return 0.0
+        prior = log_normal(out.log_library, *self._prior_of(batch))
+        return prior - log_normal(out.log_library, out.library_mean, out.library_variance)
 
 
 def _check_prior(config: ScviConfig, n_batch: int, library_prior: Tensor | None) -> None:

@@ -23,15 +23,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from atlas import files
-from atlas.config import ScviConfig
+from atlas.config import ARCHITECTURES, Architecture, model_name
 from atlas.errors import CheckpointError, ConfigError, ModelError
-from atlas.models.base import Inputs
+from atlas.models.base import Conditions, Inputs, Model
 from atlas.models.build import build_model
-from atlas.models.scvi import SCVI
+from atlas.models.columns import NO_COLUMNS, ObsColumns
+from atlas.models.labels import LabelTree
 
 WEIGHTS_NAME = "weights.safetensors"
 METADATA_NAME = "model.json"
-VERSION = 1
+VERSION = 2
+"""2 since models other than scVI; models of version 1 are read as they were."""
 
 _STATE_PREFIX = "module."
 _PRESENCE = "presence"
@@ -41,7 +43,7 @@ _SCHEMA = {
     "properties": {
         "schema": {"const": "atlas-model"},
         "version": {"type": "integer", "minimum": 1},
-        "model": {"const": "scvi"},
+        "model": {"enum": list(ARCHITECTURES)},
         "config": {"type": "object"},
         "genes": _NAMES,
         "gene_ids": {
@@ -52,6 +54,31 @@ _SCHEMA = {
         },
         "batches": _NAMES,
         "studies": _NAMES,
+        "labels": {
+            "oneOf": [
+                {"type": "null"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "names": _NAMES,
+                        "parents": {"type": "array", "items": {"type": "integer"}},
+                    },
+                    "required": ["names", "parents"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        "columns": {
+            "type": "object",
+            "properties": {
+                "categorical": {"type": "object", "additionalProperties": _NAMES},
+                "continuous": {"type": "array", "items": {"type": "string"}},
+                "size_factor": {"type": ["string", "null"]},
+                "label": {"type": ["string", "null"]},
+            },
+            "required": ["categorical", "continuous", "size_factor", "label"],
+            "additionalProperties": False,
+        },
         "training": {"type": "object"},
         "weights_sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     },
@@ -89,6 +116,10 @@ class TrainedModel:
         Which study measured which modelled gene: bool, (n_studies, n_genes).
     gene_ids
         Accession of each gene (None where unknown), or None for none at all.
+    labels
+        The classes of a model that has some.
+    columns
+        Columns of obs that it takes besides the batch.
     training
         How it was trained: plain JSON values.
 
@@ -98,12 +129,14 @@ class TrainedModel:
         The parts do not fit each other.
     """
 
-    module: SCVI
+    module: Model
     genes: tuple[str, ...]
     batches: tuple[str, ...]
     studies: tuple[str, ...]
     presence: npt.NDArray[np.bool_]
     gene_ids: tuple[str | None, ...] | None = None
+    labels: LabelTree | None = None
+    columns: ObsColumns = NO_COLUMNS
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,26 +152,32 @@ class TrainedModel:
             )
 
     @property
-    def config(self) -> ScviConfig:
+    def config(self) -> Architecture:
         """The architecture."""
         return self.module.config
+
+    @property
+    def name(self) -> str:
+        """Name of the model, such as ``"scvi"``."""
+        return model_name(self.config)
+
+    @property
+    def encodes_batch(self) -> bool:
+        """Whether the encoder sees the batch."""
+        return bool(getattr(self.config, "encode_batch", True))
 
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(self.module.parameters()).device
 
-    def embed_counts(self, counts: Tensor, batch: Tensor, present: Tensor | None = None) -> Tensor:
+    def embed(self, inputs: Inputs) -> Tensor:
         """Posterior mean of z of cells.
 
         Parameters
         ----------
-        counts
-            Raw counts of the modelled genes, float32, (n_cells, n_genes), on any device.
-        batch
-            Batch codes: int64, (n_cells,).
-        present
-            Genes measured, bool, (n_cells, n_genes); None for all.
+        inputs
+            Raw counts of the modelled genes and what the model is told of each cell, on any device.
 
         Returns
         -------
@@ -149,26 +188,26 @@ class TrainedModel:
         ModelError
             The counts are of another number of genes, or a batch is unknown to the model.
         """
+        counts = inputs.counts
         if counts.dim() != 2 or counts.shape[1] != self.module.n_genes:
             raise ModelError(
                 "the counts are not of the model's genes",
                 found=tuple(counts.shape),
                 expected=f"(n_cells, {self.module.n_genes})",
             )
-        self._check_batch(batch)
-        device = self.device
-        present = None if present is None else present.to(device)
-        return self.module.embed(Inputs(counts.to(device), batch.to(device), present))
+        self._check_batch(inputs.batch)
+        return self.module.embed(inputs.to(self.device))
 
-    def decode(self, z: Tensor, batch: Tensor) -> Tensor:
-        """Expected share of every modelled gene, for cells ``z`` as if measured in ``batch``.
+    def decode(self, z: Tensor, conditions: Conditions | Tensor) -> Tensor:
+        """Expected share of every modelled gene, for cells ``z`` as if measured elsewhere.
 
         Parameters
         ----------
         z
             float32, (n_cells, n_latent).
-        batch
-            Batch codes: int64, (n_cells,).
+        conditions
+            What to decode for; or batch codes alone, int64, (n_cells,), of a model without further
+            covariates.
 
         Returns
         -------
@@ -179,8 +218,10 @@ class TrainedModel:
         ModelError
             A batch is unknown to the model.
         """
-        self._check_batch(batch)
-        return self.module.decode(z.to(self.device), batch.to(self.device))
+        if isinstance(conditions, Tensor):
+            conditions = Conditions(conditions)
+        self._check_batch(conditions.batch)
+        return self.module.decode(z.to(self.device), conditions.to(self.device))
 
     def _check_batch(self, batch: Tensor) -> None:
         if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < self.module.n_batch:
@@ -206,12 +247,14 @@ class TrainedModel:
         metadata = {
             "schema": "atlas-model",
             "version": VERSION,
-            "model": "scvi",
+            "model": self.name,
             "config": self.config.to_json(),
             "genes": list(self.genes),
             "gene_ids": None if self.gene_ids is None else list(self.gene_ids),
             "batches": list(self.batches),
             "studies": list(self.studies),
+            "labels": None if self.labels is None else self.labels.to_json(),
+            "columns": self.columns.to_json(),
             "training": self.training,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
@@ -234,13 +277,17 @@ def load_model(folder: str | PathLike[str]) -> TrainedModel:
     try:
         presence = tensors.pop(_PRESENCE).numpy()
         state = {name.removeprefix(_STATE_PREFIX): value for name, value in tensors.items()}
+        labels, columns = metadata["labels"], ObsColumns.from_json(metadata["columns"])
+        tree = None if labels is None else LabelTree.from_json(labels)
         model = TrainedModel(
-            module=_restore(metadata, state, folder / WEIGHTS_NAME),
+            module=_restore(metadata, state, tree, columns, folder / WEIGHTS_NAME),
             genes=tuple(metadata["genes"]),
             batches=tuple(metadata["batches"]),
             studies=tuple(metadata["studies"]),
             presence=presence,
             gene_ids=None if metadata["gene_ids"] is None else tuple(metadata["gene_ids"]),
+            labels=tree,
+            columns=columns,
             training=metadata["training"],
         )
     except (ConfigError, ModelError, KeyError) as error:
@@ -254,14 +301,23 @@ def load_model(folder: str | PathLike[str]) -> TrainedModel:
     return model
 
 
-def _restore(metadata: dict[str, Any], state: dict[str, Tensor], path: Path) -> SCVI:
+def _restore(
+    metadata: dict[str, Any],
+    state: dict[str, Tensor],
+    labels: LabelTree | None,
+    columns: ObsColumns,
+    path: Path,
+) -> Model:
     """Build the module that the metadata describe and give it its weights."""
+    priors = [value for name, value in state.items() if name.endswith("library_prior")]
     module = build_model(
-        ScviConfig.from_json(metadata["config"]),
+        ARCHITECTURES[metadata["model"]].from_json(metadata["config"]),
         len(metadata["genes"]),
         len(metadata["batches"]),
         seed=0,
-        library_prior=state.get("library_prior"),
+        library_prior=priors[0] if priors else None,
+        covariates=columns.sizes,
+        labels=labels,
     )
     expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
@@ -303,6 +359,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             do="update Atlas",
             path=path,
         )
+    if version == 1:
+        metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), **metadata}
     try:
         jsonschema.validate(metadata, _SCHEMA)
     except jsonschema.ValidationError as error:

@@ -36,7 +36,7 @@ from atlas.training.history import History
 from atlas.training.writing import io_errors
 
 SCHEMA_NAME = "atlas-checkpoint"
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
 _DOCUMENT = "checkpoint.json"
 _RESTART = "restore the run folder from a copy, or train anew into another folder"
@@ -83,6 +83,7 @@ _SCHEMA = _object(
                     "train_loss": _number,
                     "reconstruction_loss": _number,
                     "kl": _number,
+                    "penalty": _number,
                     "kl_weight": _number,
                     "validation_bound": {"type": ["number", "null"]},
                     "seconds": _number,
@@ -138,7 +139,7 @@ class Checkpoint:
     optimizer
         State of Adam by "<moment>/<parameter>".
     state
-        ``generator``: uint8, the state of the random generator; ``sums``: float64 (3,), the
+        ``generator``: uint8, the state of the random generator; ``sums``: float64 (4,), the
         objective, reconstruction loss and KL divergence summed over the cells of the epoch.
     average
         Moving average of the weights; None where it is turned off.

@@ -29,6 +29,9 @@ class EpochRecord:
         The objective at the KL weights in force, mean over the cells of the epoch, in nats.
     reconstruction_loss, kl
         Its two parts, unweighted, means over the same cells, in nats.
+    penalty
+        What the objective holds besides, with its weight: classification, discrepancy of batches,
+        adversary; mean, 0 for a model without.
     kl_weight
         Of the last step of the epoch.
     validation_bound
@@ -45,6 +48,7 @@ class EpochRecord:
     train_loss: float
     reconstruction_loss: float
     kl: float
+    penalty: float
     kl_weight: float
     validation_bound: float | None
     seconds: float

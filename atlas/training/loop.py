@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from atlas.config import TrainConfig
 from atlas.errors import ConfigError, TrainingError
+from atlas.models import SCANVI
 from atlas.models.base import Model, evaluating
+from atlas.training.alternation import Alternation
 from atlas.training.checkpoint import load_checkpoint, save_checkpoint
 from atlas.training.environment import (
     check_environment,
@@ -25,7 +27,7 @@ from atlas.training.environment import (
     torch_threads,
 )
 from atlas.training.history import EpochRecord, History, write_log
-from atlas.training.inputs import InputsBuilder
+from atlas.training.inputs import CellColumns, InputsBuilder
 from atlas.training.progress import ProgressLine, deferred_interrupt
 from atlas.training.run import check_same_run, identity, open_run
 from atlas.training.schedule import KlSchedule, epochs_without_improvement
@@ -52,6 +54,7 @@ def fit(
     describe: Mapping[str, Any],
     progress: bool = True,
     reading: Callable[[RowSource], RowSource] | None = None,
+    columns: CellColumns | None = None,
 ) -> History:
     """Train a model, with a log and checkpoints in a run folder.
 
@@ -86,6 +89,8 @@ def fit(
     reading
         Gives what to read in place of ``source``: the same rows under the same fingerprint. Called
         when the run folder is held, and only if there is something left to train.
+    columns
+        What the model is told of each row besides counts and batch.
 
     Returns
     -------
@@ -111,8 +116,10 @@ def fit(
             do="raise --validation-share, or train without --early-stopping",
         )
     device = resolve_device(config.device)
-    loader = _training_loader(model, source, train_rows, config, device)
-    run = identity(config, source, train_rows, validation_rows, presence, describe)
+    columns = CellColumns() if columns is None else columns
+    loader = _training_loader(model, source, train_rows, config, device, columns)
+    described = {**describe, "columns": columns.digests()}
+    run = identity(config, source, train_rows, validation_rows, presence, described)
     with open_run(out, resume=resume):
         found = load_checkpoint(out)
         if found is not None:
@@ -121,7 +128,7 @@ def fit(
         recorded_threads = None if found is None else found.environment.threads
         if reading is not None and (found is None or not found.progress.finished):
             source = reading(source)
-            loader = _training_loader(model, source, train_rows, config, device)
+            loader = _training_loader(model, source, train_rows, config, device, columns)
         with torch_threads(config.threads, recorded_threads, out):
             state = TrainingState.start(model, loader, config, device)
             if found is not None:
@@ -135,13 +142,19 @@ def fit(
                     rows=validation_rows,
                     narrow=device.type == "cuda",
                 )
-            to_inputs = InputsBuilder(device, presence)
-            trainer = _Trainer(state, validation, to_inputs, config, run, out)
+            to_inputs = InputsBuilder(device, presence, columns)
+            alternation = None
+            if isinstance(model, SCANVI) and model.config.training == "alternating":
+                alternation = Alternation(model, source, train_rows, to_inputs, columns, config)
+            trainer = _Trainer(state, validation, to_inputs, config, alternation, run, out)
             epoch_cells = _n_rows(train_rows)
             done = epoch_cells * len(state.history.records) + state.epoch_cells
             with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
                 trainer.run(line)
-    model.load_state_dict(state.final_weights() if state.best is None else state.best)
+            model.load_state_dict(state.final_weights() if state.best is None else state.best)
+            if alternation is not None:
+                # The classifier was trained on the last encoder, not on the average that is kept.
+                alternation.run(0)
     return state.history
 
 
@@ -154,9 +167,11 @@ class _Trainer:
         validation: SequentialLoader | None,
         to_inputs: InputsBuilder,
         config: TrainConfig,
+        alternation: Alternation | None,
         run: Mapping[str, Any],
         out: Path,
     ) -> None:
+        self.alternation = alternation
         self.state = state
         self.validation = validation
         self.to_inputs = to_inputs
@@ -202,7 +217,12 @@ class _Trainer:
         state = self.state
         inputs = self.to_inputs(minibatch)
         with self.autocast():
-            losses = state.model.loss(inputs, self.schedule.weight(state.step), state.generator)
+            losses = state.model.loss(
+                inputs,
+                self.schedule.weight(state.step),
+                state.generator,
+                state.step / self.schedule.total_steps,
+            )
         state.optimizer.zero_grad()
         losses.objective.backward()  # type: ignore[no-untyped-call]
         state.optimizer.step()
@@ -214,6 +234,9 @@ class _Trainer:
             objective * minibatch.n_rows,
             losses.reconstruction_loss.detach().sum(),
             losses.kl.detach().sum(),
+            torch.zeros_like(objective)
+            if losses.penalty is None
+            else losses.penalty.detach() * minibatch.n_rows,
         )
         state.sums += torch.stack(parts)
         self.unread.append(objective)
@@ -226,7 +249,11 @@ class _Trainer:
     def end_epoch(self) -> None:
         """Validate, record, decide whether to go on, save."""
         state, config = self.state, self.config
-        train_loss, reconstruction_loss, kl = self.read_losses()
+        train_loss, reconstruction_loss, kl, penalty = self.read_losses()
+        if self.alternation is not None:
+            self.alternation.run(self.epoch)
+            if state.average is not None:
+                self.alternation.copy_into(state.average.weights)
         # Reading waited for the steps that the device had not done yet.
         state.epoch_seconds += time.monotonic() - self.ticked_at
         record = EpochRecord(
@@ -235,6 +262,7 @@ class _Trainer:
             train_loss=train_loss,
             reconstruction_loss=reconstruction_loss,
             kl=kl,
+            penalty=penalty,
             kl_weight=self.schedule.weight(state.step - 1),
             validation_bound=self.validate(),
             seconds=state.epoch_seconds,
@@ -271,7 +299,7 @@ class _Trainer:
         return bound
 
     def read_losses(self) -> tuple[float, ...]:
-        """Objective, reconstruction loss and KL divergence: means over the epoch so far.
+        """Objective, reconstruction loss, KL divergence, penalty: means over the epoch so far.
 
         Raises
         ------
@@ -334,7 +362,12 @@ def _n_rows(ranges: Ranges) -> int:
 
 
 def _training_loader(
-    model: Model, source: RowSource, rows: Ranges, config: TrainConfig, device: torch.device
+    model: Model,
+    source: RowSource,
+    rows: Ranges,
+    config: TrainConfig,
+    device: torch.device,
+    columns: CellColumns,
 ) -> MinibatchLoader:
     """The loader of the run; to a GPU counts travel narrow where the source has them so.
 
@@ -355,6 +388,11 @@ def _training_loader(
             expected="at least 2 with BatchNorm, else 1",
             do="lower --validation-share, or append more cells",
         )
+    balance: str | npt.NDArray[np.int32] | None = None
+    if config.balance == "label" and columns.label is not None:
+        balance = columns.label
+    elif config.balance != "none":
+        balance = config.balance
     return MinibatchLoader(
         source,
         config.minibatch_size,
@@ -363,6 +401,7 @@ def _training_loader(
         block_size=config.block_size or None,
         buffer_size=config.buffer_size or None,
         drop_last=drop_last,
+        balance=balance,
         memory=config.memory or None,
         narrow=device.type == "cuda" and source.narrow,
     )

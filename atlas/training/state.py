@@ -37,8 +37,8 @@ class TrainingState:
     model, optimizer, loader, generator
         The things that carry state of their own; the generator draws noise and dropout.
     sums
-        float64 (3,), on the device: objective, reconstruction loss and KL divergence, summed over
-        the cells of the epoch in progress.
+        float64 (4,), on the device: objective, reconstruction loss, KL divergence and penalty,
+        summed over the cells of the epoch in progress.
     step
         Steps done since training began.
     epoch_cells, epoch_seconds
@@ -85,7 +85,7 @@ class TrainingState:
             optimizer=optimizer,
             loader=loader,
             generator=seeded_generator(device, config.seed),
-            sums=torch.zeros(3, dtype=torch.float64, device=device),
+            sums=torch.zeros(4, dtype=torch.float64, device=device),
             average=WeightAverage(model, config.average_steps) if config.average_steps else None,
         )
 

@@ -4,8 +4,9 @@ This is the only place where stores, models, training and evaluation are wired t
 """
 
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
+from atlas.workflows.embedding import embed
 from atlas.workflows.maintenance import verify
-from atlas.workflows.modelling import embed, train
+from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json
 from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report

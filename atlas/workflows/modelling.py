@@ -1,39 +1,41 @@
-"""From a store to a trained model, and from a model to an embedding."""
+"""From a store to a trained model."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
-from atlas.config import ScviConfig, TrainConfig
+from atlas.config import ARCHITECTURES, Architecture, ScanviConfig, ScviConfig, TrainConfig
 from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
-from atlas.models import TrainedModel, build_model
+from atlas.models import SCANVI, LabelTree, Model, TrainedModel, build_model, load_model
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
-from atlas.store.options import check_name
 from atlas.store.split import Split, ranges_of
-from atlas.training.environment import resolve_device
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
+from atlas.workflows.columns import (
+    Hierarchy,
+    cell_columns,
+    describe_columns,
+    label_names,
+    read_hierarchy,
+)
 from atlas.workflows.projecting import advice, project
 from atlas.workflows.rows import Rows, rows_where
 from loaders import RowSource, SequentialLoader
-
-_EMBED_MINIBATCH = 512
 
 
 def default_epochs(n_obs: int) -> int:
@@ -50,6 +52,12 @@ def train(
     max_epochs: int | None = None,
     seed: int = 0,
     hold_out: Rows | None = None,
+    label_key: str | None = None,
+    hierarchy: Hierarchy | None = None,
+    categorical_covariates: Sequence[str] = (),
+    continuous_covariates: Sequence[str] = (),
+    size_factor: str | None = None,
+    start_from: TrainedModel | str | PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = False,
     **options: Any,
@@ -61,7 +69,7 @@ def train(
     store
         An open store, or files as they are (:func:`atlas.open_files`).
     model
-        ``"scvi"``.
+        ``"scvi"``, ``"scanvi"``, ``"trvae"``, ``"cvae"`` or ``"davae"``.
     out
         The run folder: log, checkpoints, and at the end the model.
     genes
@@ -73,12 +81,26 @@ def train(
     hold_out
         Cells to validate on and never to train on, by an obs column, such as ``"donor=D3"``; by
         default a share of the cells by their hash.
+    label_key
+        For scANVI: the obs column of the labels; the store's own when None. Cells without a value
+        there, or with ``"Unknown"``, have no label.
+    hierarchy
+        For scANVI: the parent of each label that has one, to any depth; a mapping, a JSON file, or
+        a table of two columns, child and parent.
+    categorical_covariates, continuous_covariates
+        For scVI and scANVI: obs columns to condition on besides the batch.
+    size_factor
+        For scVI and scANVI: the obs column of size factors, in place of a library size.
+    start_from
+        For scANVI: a trained scVI of the same architecture, genes and batches, or its run folder;
+        training goes on from its weights.
     resume
         Go on with the run in ``out``, wherever it was interrupted; start it where there is none.
     progress
         Show loss, cells/s and the time left on stderr, and whether ``project`` would pay.
     **options
-        Fields of :class:`atlas.config.ScviConfig` and :class:`atlas.config.TrainConfig`.
+        Fields of the model's configuration, such as :class:`atlas.config.ScviConfig`, and of
+        :class:`atlas.config.TrainConfig`.
 
     Returns
     -------
@@ -93,10 +115,27 @@ def train(
         ``out`` holds another run, or one and ``resume`` is False.
     """
     folder = Path(out)
-    if model != "scvi":
-        raise ConfigError("There is no such model", found=repr(model), expected="'scvi'")
+    if model not in ARCHITECTURES:
+        names = ", ".join(map(repr, ARCHITECTURES))
+        raise ConfigError("There is no such model", found=repr(model), expected=names)
     epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
-    architecture, training = _configs({**options, "seed": seed, "max_epochs": epochs})
+    if size_factor is not None:
+        options["library"] = "size-factor"
+    architecture, training = _configs(model, {**options, "seed": seed, "max_epochs": epochs})
+    _check_asked(
+        model,
+        architecture,
+        {
+            "label_key": label_key,
+            "hierarchy": hierarchy,
+            "start_from": start_from,
+        },
+        {
+            "categorical_covariates": categorical_covariates,
+            "continuous_covariates": continuous_covariates,
+        },
+        size_factor,
+    )
     genes = store.genes if genes is None else tuple(map(str, genes))
     if genes is None:
         raise ConfigError(
@@ -116,12 +155,35 @@ def train(
     batches = Categories(store.obs_codes["batch"], store.batches)
     if caution := confounding(batches, Categories(store.obs_codes["label"], store.labels)):
         warnings.warn(caution, UserWarning, stacklevel=2)
+    columns = describe_columns(
+        store,
+        categorical=categorical_covariates,
+        continuous=continuous_covariates,
+        size_factor=size_factor,
+        label=label_key,
+    )
+    labels = None
+    if isinstance(architecture, ScanviConfig):
+        labels = LabelTree.make(
+            label_names(store, label_key),
+            None if hierarchy is None else read_hierarchy(hierarchy),
+            architecture.unobserved_classes,
+        )
     prior = None
-    if architecture.library == "latent":
+    if getattr(architecture, "library", None) == "latent":
         prior = _library_prior(view, len(store.batches))
     module = build_model(
-        architecture, view.n_vars, len(store.batches), seed=seed, library_prior=prior
+        architecture,
+        view.n_vars,
+        len(store.batches),
+        seed=seed,
+        library_prior=prior,
+        covariates=columns.sizes,
+        labels=labels,
     )
+    if isinstance(module, SCANVI) and start_from is not None:
+        begin = start_from if isinstance(start_from, TrainedModel) else load_model(start_from)
+        _start_from(module, begin, genes, store)
     projected = folder / "projected"
     if not training.project and progress and (line := advice(view, epochs, folder)):
         print(line, file=sys.stderr)
@@ -155,7 +217,11 @@ def train(
             "model": {"name": model, **architecture.to_json()},
             "genes": list(genes),
             "batches": list(store.batches),
+            "obs_columns": columns.to_json(),
+            "labels": None if labels is None else labels.to_json(),
+            "start": _digest(module),
         },
+        columns=cell_columns(store, columns, labels),
         progress=progress,
         reading=reading,
     )
@@ -170,6 +236,8 @@ def train(
         gene_ids=tuple(
             None if missing else str(i) for i, missing in zip(ids, ids.isna(), strict=True)
         ),
+        labels=labels,
+        columns=columns,
         training={
             "config": training.to_json(),
             "history": record.to_json(),
@@ -189,20 +257,81 @@ def _projected(
     return project(store, genes, path, progress=progress)
 
 
-def _configs(options: dict[str, Any]) -> tuple[ScviConfig, TrainConfig]:
+def _configs(model: str, options: dict[str, Any]) -> tuple[Architecture, TrainConfig]:
     """Sort options into the two configurations."""
+    kinds = (ARCHITECTURES[model], TrainConfig)
     sorted_out: list[dict[str, Any]] = []
-    for kind in (ScviConfig, TrainConfig):
+    for kind in kinds:
         names = {field.name for field in dataclasses.fields(kind)}
         sorted_out.append({name: options.pop(name) for name in names & set(options)})
     if options:
-        names = {f.name for kind in (ScviConfig, TrainConfig) for f in dataclasses.fields(kind)}
+        names = {f.name for kind in kinds for f in dataclasses.fields(kind)}
         raise ConfigError(
-            "There are no such options",
+            f"The model {model} has no such options",
             found=", ".join(sorted(options)),
             expected="some of " + ", ".join(sorted(names)),
         )
-    return ScviConfig(**sorted_out[0]), TrainConfig(**sorted_out[1])
+    return kinds[0](**sorted_out[0]), TrainConfig(**sorted_out[1])
+
+
+def _check_asked(
+    model: str,
+    architecture: Architecture,
+    of_scanvi: Mapping[str, Any],
+    of_scvi: Mapping[str, Any],
+    size_factor: str | None,
+) -> None:
+    """Refuse what the model would not look at."""
+    wrong = []
+    if not isinstance(architecture, ScanviConfig):
+        wrong += [name for name, value in of_scanvi.items() if value]
+    if not isinstance(architecture, ScviConfig):
+        wrong += [name for name, value in of_scvi.items() if value]
+    elif (architecture.library == "size-factor") != (size_factor is not None):
+        raise ConfigError(
+            "Size factors need an obs column",
+            found="library='size-factor' without size_factor",
+            do="name the column with size_factor (--size-factor)",
+        )
+    if wrong:
+        raise ConfigError(f"The model {model} does not take these", found=", ".join(sorted(wrong)))
+
+
+def _start_from(
+    module: SCANVI, begin: TrainedModel, genes: Sequence[str], store: CountStore | FilesSource
+) -> None:
+    """Give a scANVI the weights of a trained scVI."""
+    config = module.config.to_json()
+    own = {f.name: config[f.name] for f in dataclasses.fields(ScviConfig)}
+    sides = (
+        {"model": begin.name, **begin.config.to_json(), "batches": list(begin.batches)},
+        {"model": "scvi", **own, "batches": list(store.batches)},
+    )
+    differing = [name for name in sides[1] if sides[0].get(name) != sides[1][name]]
+    if tuple(begin.genes) != tuple(genes):
+        differing.append("genes")
+    if differing:
+        raise ModelError(
+            "The model to start from does not fit",
+            found="; ".join(
+                f"{name}: {sides[0].get(name, 'absent')!s:.80}" if name in sides[1] else name
+                for name in differing
+            ),
+            expected="; ".join(
+                f"{name}: {sides[1][name]!s:.80}" if name in sides[1] else name
+                for name in differing
+            ),
+            do="train scVI with the same options on the same store, or leave out start_from",
+        )
+    module.scvi.load_state_dict(begin.module.state_dict())
+
+
+def _digest(module: Model) -> str:
+    """What the weights that training starts from are."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _library_prior(view: CountView | FilesSource, n_batches: int) -> torch.Tensor:
@@ -220,113 +349,3 @@ def _library_prior(view: CountView | FilesSource, n_batches: int) -> torch.Tenso
         mine = log_library[batch == code]
         prior[code] = mine.mean(), max(mine.var(), 1e-2)
     return torch.from_numpy(prior)
-
-
-def embed(
-    model: TrainedModel,
-    store: CountStore | FilesSource,
-    *,
-    name: str | None = "scvi",
-    device: str = "auto",
-    progress: bool = False,
-) -> npt.NDArray[np.float32]:
-    """Embed all cells of a store, streaming, in its row order.
-
-    Each minibatch lies in one study and has the same number of rows, the last one padded with
-    empty cells, so that the embedding of a cell does not depend on what else is in the store.
-
-    Parameters
-    ----------
-    model
-        A trained model; all its genes must be in the store, all batches of the store in it.
-    store
-        An open store.
-    name
-        Keep the embedding with the store under this name; None does not keep it.
-    device
-        ``"auto"``, ``"cpu"``, ``"cuda"``, …
-    progress
-        Show cells/s and the time left on stderr.
-
-    Returns
-    -------
-    float32, (n_obs, n_latent): posterior means of z.
-
-    Raises
-    ------
-    ModelError
-        The store lacks a gene of the model, or has a batch that the model does not know.
-    """
-    if name is not None:
-        check_name(name, "embedding")
-        if not isinstance(store, CountStore):
-            raise ConfigError(
-                "Only a store keeps an embedding",
-                found=repr(store),
-                do="give name=None and keep what is returned, or ingest the files",
-                path=store.path,
-            )
-        if store.url is not None:
-            raise ConfigError(
-                "A store by URL can only be read",
-                found=f"name={name!r}",
-                do="give name=None and keep what is returned",
-                path=store.url,
-            )
-    missing = sorted(set(model.genes) - set(store.gene_table.names))
-    if missing:
-        raise ModelError(
-            "The model was trained on genes that the store does not have",
-            found=f"{len(missing)} of {len(model.genes)} missing, e.g. {', '.join(missing[:5])}",
-            expected="a store with all genes of the model",
-            path=store.path,
-        )
-    batch_of = _batch_codes(model, store)
-    view = store.select(model.genes)
-    presence = torch.from_numpy(view.presence)
-    target = resolve_device(device)
-    model.module.to(target)
-    out = np.empty((store.n_obs, model.config.n_latent), np.float32)
-    with tqdm(
-        total=store.n_obs, desc="embedding", unit=" cells", unit_scale=True, disable=not progress
-    ) as bar:
-        for minibatch in SequentialLoader(view, _EMBED_MINIBATCH):
-            n = minibatch.n_rows
-            counts = torch.zeros(_EMBED_MINIBATCH, view.n_vars, device=target)
-            counts[:n] = minibatch.to_torch(target, dense=True)
-            batch = torch.zeros(_EMBED_MINIBATCH, dtype=torch.int64)
-            batch[:n] = torch.from_numpy(batch_of[minibatch.obs["batch"]])
-            present = presence[int(minibatch.obs["study"][0])]
-            z = model.embed_counts(
-                counts,
-                batch.to(target),
-                None if bool(present.all()) else present.expand(_EMBED_MINIBATCH, -1).to(target),
-            )
-            out[minibatch.rows] = z[:n].cpu().numpy()
-            bar.update(n)
-    if name is not None and isinstance(store, CountStore):
-        how = {
-            "model": {"name": "scvi", **model.config.to_json()},
-            "genes": list(model.genes),
-            "training": model.training,
-            "versions": versions(),
-            "command": command(),
-        }
-        store.write_embedding(name, out, how)
-    return out
-
-
-def _batch_codes(model: TrainedModel, store: CountStore | FilesSource) -> npt.NDArray[np.int64]:
-    """The model's code of each of the store's batches."""
-    if not model.config.encode_batch:
-        return np.zeros(len(store.batches), np.int64)
-    code = {name: i for i, name in enumerate(model.batches)}
-    if unknown := [name for name in store.batches if name not in code]:
-        raise ModelError(
-            "The store has batches that the model was not trained on",
-            found=", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else ""),
-            expected=f"some of {', '.join(model.batches[:8])}",
-            do="train a model on all studies of the store",
-            path=store.path,
-        )
-    return np.array([code[name] for name in store.batches], np.int64)

@@ -25,7 +25,7 @@ from anndata import AnnData
 import atlas
 from atlas.cli import main
 from atlas.errors import ConfigError, ModelError
-from atlas.models import TrainedModel, load_model
+from atlas.models import Inputs, TrainedModel, load_model
 
 scvi = pytest.importorskip("scvi", reason="scvi-tools is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,7 +60,7 @@ def latent(model: TrainedModel, adata: AnnData) -> np.ndarray:
     code = {name: i for i, name in enumerate(model.batches)}
     batch = torch.tensor([code[name] for name in adata.obs["batch"]])
     counts = torch.from_numpy(adata.X.toarray())
-    return model.embed_counts(counts, batch).numpy()
+    return model.embed(Inputs(counts, batch)).numpy()
 
 
 SETTINGS = {

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from atlas.config import ScviConfig
 from atlas.models import SCVI, Inputs, build_model
-from atlas.models.layers import BatchLinear, Encoder, HiddenStack
+from atlas.models.layers import ConditionalLinear, Encoder, HiddenStack
 
 scvi_module = pytest.importorskip("scvi.module")
 
@@ -63,10 +63,11 @@ def _peer(config: ScviConfig, prior: Tensor | None) -> nn.Module:
 
 
 def _copy_linear(ours: nn.Module, theirs: nn.Linear) -> None:
-    if isinstance(ours, BatchLinear):
+    if isinstance(ours, ConditionalLinear):
         n_in = ours.weight.shape[1]
         ours.weight.copy_(theirs.weight[:, :n_in])
-        ours.batch_weight.copy_(theirs.weight[:, n_in:].T)
+        if ours.sees_batch:
+            ours.batch_weight.copy_(theirs.weight[:, n_in:].T)
         ours.bias.copy_(theirs.bias)
     else:
         ours.load_state_dict(theirs.state_dict())
@@ -159,11 +160,11 @@ def test_forward_and_loss_agree(setting: str, training: bool) -> None:
     if prior is not None:
         torch.testing.assert_close(out.library_variance, inference["ql"].variance, **close)
     px = generative["px"]
-    torch.testing.assert_close(out.scale_logits.softmax(-1), px.scale, rtol=1e-4, atol=1e-8)
-    theta = out.log_inverse_dispersion.exp().expand(N_CELLS, N_GENES)
+    torch.testing.assert_close(out.decoded.scale_logits.softmax(-1), px.scale, rtol=1e-4, atol=1e-8)
+    theta = out.decoded.log_inverse_dispersion.exp().expand(N_CELLS, N_GENES)
     torch.testing.assert_close(theta, px.theta.expand(N_CELLS, N_GENES), **close)
     if config.gene_likelihood == "zinb":
-        torch.testing.assert_close(out.dropout_logits, px.zi_logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.decoded.dropout_logits, px.zi_logits, rtol=1e-4, atol=1e-5)
     (reconstruction_loss,) = expected.reconstruction_loss.values()
     torch.testing.assert_close(losses.reconstruction_loss, reconstruction_loss, **close)
     kl = sum(expected.kl_local.values())

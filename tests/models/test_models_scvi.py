@@ -10,7 +10,7 @@ import torch
 
 from atlas.config import ScviConfig
 from atlas.errors import ModelError
-from atlas.models import SCVI, Inputs, build_model
+from atlas.models import SCVI, Conditions, Inputs, build_model
 from atlas.models.layers import dropout
 
 SMALL = ScviConfig(n_hidden=16, n_latent=4)
@@ -144,7 +144,7 @@ def test_an_encoder_without_batch_does_not_see_it() -> None:
 def test_decoding_is_a_share_of_every_gene_and_depends_on_the_batch() -> None:
     model = build_model(SMALL, 30, 2, seed=0)
     z = model.embed(_inputs())
-    first, second = (model.decode(z, torch.full((12,), code)) for code in (0, 1))
+    first, second = (model.decode(z, Conditions(torch.full((12,), code))) for code in (0, 1))
     torch.testing.assert_close(first.sum(-1), torch.ones(12))
     assert (first > 0).all()
     assert (first - second).abs().max() > 1e-4
@@ -246,7 +246,7 @@ def test_genes_that_a_study_lacks_are_recovered() -> None:
     lacking = torch.from_numpy(study == 1)
     z = model.embed(inputs)[lacking]
     for batch in (0, 1):  # as if measured in the other study, and in their own
-        rho = model.decode(z, torch.full((len(z),), batch)).numpy()[:, missing]
+        rho = model.decode(z, Conditions(torch.full((len(z),), batch))).numpy()[:, missing]
         expected = per_study[batch, types[study == 1]][:, missing]
         correlation = np.corrcoef(rho.ravel(), expected.ravel())[0, 1]
         assert correlation >= 0.9

@@ -14,7 +14,7 @@ import torch
 
 from atlas.config import ScviConfig
 from atlas.errors import CheckpointError, ModelError
-from atlas.models import TrainedModel, build_model, load_model, trained
+from atlas.models import Inputs, TrainedModel, build_model, load_model, trained
 
 GENES = tuple(f"g{i}" for i in range(11))
 
@@ -46,7 +46,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     model = _model()
     counts = torch.arange(55.0).reshape(5, 11)
     batch = torch.tensor([0, 1, 0, 1, 1])
-    model.module.loss(trained.Inputs(counts, batch), 1.0, torch.Generator().manual_seed(0))
+    model.module.loss(Inputs(counts, batch), 1.0, torch.Generator().manual_seed(0))
     model.save(tmp_path / "deep" / "run")
     folder = tmp_path / "deep" / "run"
     assert {path.name for path in folder.iterdir()} == {"model.json", "weights.safetensors"}
@@ -64,9 +64,9 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert np.array_equal(loaded.presence, model.presence)
     assert not loaded.module.training
     present = torch.from_numpy(model.presence)[batch]
-    z = model.embed_counts(counts, batch, present)
-    assert torch.equal(z, loaded.embed_counts(counts, batch, present))
-    assert not torch.equal(z, loaded.embed_counts(counts, batch))
+    z = model.embed(Inputs(counts, batch, present))
+    assert torch.equal(z, loaded.embed(Inputs(counts, batch, present)))
+    assert not torch.equal(z, loaded.embed(Inputs(counts, batch)))
     assert torch.equal(model.decode(z, 1 - batch), loaded.decode(z, 1 - batch))
 
 
@@ -120,8 +120,8 @@ def _edit(folder: Path, **values: object) -> None:
 
 
 def test_a_later_version_is_not_guessed_at(folder: Path) -> None:
-    _edit(folder, version=2, novelty=True)
-    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 2[\s\S]*at most 1"):
+    _edit(folder, version=3, novelty=True)
+    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 3[\s\S]*at most 2"):
         load_model(folder)
 
 
@@ -229,8 +229,8 @@ def test_parts_that_do_not_fit_are_refused() -> None:
 def test_counts_and_batches_that_do_not_fit_are_refused() -> None:
     model = _model()
     with pytest.raises(ModelError, match=r"not of the model's genes[\s\S]*11"):
-        model.embed_counts(torch.zeros(2, 10), torch.zeros(2, dtype=torch.int64))
+        model.embed(Inputs(torch.zeros(2, 10), torch.zeros(2, dtype=torch.int64)))
     with pytest.raises(ModelError, match=r"unknown to the model[\s\S]*0 to 1"):
-        model.embed_counts(torch.zeros(2, 11), torch.tensor([0, 2]))
+        model.embed(Inputs(torch.zeros(2, 11), torch.tensor([0, 2])))
     with pytest.raises(ModelError, match="unknown to the model"):
         model.decode(torch.zeros(1, 3), torch.tensor([-1]))

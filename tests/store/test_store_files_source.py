@@ -108,7 +108,7 @@ def test_wrong_use(files, tmp_path):
     model = atlas.train(
         source, genes=genes, out=tmp_path / "run", max_epochs=1, n_hidden=8, device="cpu"
     )
-    with pytest.raises(ConfigError, match="Only a store keeps an embedding"):
+    with pytest.raises(ConfigError, match="Only a store keeps what"):
         atlas.embed(model, source)
     with pytest.raises(MissingColumnError, match="no obs column for the batch"):
         atlas.open_files(files, batch_key="nowhere")

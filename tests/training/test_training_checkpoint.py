@@ -244,8 +244,8 @@ def edit(path: Path, **changes: object) -> None:
 
 def test_a_newer_version_is_named(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, checkpoint()) / "checkpoint.json"
-    edit(path, version=2)
-    with pytest.raises(CheckpointError, match=r"'atlas-checkpoint', 2.*\n.*'atlas-checkpoint', 1"):
+    edit(path, version=3)
+    with pytest.raises(CheckpointError, match=r"'atlas-checkpoint', 3.*\n.*'atlas-checkpoint', 2"):
         load_checkpoint(tmp_path)
 
 

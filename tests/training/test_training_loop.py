@@ -18,7 +18,7 @@ import torch
 
 from atlas.config import ScviConfig, TrainConfig
 from atlas.errors import CheckpointError, ConfigError, TrainingError
-from atlas.models.base import Inputs, Losses, Model
+from atlas.models.base import Conditions, Inputs, Losses, Model
 from atlas.models.build import build_model
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.history import History
@@ -98,6 +98,7 @@ class Hooked(Model):
         inputs: Inputs,
         kl_weight: torch.Tensor | float = 1.0,
         generator: torch.Generator | None = None,
+        progress: float = 1.0,
     ) -> Losses:
         if self.training:
             self.calls += 1
@@ -106,11 +107,14 @@ class Hooked(Model):
             self.before(self.calls)
         return self.inner.loss(inputs, kl_weight, generator)
 
-    def embed(self, inputs: Inputs) -> torch.Tensor:
-        return self.inner.embed(inputs)
+    def posterior(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.posterior(inputs)
 
-    def decode(self, z: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        return self.inner.decode(z, batch)
+    def decode(self, z: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        return self.inner.decode(z, conditions)
+
+    def log_weight(self, inputs: Inputs, generator: torch.Generator) -> torch.Tensor:
+        return self.inner.log_weight(inputs, generator)
 
 
 def nothing(_call: int) -> None:

@@ -1,0 +1,60 @@
+"""Columns of obs that a model takes besides the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from atlas.models.base import CovariateSizes
+
+
+@dataclass(frozen=True, slots=True)
+class ObsColumns:
+    """What a model is told of each cell, by the names that obs has for it.
+
+    Attributes
+    ----------
+    categorical
+        Name of each categorical covariate, and its categories by code.
+    continuous
+        Names of the continuous covariates.
+    size_factor
+        Name of the column of size factors; None where the model takes none.
+    label
+        Name of the column of labels; None for the store's own.
+    """
+
+    categorical: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    continuous: tuple[str, ...] = ()
+    size_factor: str | None = None
+    label: str | None = None
+
+    @property
+    def sizes(self) -> CovariateSizes:
+        """Number of covariates and of their categories."""
+        return CovariateSizes(
+            tuple(len(categories) for _, categories in self.categorical), len(self.continuous)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "categorical": {name: list(categories) for name, categories in self.categorical},
+            "continuous": list(self.continuous),
+            "size_factor": self.size_factor,
+            "label": self.label,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of :meth:`to_json`."""
+        return cls(
+            tuple((name, tuple(found)) for name, found in values["categorical"].items()),
+            tuple(values["continuous"]),
+            values["size_factor"],
+            values["label"],
+        )
+
+
+NO_COLUMNS = ObsColumns()

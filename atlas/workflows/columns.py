@@ -1,0 +1,193 @@
+"""Columns of obs as a model takes them: covariates, size factors, labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from atlas.errors import ConfigError, InputError, ModelError
+from atlas.models import LabelTree, TrainedModel
+from atlas.models.columns import ObsColumns
+from atlas.store import CountStore, FilesSource
+from atlas.store.codes import text_of
+from atlas.training.inputs import CellColumns
+
+Hierarchy = str | PathLike[str] | Mapping[str, str]
+"""The parent of each label, or a file that has it: JSON, or a CSV or TSV of child and parent."""
+
+
+def describe_columns(
+    store: CountStore | FilesSource,
+    *,
+    categorical: Sequence[str] = (),
+    continuous: Sequence[str] = (),
+    size_factor: str | None = None,
+    label: str | None = None,
+) -> ObsColumns:
+    """Names of columns with the categories that their cells have, sorted."""
+    found = []
+    for name in categorical:
+        texts = _texts(store, name)
+        if texts.isna().any():
+            raise _missing(store, name, texts)
+        found.append((name, tuple(sorted(set(texts)))))
+    return ObsColumns(tuple(found), tuple(continuous), size_factor, label)
+
+
+def cell_columns(
+    store: CountStore | FilesSource, columns: ObsColumns, labels: LabelTree | None
+) -> CellColumns:
+    """The values of columns for each cell of a store.
+
+    Raises
+    ------
+    ConfigError, MissingColumnError, ModelError
+        There is no such column, a value is missing or no number, or a category is unknown to the
+        model.
+    """
+    n_obs = store.n_obs
+    categories = None
+    if columns.categorical:
+        categories = np.empty((n_obs, len(columns.categorical)), np.int32)
+        for i, (name, known) in enumerate(columns.categorical):
+            categories[:, i] = _codes(store, name, known)
+    continuous = None
+    if columns.continuous:
+        found = [_numbers(store, name) for name in columns.continuous]
+        continuous = np.stack(found, axis=1).astype(np.float32)
+    size_factor = None
+    if columns.size_factor is not None:
+        size_factor = _numbers(store, columns.size_factor).astype(np.float32)
+        if not (size_factor > 0).all():
+            raise ConfigError(
+                "A size factor is not above 0",
+                found=f"{size_factor.min()} in obs column {columns.size_factor!r}",
+                path=store.path,
+            )
+    label = None if labels is None else label_codes(store, columns.label, labels)
+    return CellColumns(label, categories, continuous, size_factor)
+
+
+def label_codes(
+    store: CountStore | FilesSource, column: str | None, labels: LabelTree
+) -> npt.NDArray[np.int32]:
+    """Node of each cell's label, -1 for none and for labels that the tree does not have."""
+    if column is None:
+        own = np.append(labels.codes(store.labels), np.int32(-1))
+        return own[store.obs_codes["label"]]
+    texts = _texts(store, column).astype("category")
+    own = np.append(labels.codes(map(str, texts.cat.categories)), np.int32(-1))
+    return own[texts.cat.codes.to_numpy()]
+
+
+def label_names(
+    store: CountStore | FilesSource, column: str | None, unlabeled: str = "Unknown"
+) -> list[str]:
+    """Labels that cells of a store have, sorted."""
+    if column is None:
+        codes = store.obs_codes["label"]
+        return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
+    return sorted(set(_texts(store, column).dropna()) - {"", unlabeled})
+
+
+def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
+    """The parent of each label, from a mapping or a file.
+
+    Raises
+    ------
+    InputError, ConfigError
+        The file is not there or no such table, or a label has two parents.
+    """
+    if isinstance(hierarchy, Mapping):
+        return {str(child): str(parent) for child, parent in hierarchy.items()}
+    path = Path(hierarchy)
+    if not path.is_file():
+        raise InputError("There is no such file", expected="a hierarchy of labels", path=path)
+    wanted = "a JSON object of child and parent, or a table of two columns, child and parent"
+    if path.suffix == ".json":
+        try:
+            pairs = json.loads(path.read_bytes(), object_pairs_hook=list)
+            rows = [(child, parent) for child, parent in pairs]
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                "The hierarchy cannot be read", found=str(error), expected=wanted, path=path
+            ) from error
+    else:
+        table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
+        if table.shape[1] != 2:
+            found = ", ".join(map(str, table.columns))
+            raise InputError(
+                "The hierarchy cannot be read", found=found, expected=wanted, path=path
+            )
+        rows = list(table.itertuples(index=False, name=None))
+    out: dict[str, str] = {}
+    for child, parent in rows:
+        if not (isinstance(child, str) and isinstance(parent, str) and child and parent):
+            raise InputError(
+                "A line of the hierarchy lacks a name",
+                found=f"child {child!r}, parent {parent!r}",
+                expected=wanted,
+                path=path,
+            )
+        if out.setdefault(child, parent) != parent:
+            raise ConfigError(
+                "A label has two parents in the hierarchy",
+                found=f"{child}: {out[child]} and {parent}",
+                expected="one",
+                path=path,
+            )
+    return out
+
+
+def columns_of(model: TrainedModel, store: CountStore | FilesSource) -> CellColumns:
+    """What a trained model is told of each cell of a store, labels left out."""
+    return cell_columns(store, model.columns, None)
+
+
+def _texts(store: CountStore | FilesSource, name: str) -> pd.Series[str]:
+    return store.obs([name])[name].map(text_of, na_action="ignore").astype(object)
+
+
+def _codes(
+    store: CountStore | FilesSource, name: str, known: tuple[str, ...]
+) -> npt.NDArray[np.int32]:
+    texts = _texts(store, name)
+    codes = pd.Categorical(texts, categories=list(known)).codes.astype(np.int32)
+    if (codes < 0).any():
+        if texts.isna().any():
+            raise _missing(store, name, texts)
+        unknown = sorted(set(texts[codes < 0]))
+        raise ModelError(
+            f"Obs column {name!r} has values that the model was not trained on",
+            found=", ".join(unknown[:5]),
+            expected="some of " + ", ".join(known[:10]),
+            path=store.path,
+        )
+    return codes
+
+
+def _numbers(store: CountStore | FilesSource, name: str) -> npt.NDArray[np.float64]:
+    values = pd.to_numeric(store.obs([name])[name], errors="coerce").to_numpy(np.float64)
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            f"Obs column {name!r} is not a number for each cell",
+            found=f"{int((~np.isfinite(values)).sum())} cells without one",
+            expected="finite numbers",
+            path=store.path,
+        )
+    return values
+
+
+def _missing(store: CountStore | FilesSource, name: str, texts: pd.Series[str]) -> ConfigError:
+    return ConfigError(
+        f"Obs column {name!r} has no value for some cells",
+        found=f"{int(texts.isna().sum())} cells without one",
+        do="fill them in with `atlas annotate`, or leave the covariate out",
+        path=store.path,
+    )

@@ -1,0 +1,94 @@
+"""From a model and a store to an embedding."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.errors import ConfigError
+from atlas.models import TrainedModel
+from atlas.provenance import command, versions
+from atlas.store import CountStore, FilesSource
+from atlas.store.options import check_name
+from atlas.workflows.streaming import CellStream
+
+
+def embed(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    *,
+    name: str | None = "",
+    device: str = "auto",
+    progress: bool = False,
+) -> npt.NDArray[np.float32]:
+    """Embed all cells of a store, streaming, in its row order.
+
+    Each minibatch lies in one study and has the same number of rows, the last one padded with
+    empty cells, so that the embedding of a cell does not depend on what else is in the store.
+
+    Parameters
+    ----------
+    model
+        A trained model; all its genes must be in the store, all batches of the store in it.
+    store
+        An open store.
+    name
+        Keep the embedding with the store under this name, by default the model's, such as
+        ``"scvi"``; None does not keep it.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    progress
+        Show cells/s and the time left on stderr.
+
+    Returns
+    -------
+    float32, (n_obs, n_latent): posterior means of z.
+
+    Raises
+    ------
+    ModelError
+        The store lacks a gene of the model, or has a batch that the model does not know.
+    """
+    if name == "":
+        name = model.name
+    if name is not None:
+        check_name(name, "embedding")
+        check_writable(store, f"name={name!r}")
+    stream = CellStream(model, store, device=device, progress="embedding" if progress else None)
+    out = np.empty((store.n_obs, model.config.n_latent), np.float32)
+    for cells in stream:
+        out[cells.rows] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
+    if name is not None and isinstance(store, CountStore):
+        how = {
+            "model": {"name": model.name, **model.config.to_json()},
+            "genes": list(model.genes),
+            "training": model.training,
+            "versions": versions(),
+            "command": command(),
+        }
+        store.write_embedding(name, out, how)
+    return out
+
+
+def check_writable(store: CountStore | FilesSource, found: str) -> None:
+    """Refuse what can only be read.
+
+    Raises
+    ------
+    ConfigError
+        The counts are files as they are, or a store by URL.
+    """
+    if not isinstance(store, CountStore):
+        raise ConfigError(
+            "Only a store keeps what is computed",
+            found=repr(store),
+            do="give name=None and keep what is returned, or ingest the files",
+            path=store.path,
+        )
+    if store.url is not None:
+        raise ConfigError(
+            "A store by URL can only be read",
+            found=found,
+            do="give name=None and keep what is returned",
+            path=store.url,
+        )

@@ -1,0 +1,178 @@
+"""The cells of a store as inputs of a trained model, minibatch after minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from atlas.errors import ModelError
+from atlas.models import Inputs, TrainedModel
+from atlas.store import CountStore, FilesSource
+from atlas.training.environment import resolve_device
+from atlas.workflows.columns import columns_of
+from atlas.workflows.rows import Rows, rows_where
+from loaders import SequentialLoader
+
+MINIBATCH = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Cells:
+    """A minibatch of cells of one study.
+
+    Attributes
+    ----------
+    rows
+        Their row numbers in the store: int64, (n_cells,).
+    inputs
+        Their inputs on the model's device, padded with empty cells to as many rows as every
+        minibatch has: what is computed for the first ``n_cells`` counts.
+    """
+
+    rows: npt.NDArray[np.int64]
+    inputs: Inputs
+
+    @property
+    def n_cells(self) -> int:
+        """How many cells there are."""
+        return len(self.rows)
+
+
+class CellStream:
+    """Cells of a store for a trained model, in row order.
+
+    Each minibatch lies in one study and has the same number of rows, the last one padded with
+    empty cells, so that what is computed for a cell does not depend on what else is in the store.
+    The model is moved to the device. Iterating again reads again.
+
+    Parameters
+    ----------
+    model
+        A trained model; all its genes must be in the store, and all batches of the cells in it if
+        its encoder sees the batch.
+    store
+        An open store, or files as they are.
+    rows
+        Which cells: chosen by an obs column, or a mask (n_obs,); all when None.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    progress
+        What to show on stderr beside cells/s and the time left; nothing when None.
+    minibatch_size
+        Rows of a minibatch.
+
+    Attributes
+    ----------
+    chosen
+        Row numbers of the cells: int64, (n_cells,).
+    device
+        Where the inputs are.
+
+    Raises
+    ------
+    ModelError
+        The store lacks a gene of the model, or the cells are of a batch that it does not know.
+    """
+
+    def __init__(
+        self,
+        model: TrainedModel,
+        store: CountStore | FilesSource,
+        *,
+        rows: Rows | npt.NDArray[np.bool_] | None = None,
+        device: str = "auto",
+        progress: str | None = None,
+        minibatch_size: int = MINIBATCH,
+    ) -> None:
+        _check_genes(model, store)
+        if rows is None:
+            mask = np.ones(store.n_obs, bool)
+        else:
+            mask = rows if isinstance(rows, np.ndarray) else rows_where(store, rows)
+        self.chosen = np.flatnonzero(mask)
+        self._mask = mask
+        self._batch_of = _batch_codes(model, store, mask)
+        self._columns = columns_of(model, store)
+        self._view = store.select(model.genes)
+        self._presence = torch.from_numpy(self._view.presence)
+        self._progress = progress
+        self._size = minibatch_size
+        self.device = resolve_device(device)
+        model.module.to(self.device)
+
+    def __iter__(self) -> Iterator[Cells]:
+        """Go through the cells."""
+        with tqdm(
+            total=len(self.chosen),
+            desc=self._progress,
+            unit=" cells",
+            unit_scale=True,
+            disable=self._progress is None,
+        ) as bar:
+            if not len(self.chosen):
+                return
+            for minibatch in SequentialLoader(self._view, self._size, rows=self._mask):
+                rows = np.asarray(minibatch.rows, np.int64)
+                counts = torch.zeros(self._size, self._view.n_vars, device=self.device)
+                counts[: len(rows)] = minibatch.to_torch(self.device, dense=True)
+                present = self._presence[int(minibatch.obs["study"][0])]
+                columns = self._columns
+                inputs = Inputs(
+                    counts,
+                    self._padded(self._batch_of[minibatch.obs["batch"]]),
+                    None if bool(present.all()) else present.expand(self._size, -1).to(self.device),
+                    categories=self._rows_of(columns.categories, rows),
+                    continuous=self._rows_of(columns.continuous, rows),
+                    size_factor=self._rows_of(columns.size_factor, rows, filling=1),
+                )
+                yield Cells(rows, inputs)
+                bar.update(len(rows))
+
+    def _rows_of(
+        self, values: npt.NDArray[Any] | None, rows: npt.NDArray[np.int64], filling: int = 0
+    ) -> Tensor | None:
+        return None if values is None else self._padded(values[rows], filling)
+
+    def _padded(self, values: npt.NDArray[Any], filling: int = 0) -> Tensor:
+        """Values of cells on the device, with as many rows as every minibatch has."""
+        kind = np.int64 if values.dtype.kind == "i" else values.dtype
+        out = np.full((self._size, *values.shape[1:]), filling, kind)
+        out[: len(values)] = values
+        return torch.from_numpy(out).to(self.device)
+
+
+def _check_genes(model: TrainedModel, store: CountStore | FilesSource) -> None:
+    if missing := sorted(set(model.genes) - set(store.gene_table.names)):
+        raise ModelError(
+            "The model was trained on genes that the store does not have",
+            found=f"{len(missing)} of {len(model.genes)} missing, e.g. {', '.join(missing[:5])}",
+            expected="a store with all genes of the model",
+            path=store.path,
+        )
+
+
+def _batch_codes(
+    model: TrainedModel, store: CountStore | FilesSource, mask: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """The model's code of each of the store's batches; 0 where its encoder does not see them."""
+    code = {name: i for i, name in enumerate(model.batches)}
+    codes = np.array([code.get(name, -1) for name in store.batches], np.int64)
+    if not model.encodes_batch:
+        return np.maximum(codes, 0)
+    met = np.unique(store.obs_codes["batch"][mask])
+    if unknown := [store.batches[i] for i in met if codes[i] < 0]:
+        raise ModelError(
+            "The store has batches that the model was not trained on",
+            found=", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else ""),
+            expected=f"some of {', '.join(model.batches[:8])}",
+            do="train a model on all studies of the store",
+            path=store.path,
+        )
+    return np.maximum(codes, 0)
