@@ -244,7 +244,7 @@ def _resolved(
     studies = np.unique(store.obs_codes["study"][chosen])
     names = list(dict.fromkeys(gene.name for gene in resolved.values() if gene.name is not None))
     measured = store.select(names).presence[studies] if names else np.ones((len(studies), 0), bool)
-    partly = {name for name, whole in zip(names, measured.all(axis=0), strict=True) if not whole}
+    partly = {name for i, name in enumerate(names) if not measured[:, i].all()}
     if not partly:
         return resolved
     told = "; ".join(
