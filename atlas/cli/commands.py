@@ -317,5 +317,7 @@ def simulate(options: argparse.Namespace) -> None:
         batches=options.batches,
         library=options.library,
         missing_genes=options.missing_genes,
+        process=options.process,
+        tree=options.tree,
     )
     print("\n".join(map(str, paths)))

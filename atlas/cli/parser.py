@@ -231,6 +231,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
     )
+    sub.add_argument(
+        "--process",
+        choices=("zinb", "umi", "reads"),
+        default="zinb",
+        help="what counts come from; umi and reads: bursts, capture, PCR, sequencing",
+    )
+    sub.add_argument(
+        "--tree", action="store_true", help="cells along a tree; the end points are the types"
+    )
     sub.add_argument("--seed", type=int, default=0)
     return parser
 
