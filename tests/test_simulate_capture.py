@@ -10,6 +10,7 @@ from scipy.special import hyp1f1
 
 from atlas.errors import ConfigError
 from atlas.simulate import CaptureGenes, Truth, simulate
+from atlas.simulate import capture as module
 from atlas.simulate.capture import (
     Capture,
     amplify,
@@ -77,17 +78,28 @@ def test_copies_have_the_moments_of_a_branching_process(rate, rounds):
     np.testing.assert_allclose(copies.var(), expected, rtol=0.06, atol=1e-12)
 
 
-def test_faulty_copies_make_families_and_no_copies():
+def test_many_copies_are_drawn_with_the_same_variance(monkeypatch):
+    monkeypatch.setattr(module, "_MANY", 8)
+    copies, _ = amplify(np.random.default_rng(8), np.full(40_000, 0.5), 9, 0.0)
+    mean = 1.5**9
+    assert abs(copies.mean() - mean) < 0.03 * mean
+    np.testing.assert_allclose(copies.var(), 0.25 * mean * (mean - 1) / (2.25 - 1.5), rtol=0.06)
+
+
+def test_faulty_copies_are_taken_from_the_others():
+    copies, origin = amplify(np.random.default_rng(9), np.ones(50), 10, 0.01)
+    assert len(copies) > 100
+    assert (np.bincount(origin, copies) == 2**10).all()
+
+
+def test_faulty_copies_make_families():
     n, rate, rounds, error = 30_000, 0.7, 9, 2e-3
-    copies, origin = amplify(np.random.default_rng(4), np.full(n, rate), rounds, error)
+    copies, _ = amplify(np.random.default_rng(4), np.full(n, rate), rounds, error)
     mean = 1.7**rounds
     families = len(copies) - n
     expected = n * error * (mean - 1)
     # as many chances as new copies; their number varies too, hence the room
     assert abs(families - expected) < 4.5 * np.sqrt(expected * (1 + error * mean))
-    of_each = np.bincount(origin, copies)
-    spread = np.sqrt(0.21 * mean * (mean - 1) / (1.7**2 - 1.7))
-    assert abs(of_each.mean() - mean) < 4.5 * spread / np.sqrt(n)
     assert copies.min() >= 1
 
 
@@ -146,20 +158,30 @@ def test_what_is_captured_is_the_efficiencys_part(simulated):
     out, studies, truth = simulated
     genes = CaptureGenes.load(out / "capture.npz")
     bursts = genes.k_off / (genes.k_on * (genes.k_on + genes.k_off + 1))
-    found = expected = variance = 0.0
+    found = expected = variance = together = pairs = 0.0
     for s, a in enumerate(studies):
         assert a.obs["efficiency"].between(0, 1, inclusive="right").all()
         captured = (a.obs["transcripts"] * a.obs["efficiency"]).to_numpy()
         np.testing.assert_allclose(np.log(captured), a.obs["log_library"])
         code = {name: i for i, name in enumerate(truth.batches)}
+        mean = np.zeros(a.shape)
         for batch in a.obs["batch"].unique():
             mine = (a.obs["batch"] == batch).to_numpy()
             rho = truth.batch_rho(code[f"study_{s + 1}/{batch}"])[a.obs["state"][mine]]
-            mean = captured[mine, None] * rho
-            found += a[mine].X.sum()
-            expected += mean.sum()
-            variance += (mean + mean**2 * bursts).sum()
+            mean[mine] = captured[mine, None] * rho
+            location = truth.log_library_location[code[f"study_{s + 1}/{batch}"]]
+            middle = np.log(0.1) + location - np.log(SMALL["library"])
+            efficiency = np.log(a.obs["efficiency"][mine])
+            assert abs(efficiency.mean() - middle) < 4.5 * 0.3 / np.sqrt(mine.sum())
+        of_each = mean + mean**2 * bursts
+        residual = (a.X.toarray() - mean) / np.sqrt(of_each)
+        found += a.X.sum()
+        expected += mean.sum()
+        variance += of_each.sum()
+        together += (residual[64:] * residual[:-64]).sum()  # of cells a block apart
+        pairs += residual[64:].size
     assert abs(found - expected) < 4.5 * np.sqrt(variance)
+    assert abs(together) < 5 * np.sqrt(pairs)
     assert np.isnan(truth.dropout_logit).all()
     assert np.isnan(truth.inverse_dispersion).all()
     assert a.X.has_sorted_indices
