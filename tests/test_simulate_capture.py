@@ -182,6 +182,8 @@ def test_what_is_captured_is_the_efficiencys_part(simulated):
         pairs += residual[64:].size
     assert abs(found - expected) < 4.5 * np.sqrt(variance)
     assert abs(together) < 5 * np.sqrt(pairs)
+    assert a.uns["simulation"]["process"] == "umi"
+    assert a.uns["simulation"]["capture"]["depth"] == 300.0
     assert np.isnan(truth.dropout_logit).all()
     assert np.isnan(truth.inverse_dispersion).all()
     assert a.X.has_sorted_indices
@@ -235,6 +237,8 @@ def test_settings_out_of_range_are_refused(wrong, value):
 def test_wrong_processes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="process is out of range"):
         simulate(tmp_path / "x", process="poisson", **SMALL)
+    with pytest.raises(ConfigError, match=r"library is out of range(.|\n)*in \[1, 100000\]"):
+        simulate(tmp_path / "x", process="umi", **{**SMALL, "library": 2e5})
     with pytest.raises(ConfigError, match="Only a process with capture has settings"):
         simulate(tmp_path / "x", capture=Capture(), **SMALL)
     assert not (tmp_path / "x").exists()

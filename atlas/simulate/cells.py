@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
@@ -61,7 +61,17 @@ class Draws:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """Everything that is drawn once for all studies."""
+    """Everything that is drawn once for all studies.
+
+    Attributes
+    ----------
+    seed, library, process
+        As asked for.
+    truth, tree, capture_genes
+        As drawn; None for what is not used.
+    capture
+        Settings of a process with capture.
+    """
 
     seed: int
     library: float
@@ -133,6 +143,9 @@ class Recipe:
             block = self._captured(
                 study, obs, log_library, own_batches[batch], batch, state, tables, measured
             )
+        settings: dict[str, Any] = {"seed": self.seed, "study": study, "process": self.process}
+        if self.capture_genes is not None:
+            settings["capture"] = asdict(self.capture)
         index = [f"study_{study + 1}-cell_{i + 1:07d}" for i in range(n_obs)]
         return Draws(
             obs=pd.DataFrame(obs, index=np.array(index, dtype=object)),
@@ -141,7 +154,7 @@ class Recipe:
                 index=truth.genes[measured].astype(object),
             ),
             latent=truth.state_latent[state],
-            settings={"seed": self.seed, "study": study, "process": self.process},
+            settings=settings,
             block_rows=block_rows,
             block=block,
         )

@@ -80,10 +80,10 @@ def simulate(
         Share of the genes that the last study has not measured.
     process
         ``"zinb"``; or bursts of transcription, capture, PCR and sequencing, counted as ``"umi"`` or
-        as ``"reads"`` (:mod:`atlas.simulate.capture`). These take some 2 ms of a core a
-        cell at 2,000 genes, 8 at 20,000.
+        as ``"reads"`` (:mod:`atlas.simulate.capture`). A cell then takes some 2 ms of a core at
+        2,000 genes and 8 at 20,000, and memory goes with ``library``.
     capture
-        Settings of the latter.
+        Settings of the latter; also in ``uns["simulation"]``.
     tree
         Spread the cells along the branches of a binary tree with ``types`` tips
         (:mod:`atlas.simulate.tree`) in place of separate types.
@@ -103,6 +103,7 @@ def simulate(
     AtlasError
         If a file cannot be written; nothing is left behind.
     """
+    most = 1e6 if process == "zinb" else 1e5  # molecules are drawn one by one
     for name, value, good, expected in (
         ("studies", studies, studies >= 1, "at least 1"),
         ("cells", cells, cells >= studies, "at least 1 per study"),
@@ -110,7 +111,7 @@ def simulate(
         ("genes", genes, genes >= 1, "at least 1"),
         ("types", types, types >= 1 + tree, "at least 2 for a tree" if tree else "at least 1"),
         ("batches", batches, batches >= 1, "at least 1"),
-        ("library", library, 1 <= library <= 1e6, "in [1, 1e6]"),
+        ("library", library, 1 <= library <= most, f"in [1, {most:g}]"),
         ("missing_genes", missing_genes, 0 <= missing_genes < 1, "in [0, 1)"),
         ("process", process, process in get_args(Process), "zinb, umi or reads"),
         ("threads", threads, threads is None or threads >= 1, "at least 1"),

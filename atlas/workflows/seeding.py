@@ -108,7 +108,8 @@ def seed_labels(
         signatures.
     name
         obs column for the labels; ``NAME_score_SIGNATURE`` holds the scores. The cells chosen get
-        new values, others keep theirs. None writes nothing.
+        new values, others keep theirs, and so do score columns of signatures that are not asked for
+        again. None writes nothing.
     top
         Seeds of a signature.
     rows
