@@ -19,7 +19,16 @@ if TYPE_CHECKING:
         open_store,
         to_anndata,
     )
-    from atlas.workflows import embed, evaluate, project, report, select_genes, train, verify
+    from atlas.workflows import (
+        embed,
+        evaluate,
+        project,
+        report,
+        seed_labels,
+        select_genes,
+        train,
+        verify,
+    )
 
 # Threads of OpenMP (torch, FAISS, scikit-learn) that wait are to sleep, not to spin: spinning keeps
 # the loader's threads, and whatever else runs, off the cores. Beside one other busy process on two
@@ -42,6 +51,7 @@ _HOME = {
     "open_store": "atlas.store",
     "project": "atlas.workflows",
     "report": "atlas.workflows",
+    "seed_labels": "atlas.workflows",
     "select_genes": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
@@ -64,6 +74,7 @@ __all__ = [
     "open_store",
     "project",
     "report",
+    "seed_labels",
     "select_genes",
     "to_anndata",
     "train",

@@ -11,7 +11,7 @@ from scipy import stats
 
 from atlas.errors import AtlasError, ConfigError
 from atlas.simulate import Truth, draw_truth, simulate
-from atlas.zinb_draws import draw_counts
+from atlas.simulate.zinb import draw_counts
 
 SMALL = {"cells": 1500, "studies": 3, "genes": 300, "types": 5, "library": 400.0, "progress": False}
 

@@ -229,6 +229,34 @@ def report(options: argparse.Namespace) -> None:
     print(workflows.report(store, out=options.out, **_measuring(options)))
 
 
+def seed_labels(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    found = workflows.seed_labels(
+        open_store(options.store),
+        options.signatures,
+        name=options.name,
+        top=options.top,
+        rows=options.rows,
+        aliases=options.aliases,
+        ignore_missing=options.ignore_missing,
+        as_label=options.as_label,
+        unlabeled=options.unlabeled,
+        progress=True,
+    )
+    for gene in found.genes:
+        name = gene.name if gene.name in (None, gene.asked) else f"{gene.name} ({gene.asked})"
+        told = f"counts in {gene.detected:.1%} of the cells" if gene.name else "left out"
+        print(f"{name or gene.asked:<24} {told}")
+    for signature, n in zip(found.signatures, found.n_seeds, strict=True):
+        print(f"{signature.name:<24} {n:,} seeds")
+    if found.n_shared:
+        print(f"{found.n_shared:,} cells were among the top of several signatures")
+    print(f"{found.n_scored:,} cells scored; columns {', '.join(found.columns)}")
+    if options.as_label:
+        print(f"{options.name} is the label now")
+
+
 def export(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
@@ -300,5 +328,7 @@ def simulate(options: argparse.Namespace) -> None:
         batches=options.batches,
         library=options.library,
         missing_genes=options.missing_genes,
+        process=options.process,
+        tree=options.tree,
     )
     print("\n".join(map(str, paths)))

@@ -181,6 +181,26 @@ def build_parser() -> argparse.ArgumentParser:
     _add_measuring(sub)
     sub.add_argument("--out", required=True, metavar="FILE")
 
+    sub = command(
+        "seed-labels", commands.seed_labels, "label the cells that fit signatures of types best"
+    )
+    sub.add_argument("store")
+    sub.add_argument(
+        "signatures",
+        help='a text file with lines such as "CD4 Naive: CCR7+ CD4+ CD69-", or a .json file',
+    )
+    sub.add_argument("--name", default="seed", help="obs column for the labels")
+    sub.add_argument("--top", type=int, default=50, help="seeds of a signature")
+    sub.add_argument("--rows", help="the cells, by an obs column: column=value,value")
+    sub.add_argument("--aliases", metavar="TABLE", help="a line for each gene: all its names")
+    sub.add_argument(
+        "--ignore-missing", action="store_true", help="leave out genes that the store lacks"
+    )
+    sub.add_argument(
+        "--as-label", action="store_true", help="make them the labels in place of those there are"
+    )
+    sub.add_argument("--unlabeled", default="Unknown", help="what cells that are no seeds have")
+
     sub = command("export", commands.export, "write cells as AnnData")
     sub.add_argument("store")
     sub.add_argument("out", metavar="OUT.h5ad")
@@ -226,6 +246,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--library", type=float, default=2000.0, help="median counts of a cell")
     sub.add_argument(
         "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
+    )
+    sub.add_argument(
+        "--process",
+        choices=("zinb", "umi", "reads"),
+        default="zinb",
+        help="what counts come from; umi and reads: bursts, capture, PCR, sequencing",
+    )
+    sub.add_argument(
+        "--tree", action="store_true", help="cells along a tree; the end points are the types"
     )
     sub.add_argument("--seed", type=int, default=0)
     return parser

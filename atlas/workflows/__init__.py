@@ -10,8 +10,10 @@ from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json
 from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
+from atlas.workflows.seeding import SeedLabels, seed_labels
 
 __all__ = [
+    "SeedLabels",
     "StoreInfo",
     "embed",
     "evaluate",
@@ -20,6 +22,7 @@ __all__ = [
     "ingest",
     "project",
     "report",
+    "seed_labels",
     "select_genes",
     "train",
     "verify",
