@@ -30,7 +30,7 @@ def checkpoint(step: int = 7, *, best: bool = True) -> Checkpoint:
         "linear.weight": torch.randn(3, 2, generator=generator),
         "norm.num_batches_tracked": torch.tensor(step),
     }
-    record = EpochRecord(1, 4, 12.5, 11.0, 1.5, 0.1 + 0.2, None, 0.25, 1e4)
+    record = EpochRecord(1, 4, 12.5, 11.0, 1.5, 0.0, 0.1 + 0.2, None, 0.25, 1e4)
     return Checkpoint(
         weights=weights,
         optimizer={"step/linear.weight": torch.tensor(4.0), "exp_avg/linear.weight": torch.ones(2)},

@@ -17,7 +17,7 @@ shares = st.floats(0, 1)
 def history(bounds: list[float | None], steps_per_epoch: int = 1) -> History:
     return History(
         tuple(
-            EpochRecord(i, i * steps_per_epoch, 1.0, 1.0, 0.0, 1.0, bound, 1.0, 1.0)
+            EpochRecord(i, i * steps_per_epoch, 1.0, 1.0, 0.0, 0.0, 1.0, bound, 1.0, 1.0)
             for i, bound in enumerate(bounds, 1)
         )
     )
