@@ -118,24 +118,24 @@ def train(
     if model not in ARCHITECTURES:
         names = ", ".join(map(repr, ARCHITECTURES))
         raise ConfigError("There is no such model", found=repr(model), expected=names)
-    epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
+    of_labels = {"label_key": label_key, "hierarchy": hierarchy, "start_from": start_from}
+    of_covariates = {
+        "categorical_covariates": categorical_covariates,
+        "continuous_covariates": continuous_covariates,
+        "size_factor": size_factor,
+    }
+    _check_taken(model, of_labels, of_covariates)
     if size_factor is not None:
         options["library"] = "size-factor"
+    epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
     architecture, training = _configs(model, {**options, "seed": seed, "max_epochs": epochs})
-    _check_asked(
-        model,
-        architecture,
-        {
-            "label_key": label_key,
-            "hierarchy": hierarchy,
-            "start_from": start_from,
-        },
-        {
-            "categorical_covariates": categorical_covariates,
-            "continuous_covariates": continuous_covariates,
-        },
-        size_factor,
-    )
+    library = getattr(architecture, "library", None)
+    if library == "size-factor" and size_factor is None:
+        raise ConfigError(
+            "Size factors need an obs column",
+            found="library='size-factor'",
+            do="name the column with size_factor (--size-factor)",
+        )
     genes = store.genes if genes is None else tuple(map(str, genes))
     if genes is None:
         raise ConfigError(
@@ -164,14 +164,8 @@ def train(
     )
     labels = None
     if isinstance(architecture, ScanviConfig):
-        labels = LabelTree.make(
-            label_names(store, label_key),
-            None if hierarchy is None else read_hierarchy(hierarchy),
-            architecture.unobserved_classes,
-        )
-    prior = None
-    if getattr(architecture, "library", None) == "latent":
-        prior = _library_prior(view, len(store.batches))
+        labels = _labels(store, label_key, hierarchy, architecture.unobserved_classes)
+    prior = _library_prior(view, len(store.batches)) if library == "latent" else None
     module = build_model(
         architecture,
         view.n_vars,
@@ -274,27 +268,38 @@ def _configs(model: str, options: dict[str, Any]) -> tuple[Architecture, TrainCo
     return kinds[0](**sorted_out[0]), TrainConfig(**sorted_out[1])
 
 
-def _check_asked(
-    model: str,
-    architecture: Architecture,
-    of_scanvi: Mapping[str, Any],
-    of_scvi: Mapping[str, Any],
-    size_factor: str | None,
+def _check_taken(
+    model: str, of_labels: Mapping[str, Any], of_covariates: Mapping[str, Any]
 ) -> None:
     """Refuse what the model would not look at."""
-    wrong = []
-    if not isinstance(architecture, ScanviConfig):
-        wrong += [name for name, value in of_scanvi.items() if value]
-    if not isinstance(architecture, ScviConfig):
-        wrong += [name for name, value in of_scvi.items() if value]
-    elif (architecture.library == "size-factor") != (size_factor is not None):
-        raise ConfigError(
-            "Size factors need an obs column",
-            found="library='size-factor' without size_factor",
-            do="name the column with size_factor (--size-factor)",
-        )
+    kind = ARCHITECTURES[model]
+    wrong = [
+        name
+        for wanted, given in ((ScanviConfig, of_labels), (ScviConfig, of_covariates))
+        for name, value in given.items()
+        if value and not issubclass(kind, wanted)
+    ]
     if wrong:
-        raise ConfigError(f"The model {model} does not take these", found=", ".join(sorted(wrong)))
+        raise ConfigError(f"The model {model} does not take these", found=", ".join(wrong))
+
+
+def _labels(
+    store: CountStore | FilesSource,
+    label_key: str | None,
+    hierarchy: Hierarchy | None,
+    unobserved: int,
+) -> LabelTree:
+    names = label_names(store, label_key)
+    if not names:
+        raise ConfigError(
+            "scANVI needs cells with a label",
+            found=f"none in obs column {label_key!r}" if label_key else "none in the store",
+            do="name another column with label_key (--label-key), or give labels with "
+            "`atlas annotate` or `atlas seed-labels`",
+            path=store.path,
+        )
+    parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
+    return LabelTree.make(names, parent_of, unobserved)
 
 
 def _start_from(

@@ -14,7 +14,7 @@ import torch
 
 from atlas.config import ScviConfig
 from atlas.errors import CheckpointError, ModelError
-from atlas.models import Inputs, TrainedModel, build_model, load_model, trained
+from atlas.models import Inputs, TrainedModel, build_model, load_model
 
 GENES = tuple(f"g{i}" for i in range(11))
 

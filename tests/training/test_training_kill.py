@@ -21,10 +21,12 @@ import pytest
 import torch
 
 from atlas import files
-from atlas.config import ScviConfig, TrainConfig
+from atlas.config import Architecture, ScanviConfig, ScviConfig, TrainConfig
+from atlas.models import LabelTree
 from atlas.models.base import Model
 from atlas.models.build import build_model
 from atlas.training.checkpoint import load_checkpoint
+from atlas.training.inputs import CellColumns
 from atlas.training.loop import fit
 from loaders import ArraySource
 
@@ -40,7 +42,11 @@ CONFIG = TrainConfig(
     threads=1,
 )
 
-SCVI = ScviConfig(n_hidden=32)
+MODELS: dict[str, Architecture] = {
+    "scvi": ScviConfig(n_hidden=32),
+    "scanvi": ScanviConfig(n_hidden=32, classifier_epochs=3),
+}
+LABELS = LabelTree.make(["a", "b", "c"], {"a": "ab", "b": "ab", "c": "c "})
 
 
 def make_source() -> ArraySource:
@@ -50,9 +56,15 @@ def make_source() -> ArraySource:
     return ArraySource(rng.poisson(means), codes, segments=(0, 250, N_OBS))
 
 
+def make_model(kind: str, seed: int) -> Model:
+    labels = LABELS if kind == "scanvi" else None
+    return build_model(MODELS[kind], N_VARS, 3, seed, labels=labels)
+
+
 def train(out: Path, model: Model) -> None:
     presence = np.ones((2, N_VARS), dtype=bool)
     presence[1, ::3] = False
+    label = np.random.default_rng(1).integers(-1, len(LABELS.names), N_OBS).astype(np.int32)
     fit(
         model,
         make_source(),
@@ -62,12 +74,15 @@ def train(out: Path, model: Model) -> None:
         config=CONFIG,
         out=out,
         resume=True,
-        describe={"model": SCVI.to_json()},
+        describe={"model": model.config.to_json()},
+        columns=CellColumns(label=label) if isinstance(model.config, ScanviConfig) else None,
         progress=False,
     )
 
 
-def train_and_die(out: Path, *, at_event: int | None = None, after: float | None = None) -> None:
+def train_and_die(
+    kind: str, out: Path, *, at_event: int | None = None, after: float | None = None
+) -> None:
     """Train until the n-th step, write or sync, or so many seconds; then SIGKILL this process."""
 
     def die() -> None:
@@ -94,7 +109,7 @@ def train_and_die(out: Path, *, at_event: int | None = None, after: float | None
 
     # Another seed each time: what a resumed model starts with must not matter.
     start = 0 if load_checkpoint(out) is None else os.getpid()
-    model = build_model(SCVI, N_VARS, 3, start)
+    model = make_model(kind, start)
     loss: Callable[..., object] = model.loss
 
     def counted_loss(*args: object) -> object:
@@ -135,32 +150,32 @@ def step_of(out: Path) -> int:
     return 0 if checkpoint is None else checkpoint.progress.step
 
 
-def main(folder: Path, seed: int, kills: int) -> None:
+def main(kind: str, folder: Path, seed: int, kills: int) -> None:
     """Train once undisturbed and once with kills; print where each resume began."""
     # The first optimiser imports much of torch: once here, not in every child.
     torch.optim.Adam([torch.zeros(1)])
-    in_child(lambda: train_and_die(folder / "whole"))
+    in_child(lambda: train_and_die(kind, folder / "whole"))
     draw = random.Random(seed)
     out = folder / "killed"
     steps: list[int] = []
     for kill in range(kills):
         if kill % 3:
             at_event = draw.randint(1, 40)
-            killed = in_child(lambda n=at_event: train_and_die(out, at_event=n))  # type: ignore[misc]
+            killed = in_child(lambda n=at_event: train_and_die(kind, out, at_event=n))  # type: ignore[misc]
         else:
             after = draw.uniform(0.05, 0.6)
-            killed = in_child(lambda s=after: train_and_die(out, after=s))  # type: ignore[misc]
+            killed = in_child(lambda s=after: train_and_die(kind, out, after=s))  # type: ignore[misc]
         if not killed:
             break
         steps.append(step_of(out))
-    in_child(lambda: train_and_die(out))
+    in_child(lambda: train_and_die(kind, out))
     print(json.dumps(steps))
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", [0, 1])
-def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, seed: int) -> None:
-    command = [sys.executable, __file__, str(tmp_path), str(seed), "10"]
+@pytest.mark.parametrize(("kind", "seed"), [("scvi", 0), ("scvi", 1), ("scanvi", 0)])
+def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, kind: str, seed: int) -> None:
+    command = [sys.executable, __file__, kind, str(tmp_path), str(seed), "10"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert found.returncode == 0, found.stderr
@@ -197,4 +212,4 @@ def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, seed: int) -
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,285 @@
+"""scANVI from a store to labels, through the public names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import atlas
+from atlas.errors import AtlasError, CheckpointError, ConfigError, ModelError
+from atlas.models import Inputs
+from atlas.simulate import simulate
+from atlas.workflows.streaming import CellStream
+
+OPTIONS = {"n_hidden": 32, "n_latent": 6, "threads": 1, "seed": 0}
+GROUPS = {"type_0": "left", "type_1": "left", "type_2": "right", "type_3": "right"}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> atlas.CountStore:
+    """Two studies of four types; the labels of the second are hidden in ``seen``."""
+    folder = tmp_path_factory.mktemp("scanvi")
+    paths = simulate(folder / "files", cells=1200, studies=2, genes=120, types=4, progress=False)
+    store = atlas.create_store(folder / "s.atlas")
+    for i, path in enumerate(paths, start=1):
+        store.append(path, study=f"study_{i}", batch_key="batch", label_key="cell_type")
+    atlas.select_genes(store, 100)
+    obs = store.obs()
+    names = {name: f"type_{i}" for i, name in enumerate(store.labels)}
+    table = pd.DataFrame(index=obs.index)
+    table["atlas_study"] = obs["atlas_study"].astype(str)
+    table["truth"] = obs["atlas_label"].astype(str).map(names)
+    table["seen"] = table["truth"].where(table["atlas_study"] == "study_1", "Unknown")
+    table["coarse"] = table["seen"].map(GROUPS).fillna("Unknown")
+    table["depth"] = np.random.default_rng(0).gamma(5, 0.2, len(table))
+    table["lane"] = np.random.default_rng(1).choice(["x", "y", "z"], len(table))
+    store.annotate(table)
+    return atlas.open_store(store.path)
+
+
+def predicted(model: atlas.TrainedModel, store: atlas.CountStore) -> np.ndarray:
+    """Name of the class of highest probability, of each cell."""
+    out = np.empty(store.n_obs, object)
+    for cells in CellStream(model, store):
+        log_q = model.module.log_probabilities(cells.inputs)[: cells.n_cells]
+        classes = log_q[:, list(model.labels.leaves)].argmax(-1).numpy()
+        out[cells.rows] = np.array(model.labels.classes)[classes]
+    return out
+
+
+@pytest.fixture(scope="module")
+def scanvi(store: atlas.CountStore) -> atlas.TrainedModel:
+    return atlas.train(
+        store, "scanvi", label_key="seen", max_epochs=25, out=store.path.parent / "run", **OPTIONS
+    )
+
+
+def test_labels_carry_over_to_the_other_study(
+    store: atlas.CountStore, scanvi: atlas.TrainedModel
+) -> None:
+    obs = store.obs(["truth", "seen"])
+    hidden = (obs["seen"] == "Unknown").to_numpy()
+    right = predicted(scanvi, store) == obs["truth"].to_numpy()
+    assert hidden.sum() > 400
+    assert right[hidden].mean() > 0.9
+    assert right[~hidden].mean() > 0.9
+    assert scanvi.labels.classes == ("type_0", "type_1", "type_2", "type_3")
+
+
+def test_a_model_of_labels_is_saved_and_loaded(
+    store: atlas.CountStore, scanvi: atlas.TrainedModel
+) -> None:
+    loaded = atlas.load_model(store.path.parent / "run")
+    assert loaded.name == "scanvi"
+    assert loaded.labels == scanvi.labels
+    assert loaded.columns == scanvi.columns
+    np.testing.assert_array_equal(predicted(loaded, store), predicted(scanvi, store))
+    z = atlas.embed(loaded, store)
+    assert "scanvi" in store.embeddings
+    np.testing.assert_array_equal(z, store.embedding("scanvi"))
+
+
+def test_the_classifier_kept_is_trained_on_the_encoder_kept(
+    store: atlas.CountStore, scanvi: atlas.TrainedModel, tmp_path: Path
+) -> None:
+    """Resuming a finished run gives the same model again, its last turn included."""
+    again = atlas.train(
+        store,
+        "scanvi",
+        label_key="seen",
+        max_epochs=25,
+        out=store.path.parent / "run",
+        resume=True,
+        **OPTIONS,
+    )
+    for name, value in again.module.state_dict().items():
+        assert torch.equal(value, scanvi.module.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("training", ["joint", "scvi-tools"])
+def test_joint_forms_train_too(store: atlas.CountStore, tmp_path: Path, training: str) -> None:
+    model = atlas.train(
+        store,
+        "scanvi",
+        label_key="seen",
+        training=training,
+        balance="label",
+        max_epochs=12,
+        out=tmp_path / "run",
+        **OPTIONS,
+    )
+    truth = store.obs(["truth"])["truth"].to_numpy()
+    assert (predicted(model, store) == truth).mean() > 0.85
+    assert model.training["history"][-1]["penalty"] > 0
+
+
+def test_groups_guide_types(store: atlas.CountStore, tmp_path: Path) -> None:
+    """Study 1 has labels of groups but for 5 cells a type; the tree joins both."""
+    obs = store.obs(["seen", "coarse"])
+    mixed = obs["coarse"].astype(object).copy()
+    rng = np.random.default_rng(0)
+    for name in GROUPS:
+        chosen = rng.choice(np.flatnonzero(obs["seen"] == name), 5, replace=False)
+        mixed.iloc[chosen] = name
+    table = pd.DataFrame({"mixed": mixed.to_numpy()}, index=obs.index)
+    table["atlas_study"] = store.obs(["atlas_study"])["atlas_study"].astype(str).to_numpy()
+    store.annotate(table)
+    path = tmp_path / "tree.csv"
+    path.write_text("child,parent\n" + "".join(f"{c},{p}\n" for c, p in GROUPS.items()))
+    model = atlas.train(
+        store,
+        "scanvi",
+        label_key="mixed",
+        hierarchy=path,
+        max_epochs=20,
+        out=tmp_path / "run",
+        **OPTIONS,
+    )
+    truth = store.obs(["truth"])["truth"]
+    found = pd.Series(predicted(model, store))
+    assert (found.map(GROUPS).to_numpy() == truth.map(GROUPS).to_numpy()).mean() > 0.9
+    assert (found.to_numpy() == truth.to_numpy()).mean() > 0.6
+
+
+def test_it_goes_on_from_a_trained_scvi(store: atlas.CountStore, tmp_path: Path) -> None:
+    scvi = atlas.train(store, "scvi", max_epochs=2, out=tmp_path / "scvi", **OPTIONS)
+    begun = atlas.train(
+        store,
+        "scanvi",
+        label_key="seen",
+        start_from=tmp_path / "scvi",
+        lr=1e-12,
+        average_steps=0,
+        max_epochs=1,
+        out=tmp_path / "run",
+        **OPTIONS,
+    )
+    for name, value in scvi.module.state_dict().items():
+        torch.testing.assert_close(
+            begun.module.scvi.state_dict()[name], value, atol=1e-6, rtol=1e-5
+        )
+    with pytest.raises(ModelError, match=r"does not fit[\s\S]*n_hidden: 32[\s\S]*n_hidden: 16"):
+        atlas.train(
+            store,
+            "scanvi",
+            label_key="seen",
+            start_from=scvi,
+            max_epochs=1,
+            out=tmp_path / "other",
+            **{**OPTIONS, "n_hidden": 16},
+        )
+
+
+def test_covariates_and_size_factors(store: atlas.CountStore, tmp_path: Path) -> None:
+    model = atlas.train(
+        store,
+        "scvi",
+        categorical_covariates=["lane"],
+        continuous_covariates=["depth"],
+        size_factor="depth",
+        encode_covariates=True,
+        max_epochs=2,
+        out=tmp_path / "run",
+        **OPTIONS,
+    )
+    loaded = atlas.load_model(tmp_path / "run")
+    assert loaded.columns.categorical == (("lane", ("x", "y", "z")),)
+    assert len(loaded.module.decoder.linears[0].category_weights) == 1
+    z = atlas.embed(loaded, store, name=None)
+    np.testing.assert_array_equal(z, atlas.embed(model, store, name=None))
+    cells = next(iter(CellStream(loaded, store)))
+    inputs = cells.inputs
+    moved = Inputs(
+        inputs.counts,
+        inputs.batch,
+        categories=(inputs.categories + 1) % 3,
+        continuous=inputs.continuous,
+        size_factor=inputs.size_factor,
+    )
+    assert not torch.equal(model.embed(inputs), model.embed(moved))
+    # The means are the size factor times a softplus, so they scale with it.
+    twice = Inputs(
+        inputs.counts,
+        inputs.batch,
+        categories=inputs.categories,
+        continuous=inputs.continuous,
+        size_factor=2 * inputs.size_factor,
+    )
+    latent = model.embed(inputs)
+    first, second = (model.module.count_parameters(latent, i).mean for i in (inputs, twice))
+    torch.testing.assert_close(2 * first, second)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"label_key": "nowhere"}, AtlasError, "nowhere"),
+        ({"label_key": "none"}, ConfigError, "needs cells with a label"),
+        ({"label_key": "same"}, ConfigError, r"two classes[\s\S]*one class, 'T'"),
+        (
+            {"label_key": "seen", "hierarchy": {"type_0": "a", "a": "type_0"}},
+            ConfigError,
+            "does not have all labels|cycle",
+        ),
+        ({"label_key": "seen", "hierarchy": {"type_0": "a"}}, ConfigError, "all labels"),
+        (
+            {"model": "scvi", "label_key": "seen"},
+            ConfigError,
+            r"scvi does not take[\s\S]*label_key",
+        ),
+        ({"model": "scvi", "size_factor": "lane"}, ConfigError, "not a number for each cell"),
+        ({"model": "scvi", "size_factor": "negative"}, ConfigError, "not above 0"),
+        ({"model": "trvae", "size_factor": "depth"}, ConfigError, "does not take these"),
+        ({"model": "scvi", "categorical_covariates": ["none"]}, ConfigError, "has no value"),
+        ({"label_key": "seen", "classifier_epoch": 3}, ConfigError, "no such options"),
+        ({"label_key": "seen", "hold_out": "atlas_study=study_1"}, ConfigError, "has a label"),
+    ],
+)
+def test_wrong_ways(
+    store: atlas.CountStore,
+    tmp_path: Path,
+    arguments: dict[str, object],
+    error: type[AtlasError],
+    says: str,
+) -> None:
+    obs = store.obs(["atlas_study"])
+    table = pd.DataFrame(index=obs.index)
+    table["atlas_study"] = obs["atlas_study"].astype(str)
+    table["same"], table["negative"] = "T", -1.0
+    table["none"] = pd.Series([None] * len(table), dtype=object, index=table.index)
+    if "same" not in store.obs().columns:
+        store.annotate(table)
+    arguments = {"model": "scanvi", **arguments}
+    with pytest.raises(error, match=says):
+        atlas.train(store, max_epochs=1, out=tmp_path / "run", **OPTIONS, **arguments)
+    assert not list((tmp_path / "run").glob("model.json"))
+
+
+def test_a_hierarchy_with_two_parents(store: atlas.CountStore, tmp_path: Path) -> None:
+    path = tmp_path / "tree.json"
+    path.write_text('{"type_0": "a", "type_0": "b"}')
+    with pytest.raises(ConfigError, match=r"two parents[\s\S]*type_0: a and b[\s\S]*tree\.json"):
+        atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
+    path.write_text(json.dumps(["type_0"]))
+    with pytest.raises(AtlasError, match="cannot be read"):
+        atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
+
+
+def test_another_label_column_is_another_run(
+    store: atlas.CountStore, scanvi: atlas.TrainedModel
+) -> None:
+    with pytest.raises(CheckpointError, match="not the one asked for"):
+        atlas.train(
+            store,
+            "scanvi",
+            label_key="truth",
+            max_epochs=25,
+            out=store.path.parent / "run",
+            resume=True,
+            **OPTIONS,
+        )
