@@ -9,37 +9,66 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 
 import atlas
 from atlas.errors import AtlasError, CheckpointError, ConfigError, ModelError
 from atlas.models import Inputs
-from atlas.simulate import simulate
 from atlas.workflows.streaming import CellStream
 
-OPTIONS = {"n_hidden": 32, "n_latent": 6, "threads": 1, "seed": 0}
-GROUPS = {"type_0": "left", "type_1": "left", "type_2": "right", "type_3": "right"}
+OPTIONS = {
+    "n_hidden": 32,
+    "n_latent": 6,
+    "threads": 1,
+    "seed": 0,
+    "lr": 5e-3,
+    "minibatch_size": 64,
+    "average_steps": 50,
+}
+ALTERNATING = {**OPTIONS, "classifier_epochs": 10}
+GROUPS = {"type_1": "left", "type_2": "left", "type_3": "right", "type_4": "right"}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> atlas.CountStore:
     """Two studies of four types; the labels of the second are hidden in ``seen``."""
     folder = tmp_path_factory.mktemp("scanvi")
-    paths = simulate(folder / "files", cells=1200, studies=2, genes=120, types=4, progress=False)
     store = atlas.create_store(folder / "s.atlas")
-    for i, path in enumerate(paths, start=1):
-        store.append(path, study=f"study_{i}", batch_key="batch", label_key="cell_type")
-    atlas.select_genes(store, 100)
+    rng = np.random.default_rng(0)
+    means = rng.gamma(0.5, 2.0, (4, 150))
+    for study in (1, 2):
+        kind = rng.integers(0, 4, 700)
+        batch_effect = np.exp(rng.normal(0, 0.5, 150))
+        cells = AnnData(rng.poisson(0.3 * means[kind] * batch_effect).astype(np.float32))
+        cells.obs["cell_type"] = [f"type_{k + 1}" for k in kind]
+        cells.write_h5ad(folder / f"{study}.h5ad")
+        store.append(folder / f"{study}.h5ad", study=f"study_{study}", label_key="cell_type")
+    atlas.select_genes(store, 150)
     obs = store.obs()
-    names = {name: f"type_{i}" for i, name in enumerate(store.labels)}
     table = pd.DataFrame(index=obs.index)
     table["atlas_study"] = obs["atlas_study"].astype(str)
-    table["truth"] = obs["atlas_label"].astype(str).map(names)
-    table["seen"] = table["truth"].where(table["atlas_study"] == "study_1", "Unknown")
-    table["coarse"] = table["seen"].map(GROUPS).fillna("Unknown")
+    table["truth"] = obs["atlas_label"].astype(object)
+    table["seen"] = table["truth"].where(table["atlas_study"] == "study_1")
+    table["coarse"] = table["seen"].map(GROUPS)
     table["depth"] = np.random.default_rng(0).gamma(5, 0.2, len(table))
     table["lane"] = np.random.default_rng(1).choice(["x", "y", "z"], len(table))
+    table["same"], table["negative"] = "T", -1.0
+    table["none"] = pd.Series([None] * len(table), dtype=object, index=table.index)
     store.annotate(table)
     return atlas.open_store(store.path)
+
+
+def share_right(
+    model: atlas.TrainedModel, store: atlas.CountStore, study: str, groups: bool = False
+) -> float:
+    """Share of a study's cells given their true type, of types that study 1 has labels of."""
+    obs = store.obs(["truth", "seen", "atlas_study"])
+    truth, found = obs["truth"].astype(object), pd.Series(predicted(model, store), obs.index)
+    asked = truth.isin(obs["seen"].dropna().unique()) & (obs["atlas_study"] == study)
+    assert asked.sum() > 250
+    if groups:
+        truth, found = truth.map(GROUPS), found.map(GROUPS)
+    return float((truth == found)[asked].mean())
 
 
 def predicted(model: atlas.TrainedModel, store: atlas.CountStore) -> np.ndarray:
@@ -55,20 +84,21 @@ def predicted(model: atlas.TrainedModel, store: atlas.CountStore) -> np.ndarray:
 @pytest.fixture(scope="module")
 def scanvi(store: atlas.CountStore) -> atlas.TrainedModel:
     return atlas.train(
-        store, "scanvi", label_key="seen", max_epochs=25, out=store.path.parent / "run", **OPTIONS
+        store,
+        "scanvi",
+        label_key="seen",
+        max_epochs=15,
+        out=store.path.parent / "run",
+        **ALTERNATING,
     )
 
 
 def test_labels_carry_over_to_the_other_study(
     store: atlas.CountStore, scanvi: atlas.TrainedModel
 ) -> None:
-    obs = store.obs(["truth", "seen"])
-    hidden = (obs["seen"] == "Unknown").to_numpy()
-    right = predicted(scanvi, store) == obs["truth"].to_numpy()
-    assert hidden.sum() > 400
-    assert right[hidden].mean() > 0.9
-    assert right[~hidden].mean() > 0.9
-    assert scanvi.labels.classes == ("type_0", "type_1", "type_2", "type_3")
+    assert share_right(scanvi, store, "study_2") > 0.9
+    assert share_right(scanvi, store, "study_1") > 0.9
+    assert scanvi.labels.classes == tuple(sorted(set(store.obs(["seen"])["seen"].dropna())))
 
 
 def test_a_model_of_labels_is_saved_and_loaded(
@@ -92,10 +122,10 @@ def test_the_classifier_kept_is_trained_on_the_encoder_kept(
         store,
         "scanvi",
         label_key="seen",
-        max_epochs=25,
+        max_epochs=15,
         out=store.path.parent / "run",
         resume=True,
-        **OPTIONS,
+        **ALTERNATING,
     )
     for name, value in again.module.state_dict().items():
         assert torch.equal(value, scanvi.module.state_dict()[name]), name
@@ -113,21 +143,19 @@ def test_joint_forms_train_too(store: atlas.CountStore, tmp_path: Path, training
         out=tmp_path / "run",
         **OPTIONS,
     )
-    truth = store.obs(["truth"])["truth"].to_numpy()
-    assert (predicted(model, store) == truth).mean() > 0.85
+    assert share_right(model, store, "study_2") > 0.9
     assert model.training["history"][-1]["penalty"] > 0
 
 
 def test_groups_guide_types(store: atlas.CountStore, tmp_path: Path) -> None:
     """Study 1 has labels of groups but for 5 cells a type; the tree joins both."""
-    obs = store.obs(["seen", "coarse"])
+    obs = store.obs(["seen", "coarse", "atlas_study"])
     mixed = obs["coarse"].astype(object).copy()
     rng = np.random.default_rng(0)
-    for name in GROUPS:
+    for name in obs["seen"].dropna().unique():
         chosen = rng.choice(np.flatnonzero(obs["seen"] == name), 5, replace=False)
         mixed.iloc[chosen] = name
-    table = pd.DataFrame({"mixed": mixed.to_numpy()}, index=obs.index)
-    table["atlas_study"] = store.obs(["atlas_study"])["atlas_study"].astype(str).to_numpy()
+    table = pd.DataFrame({"mixed": mixed, "atlas_study": obs["atlas_study"].astype(str)})
     store.annotate(table)
     path = tmp_path / "tree.csv"
     path.write_text("child,parent\n" + "".join(f"{c},{p}\n" for c, p in GROUPS.items()))
@@ -136,14 +164,12 @@ def test_groups_guide_types(store: atlas.CountStore, tmp_path: Path) -> None:
         "scanvi",
         label_key="mixed",
         hierarchy=path,
-        max_epochs=20,
+        max_epochs=15,
         out=tmp_path / "run",
-        **OPTIONS,
+        **ALTERNATING,
     )
-    truth = store.obs(["truth"])["truth"]
-    found = pd.Series(predicted(model, store))
-    assert (found.map(GROUPS).to_numpy() == truth.map(GROUPS).to_numpy()).mean() > 0.9
-    assert (found.to_numpy() == truth.to_numpy()).mean() > 0.6
+    assert share_right(model, store, "study_2", groups=True) > 0.9
+    assert share_right(model, store, "study_2") > 0.7
 
 
 def test_it_goes_on_from_a_trained_scvi(store: atlas.CountStore, tmp_path: Path) -> None:
@@ -153,11 +179,9 @@ def test_it_goes_on_from_a_trained_scvi(store: atlas.CountStore, tmp_path: Path)
         "scanvi",
         label_key="seen",
         start_from=tmp_path / "scvi",
-        lr=1e-12,
-        average_steps=0,
         max_epochs=1,
         out=tmp_path / "run",
-        **OPTIONS,
+        **{**OPTIONS, "lr": 1e-12, "average_steps": 0},
     )
     for name, value in scvi.module.state_dict().items():
         torch.testing.assert_close(
@@ -222,11 +246,11 @@ def test_covariates_and_size_factors(store: atlas.CountStore, tmp_path: Path) ->
         ({"label_key": "none"}, ConfigError, "needs cells with a label"),
         ({"label_key": "same"}, ConfigError, r"two classes[\s\S]*one class, 'T'"),
         (
-            {"label_key": "seen", "hierarchy": {"type_0": "a", "a": "type_0"}},
+            {"label_key": "seen", "hierarchy": {"type_1": "a", "a": "type_1"}},
             ConfigError,
             "does not have all labels|cycle",
         ),
-        ({"label_key": "seen", "hierarchy": {"type_0": "a"}}, ConfigError, "all labels"),
+        ({"label_key": "seen", "hierarchy": {"type_1": "a"}}, ConfigError, "all labels"),
         (
             {"model": "scvi", "label_key": "seen"},
             ConfigError,
@@ -247,13 +271,6 @@ def test_wrong_ways(
     error: type[AtlasError],
     says: str,
 ) -> None:
-    obs = store.obs(["atlas_study"])
-    table = pd.DataFrame(index=obs.index)
-    table["atlas_study"] = obs["atlas_study"].astype(str)
-    table["same"], table["negative"] = "T", -1.0
-    table["none"] = pd.Series([None] * len(table), dtype=object, index=table.index)
-    if "same" not in store.obs().columns:
-        store.annotate(table)
     arguments = {"model": "scanvi", **arguments}
     with pytest.raises(error, match=says):
         atlas.train(store, max_epochs=1, out=tmp_path / "run", **OPTIONS, **arguments)
@@ -262,10 +279,10 @@ def test_wrong_ways(
 
 def test_a_hierarchy_with_two_parents(store: atlas.CountStore, tmp_path: Path) -> None:
     path = tmp_path / "tree.json"
-    path.write_text('{"type_0": "a", "type_0": "b"}')
-    with pytest.raises(ConfigError, match=r"two parents[\s\S]*type_0: a and b[\s\S]*tree\.json"):
+    path.write_text('{"type_1": "a", "type_1": "b"}')
+    with pytest.raises(ConfigError, match=r"two parents[\s\S]*type_1: a and b[\s\S]*tree\.json"):
         atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
-    path.write_text(json.dumps(["type_0"]))
+    path.write_text(json.dumps(["type_1"]))
     with pytest.raises(AtlasError, match="cannot be read"):
         atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
 
@@ -278,7 +295,7 @@ def test_another_label_column_is_another_run(
             store,
             "scanvi",
             label_key="truth",
-            max_epochs=25,
+            max_epochs=15,
             out=store.path.parent / "run",
             resume=True,
             **OPTIONS,
