@@ -14,6 +14,9 @@ same cells
     In the first repeat every row read gets a fingerprint of its counts and columns, outside the
     timed epoch, and all are compared with those of the file (see ``peers/contract.py``): after a
     whole epoch as multisets, otherwise that no row came that is not in the file.
+diversity
+    of the batches in minibatches, the mean entropy as a share of an ideal shuffle's
+    (``loaders.audit``): in that same first epoch, where it was whole and each row came once.
 memory
     peak private memory while opening and streaming above the process after its imports.
 """
@@ -41,6 +44,8 @@ from common import (
     table,
     write_json,
 )
+
+from loaders.audit import diversity
 
 HERE = Path(__file__).resolve().parent / "peers"
 sys.path.insert(0, str(HERE))
@@ -77,7 +82,7 @@ def measure(
 ) -> Json:
     """One run of one side."""
     folder = stores.folder
-    prove = folder / "seen.npy" if settings["prove"] else None
+    prove = folder / "seen.npz" if settings["prove"] else None
     arguments = {
         **stores.paths,
         **side.arguments(minibatch_size),
@@ -95,6 +100,7 @@ def measure(
         "phases": phases_json(outcome),
     }
     result["same_cells"] = check(result, stores, side, prove)
+    result["diversity"] = diversity_of_batches(stores, side, prove)
     if prove is not None:
         prove.unlink()
     return result
@@ -112,7 +118,7 @@ def check(result: Json, stores: Stores, side: Side, prove: Path | None) -> str:
             return f"NO: the counts sum to {result['total']:.0f}, not {known['total']:.0f}"
     if prove is None:
         return "sums equal" if once else "not compared"
-    found, expected = np.sort(np.load(prove)), np.load(stores.paths[side.genes])
+    found, expected = np.sort(np.load(prove)["prints"]), np.load(stores.paths[side.genes])["prints"]
     if not side.weighted and len(found) == len(expected):
         return "every row once" if np.array_equal(found, expected) else "NO: rows differ"
     places = np.minimum(np.searchsorted(expected, found), len(expected) - 1)
@@ -122,6 +128,18 @@ def check(result: Json, stores: Stores, side: Side, prove: Path | None) -> str:
     if not side.weighted and len(np.unique(found)) < 0.99 * len(found):
         return "NO: rows came twice"
     return f"{len(found):,} rows, all in the file"
+
+
+def diversity_of_batches(stores: Stores, side: Side, prove: Path | None) -> float | None:
+    """How well the epoch that was proven mixed the batches, if it was a whole one."""
+    if prove is None or side.weighted:
+        return None
+    found, expected = np.load(prove), np.load(stores.paths[side.genes])
+    prints, sizes = found["prints"], found["sizes"].tolist()
+    if not np.array_equal(np.sort(prints), expected["prints"]):
+        return None
+    codes = expected["batch"][np.searchsorted(expected["prints"], prints)]
+    return diversity(codes, sizes)
 
 
 def round_of_sides(
@@ -215,12 +233,21 @@ def say_round(rows: list[Json], ratios: list[Json]) -> None:
                     f"{row['lowest']:,.0f}–{row['highest']:,.0f}",
                     "/".join(run["types"][:2]),
                     megabytes(row["memory_bytes"]),
+                    "–" if run["diversity"] is None else f"{run['diversity']:.4f}",
                     row["same_cells"],
                 ]
             )
         else:
-            lines.append([row["side"], "–", "–", "–", "–", f"left out: {row['skipped']}"])
-    header = ["side", "cells/s", "lowest–highest", "counts/columns", "memory", "same cells"]
+            lines.append([row["side"], "–", "–", "–", "–", "–", f"left out: {row['skipped']}"])
+    header = [
+        "side",
+        "cells/s",
+        "lowest–highest",
+        "counts/columns",
+        "memory",
+        "diversity",
+        "same cells",
+    ]
     say("\n" + table(header, lines) + "\n")
     word = {True: "yes", False: "NO"}
     say(

@@ -80,7 +80,8 @@ def measured(epoch: Epoch, arguments: Json, phases: Phases) -> Json:
         Begins a new epoch and yields its minibatches.
     arguments
         ``warm_seconds``, ``seconds`` (at least so long, in whole epochs), ``limit`` (seconds after
-        which a slow side is stopped in mid-epoch), ``prove`` (path of the fingerprints, or null)
+        which a slow side is stopped in mid-epoch), ``prove`` (path of the fingerprints and of the
+        sizes of the minibatches that they came in, or null)
         and ``cold`` (drop the page cache before the timed epoch, of which there is one).
     phases
         Of the worker; ``warm`` and ``epoch`` are begun here.
@@ -132,7 +133,7 @@ def _warm(epoch: Epoch, arguments: Json) -> None:
         if time.perf_counter() - started > seconds:
             break
     if prove:
-        np.save(prove, np.concatenate(found))
+        np.savez(prove, prints=np.concatenate(found), sizes=[len(part) for part in found])
 
 
 def drop_page_cache() -> None:

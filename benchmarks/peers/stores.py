@@ -58,8 +58,8 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
         "sparse": str(folder / "sparse.tiledb"),
         "zarr": str(folder / "cells.zarr"),
         "genes": str(folder / "genes.txt"),
-        "all": str(folder / "all.npy"),
-        "chosen": str(folder / "chosen.npy"),
+        "all": str(folder / "all.npz"),
+        "chosen": str(folder / "chosen.npz"),
     }
     stores = Stores(folder, paths)
     run_worker(str(HERE / "with_atlas.py"), "make_cells", shape | {"folder": str(folder)}, folder)
@@ -73,7 +73,7 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
             soma = paths["tiledbsoma"]
             _make(stores, args, "tiledbsoma", "with_tiledbsoma.py", "convert", "tiledbsoma", soma)
     known = folder / "reference.json"
-    if not known.exists():
+    if not known.exists() or not Path(paths["all"]).exists():
         asked = paths | {"n_genes": shape["n_genes"]}
         found = run_worker(str(HERE / "with_atlas.py"), "reference", asked, folder).result
         known.write_text(json.dumps(found))

@@ -25,6 +25,8 @@ def make_cells(arguments: Json, phases: Phases) -> Json:
 def reference(arguments: Json, phases: Phases) -> Json:
     """What the file holds: fingerprints of all rows, over all genes and over the chosen ones.
 
+    Fingerprints rise, and the batch of each row lies beside its own.
+
     Read with h5py alone, so that no loader vouches for itself.
     """
     import h5py
@@ -40,6 +42,7 @@ def reference(arguments: Json, phases: Phases) -> Json:
         var = file["var"]
         table = np.array([place.get(g, -1) for g in var[var.attrs["_index"]].asstr()[:]])
         counts, indptr = file["X"], file["X/indptr"][:]
+        batch = file["obs/batch/codes"][:]
         found: dict[str, Any] = {}
         for kind in ("all", "chosen"):
             prints, total, columns = [], 0.0, 0
@@ -50,7 +53,9 @@ def reference(arguments: Json, phases: Phases) -> Json:
                 part, hashed = touched(rows)
                 total, columns = total + part, columns ^ hashed
                 prints.append(fingerprints(rows))
-            np.save(arguments[kind], np.sort(np.concatenate(prints)))
+            every = np.concatenate(prints)
+            order = np.argsort(every, kind="stable")
+            np.savez(arguments[kind], prints=every[order], batch=batch[order])
             found[kind] = {"total": total, "columns_hash": columns, "cells": len(indptr) - 1}
     return found | {"nnz": int(indptr[-1])}
 

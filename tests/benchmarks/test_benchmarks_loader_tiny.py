@@ -79,6 +79,9 @@ def test_all_of_ours_yield_the_cells_and_a_missing_peer_is_said(tmp_path):
         assert_measured(rows[name])
         whole = "600 rows, all in the file" if name == "ours, weighted" else "every row once"
         assert rows[name]["same_cells"] == whole
+    # 600 rows are 19 minibatches: near an ideal shuffle's, but not within 2 %
+    assert rows["ours"]["runs"][0]["diversity"] == pytest.approx(1, abs=0.1)
+    assert rows["ours, weighted"]["runs"][0]["diversity"] is None
     assert rows["ours"]["runs"][0]["types"][:2] == ["float32", "int32"]
     assert rows["ours, narrow"]["runs"][0]["types"][:2] == ["uint16", "uint16"]
     for name in THEIRS:
