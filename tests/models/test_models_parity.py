@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atlas.config import ScviConfig
-from atlas.models import SCVI, Inputs, build_model
+from atlas.models import SCVI, CovariateSizes, Inputs, build_model
 from atlas.models.layers import ConditionalLinear, Encoder, HiddenStack
 
 scvi_module = pytest.importorskip("scvi.module")
@@ -200,3 +200,59 @@ def test_gradients_agree(setting: str) -> None:
     first, theirs = ours.encoder.hidden.linears[0], peer.z_encoder.encoder.fc_layers[0][0]
     torch.testing.assert_close(first.weight.grad, theirs.weight.grad[:, :N_GENES], **close)
     torch.testing.assert_close(first.batch_weight.grad, theirs.weight.grad[:, N_GENES:].T, **close)
+
+
+@pytest.mark.usefixtures("forked")
+def test_covariates_agree() -> None:
+    """Two categorical covariates beside the batch; scvi-tools appends their one-hots to it."""
+    peer = scvi_module.VAE(
+        N_GENES,
+        n_batch=N_BATCH,
+        n_hidden=20,
+        n_latent=5,
+        n_layers=2,
+        n_cats_per_cov=[3, 2],
+        encode_covariates=True,
+        dropout_rate=0.1,
+        use_batch_norm="none",
+        use_layer_norm="both",
+    ).eval()
+    config = dataclasses.replace(BASE, encode_batch=True, encode_covariates=True)
+    sizes = CovariateSizes((3, 2))
+    ours = build_model(config, N_GENES, N_BATCH, seed=0, covariates=sizes).eval()
+    rng = np.random.default_rng(1)
+    counts = torch.from_numpy(rng.poisson(2.0, (N_CELLS, N_GENES)).astype(np.float32))
+    batch = torch.from_numpy(rng.integers(0, N_BATCH, N_CELLS))
+    categories = torch.from_numpy(rng.integers(0, [3, 2], (N_CELLS, 2)))
+    tensors = {
+        "X": counts,
+        "batch": batch[:, None],
+        "labels": torch.zeros(N_CELLS, 1, dtype=torch.int64),
+        "extra_categorical_covs": categories,
+    }
+    with torch.no_grad():
+        stacks = [
+            (ours.encoder.hidden, peer.z_encoder.encoder),
+            (ours.decoder, peer.decoder.px_decoder),
+        ]
+        for mine, theirs in stacks:
+            for linear, layer in zip(mine.linears, theirs.fc_layers, strict=True):
+                parts = layer[0].weight.split([linear.weight.shape[1], N_BATCH, 3, 2], dim=1)
+                linear.weight.copy_(parts[0])
+                linear.batch_weight.copy_(parts[1].T)
+                for own, part in zip(linear.category_weights, parts[2:], strict=True):
+                    own.copy_(part.T)
+                linear.bias.copy_(layer[0].bias)
+        _copy_linear(ours.encoder.mean, peer.z_encoder.mean_encoder)
+        _copy_linear(ours.encoder.log_variance, peer.z_encoder.var_encoder)
+        _copy_linear(ours.scale, peer.decoder.px_scale_decoder[0])
+        _copy_linear(ours.zero_inflation, peer.decoder.px_dropout_decoder)
+        ours.log_inverse_dispersion.copy_(peer.px_r)
+        inference = peer.inference(counts, batch[:, None], cat_covs=categories)
+        inference["z"] = inference["qz"].loc
+        generative = peer.generative(
+            inference["z"], inference["library"], batch[:, None], cat_covs=categories
+        )
+        expected = peer.loss(tensors, inference, generative, kl_weight=0.3)
+        losses = ours.loss(Inputs(counts, batch, categories=categories), 0.3)
+    torch.testing.assert_close(losses.objective, expected.loss, rtol=1e-4, atol=0)
