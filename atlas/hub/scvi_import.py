@@ -7,6 +7,7 @@ it without a look.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 from os import PathLike
 from pathlib import Path
 from typing import Any, Final
@@ -15,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from atlas.config import ScviConfig
+from atlas.config import ScanviConfig, ScviConfig
 from atlas.errors import ConfigError, ModelError
 from atlas.hub import scvi_file
 from atlas.hub.scvi_weights import to_ours
-from atlas.models import TrainedModel, build_model
+from atlas.models import SCANVI, LabelTree, TrainedModel, build_model
 from atlas.models.scvi import SCVI
 
 _MODELS: Final = ("SCVI", "SCANVI")
@@ -66,8 +67,7 @@ def import_scvi(
 ) -> TrainedModel:
     """Read an SCVI or SCANVI model that scvi-tools 1.x saved.
 
-    Of SCANVI the encoder of z and the decoder of counts are taken, which give its latent space; its
-    classifier is left behind.
+    SCANVI comes with its classifier; of one with a single class the model of counts is taken.
 
     Parameters
     ----------
@@ -132,7 +132,10 @@ def import_scvi(
                 path=path,
             )
     try:
-        module = _module(_config(arguments, path), state, len(genes), len(names))
+        config, labels = _config(arguments, path), None
+        if kind == "SCANVI":
+            config, labels = _classes(config, fields["labels"]["state_registry"], state)
+        module = _module(config, state, len(genes), len(names), labels)
     except _DAMAGE as error:
         raise ModelError(
             "The weights are not those of the architecture that the file names",
@@ -147,11 +150,38 @@ def import_scvi(
         batches=_renamed(names, batches),
         studies=("scvi-tools",),
         presence=np.ones((1, len(genes)), bool),
+        labels=labels,
         training={"imported": {"model": kind, "scvi_version": version, "from": str(path)}},
     )
 
 
-def _module(config: ScviConfig, state: Mapping[str, Tensor], n_genes: int, n_batch: int) -> SCVI:
+def _classes(
+    config: ScviConfig, labels: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[ScviConfig, LabelTree | None]:
+    """The configuration of scANVI and its classes, in scvi-tools' order: the unlabeled is last."""
+    names = scvi_file.names(labels["categorical_mapping"])
+    names = [name for name in names if name != str(labels["unlabeled_category"])]
+    if len(names) < 2:
+        return config, None
+    first = "classifier.classifier.0.fc_layers.Layer {}.0.weight"
+    n_layers = next(i for i in count() if first.format(i) not in state)
+    hidden = state[first.format(0)].shape[0] if n_layers else config.n_hidden
+    scanvi = ScanviConfig(
+        **config.to_json(),
+        training="scvi-tools",
+        classifier_layers=n_layers,
+        classifier_hidden=hidden,
+    )
+    return scanvi, LabelTree(tuple(names), (-1,) * len(names))
+
+
+def _module(
+    config: ScviConfig,
+    state: Mapping[str, Tensor],
+    n_genes: int,
+    n_batch: int,
+    labels: LabelTree | None,
+) -> SCVI | SCANVI:
     """The module with the weights; sizes are looked at before memory is taken for them."""
     n_latent, n_hidden = state["z_encoder.mean_encoder.weight"].shape
     if (n_latent, n_hidden) != (config.n_latent, config.n_hidden) or config.n_layers > len(state):
@@ -159,8 +189,8 @@ def _module(config: ScviConfig, state: Mapping[str, Tensor], n_genes: int, n_bat
     prior = None
     if config.library == "latent":
         prior = torch.stack([state["library_log_means"][0], state["library_log_vars"][0]], dim=1)
-    module = build_model(config, n_genes, n_batch, seed=0, library_prior=prior)
-    assert isinstance(module, SCVI)
+    module = build_model(config, n_genes, n_batch, seed=0, library_prior=prior, labels=labels)
+    assert isinstance(module, SCVI | SCANVI)
     to_ours(module, state)
     return module.eval()
 

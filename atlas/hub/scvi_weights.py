@@ -7,49 +7,70 @@ scvi-tools appends the one-hot batch to the input of a layer; here the batch has
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from atlas.models.layers import ConditionalLinear, Encoder, HiddenStack
+from atlas.models.scanvi import SCANVI
 from atlas.models.scvi import SCVI
 
 _NORM_STATE = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
+def _stack(prefix: str, hidden: HiddenStack) -> Iterator[tuple[str, nn.Module]]:
+    for i, (linear, norm) in enumerate(zip(hidden.linears, hidden.norms, strict=True)):
+        yield f"{prefix}.fc_layers.Layer {i}.0", linear
+        if isinstance(norm, nn.BatchNorm1d):
+            yield f"{prefix}.fc_layers.Layer {i}.1", norm
+
+
+def _encoder(prefix: str, of: Encoder, kind: str = "encoder") -> Iterator[tuple[str, nn.Module]]:
+    yield from _stack(f"{prefix}.{kind}", of.hidden)
+    yield f"{prefix}.mean_{kind}", of.mean
+    yield f"{prefix}.var_{kind}", of.log_variance
+
+
+def _class_layers(module: SCANVI) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of what is above z, by their name in scvi-tools."""
+    yield from _encoder("encoder_z2_z1", module.u_encoder)
+    yield from _encoder("decoder_z1_z2", module.z_decoder, "decoder")
+    classifier = module.classifier
+    for hidden in classifier.hidden:
+        assert isinstance(hidden, HiddenStack)
+        yield from _stack("classifier.classifier.0", hidden)
+    yield f"classifier.classifier.{len(classifier.hidden)}", classifier.logits[0]
+
+
 def _layers(module: SCVI) -> Iterator[tuple[str, nn.Module]]:
     """Linear and normalising layers of a module by their name in scvi-tools."""
 
-    def stack(prefix: str, hidden: HiddenStack) -> Iterator[tuple[str, nn.Module]]:
-        for i, (linear, norm) in enumerate(zip(hidden.linears, hidden.norms, strict=True)):
-            yield f"{prefix}.fc_layers.Layer {i}.0", linear
-            if isinstance(norm, nn.BatchNorm1d):
-                yield f"{prefix}.fc_layers.Layer {i}.1", norm
-
-    def encoder(prefix: str, of: Encoder) -> Iterator[tuple[str, nn.Module]]:
-        yield from stack(f"{prefix}.encoder", of.hidden)
-        yield f"{prefix}.mean_encoder", of.mean
-        yield f"{prefix}.var_encoder", of.log_variance
-
-    yield from encoder("z_encoder", module.encoder)
+    yield from _encoder("z_encoder", module.encoder)
     if module.config.library == "latent":
-        yield from encoder("l_encoder", module.library_encoder)
-    yield from stack("decoder.px_decoder", module.decoder)
+        yield from _encoder("l_encoder", module.library_encoder)
+    yield from _stack("decoder.px_decoder", module.decoder)
     yield "decoder.px_scale_decoder.0", module.scale
     if module.config.gene_likelihood == "zinb":
         yield "decoder.px_dropout_decoder", module.zero_inflation
 
 
 @torch.no_grad()
-def to_ours(module: SCVI, theirs: Mapping[str, Tensor]) -> None:
+def to_ours(module: SCVI | SCANVI, theirs: Mapping[str, Tensor]) -> None:
     """Fill a module with weights of scvi-tools.
+
+    Its p(z | u, c) of scANVI has no floor of the variance; here 1e-4 is added.
 
     Raises
     ------
     KeyError, RuntimeError
         A weight is missing, or is of another shape.
     """
-    for name, layer in _layers(module):
+    layers = _layers(module) if isinstance(module, SCVI) else _layers(module.scvi)
+    if isinstance(module, SCANVI):
+        layers = chain(layers, _class_layers(module))
+        module = module.scvi
+    for name, layer in layers:
         if isinstance(layer, ConditionalLinear):
             n_in = layer.weight.shape[1]
             weight = theirs[f"{name}.weight"]

@@ -21,7 +21,7 @@ from loaders.source import RowSource
 _DRAWN = 20_000
 """Labelled cells that are drawn for one turn, at most."""
 
-_STEPS = 40
+_STEPS = 10
 """Steps in a pass over the cells drawn, at most: more cells make larger minibatches."""
 
 

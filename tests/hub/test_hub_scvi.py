@@ -41,7 +41,9 @@ def cells(request) -> AnnData:
     return adata
 
 
-def trained(cells: AnnData, kind: str = "SCVI", **options: Any) -> tuple[Any, AnnData]:
+def trained(
+    cells: AnnData, kind: str = "SCVI", *, linear: bool = False, **options: Any
+) -> tuple[Any, AnnData]:
     adata = cells.copy()
     scvi.settings.seed = 0
     with warnings.catch_warnings():
@@ -51,20 +53,25 @@ def trained(cells: AnnData, kind: str = "SCVI", **options: Any) -> tuple[Any, An
         quick = {"max_epochs": 2, "enable_progress_bar": False, "accelerator": "cpu"}
         model.train(**quick, logger=False)
         if kind == "SCANVI":
-            model = scvi.model.SCANVI.from_scvi_model(model, "Unknown")
+            model = scvi.model.SCANVI.from_scvi_model(model, "Unknown", linear_classifier=linear)
             model.train(**quick, logger=False)
     return model, adata
 
 
-def latent(model: TrainedModel, adata: AnnData) -> np.ndarray:
+def inputs(model: TrainedModel, adata: AnnData) -> Inputs:
     code = {name: i for i, name in enumerate(model.batches)}
     batch = torch.tensor([code[name] for name in adata.obs["batch"]])
     counts = torch.from_numpy(adata.X.toarray())
-    return model.embed(Inputs(counts, batch)).numpy()
+    return Inputs(counts, batch)
+
+
+def latent(model: TrainedModel, adata: AnnData) -> np.ndarray:
+    return model.embed(inputs(model, adata)).numpy()
 
 
 SETTINGS = {
     "defaults": {},
+    "poisson": {"gene_likelihood": "poisson"},
     "nb, two layers": {"gene_likelihood": "nb", "n_layers": 2},
     "gene-batch": {"dispersion": "gene-batch", "encode_covariates": True},
     "latent library": {"use_observed_lib_size": False, "n_layers": 2, "encode_covariates": True},
@@ -110,12 +117,18 @@ def test_decoder_is_theirs(tmp_path, cells):
     torch.testing.assert_close(ours.decode(z, batch), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_scanvi_gives_its_latent(tmp_path, cells):
-    theirs, adata = trained(cells, "SCANVI", n_layers=2)
+@pytest.mark.parametrize("linear", [False, True])
+def test_scanvi_gives_its_latent_and_its_labels(tmp_path, cells, linear):
+    theirs, adata = trained(cells, "SCANVI", n_layers=2, linear=linear)
     theirs.save(tmp_path / "theirs")
     ours = atlas.import_scvi(tmp_path / "theirs")
     np.testing.assert_allclose(latent(ours, adata), theirs.get_latent_representation(), atol=1e-5)
     assert ours.training["imported"]["model"] == "SCANVI"
+    assert ours.name == "scanvi"
+    expected = theirs.predict(soft=True)
+    assert list(ours.labels.classes) == list(expected.columns)
+    found = ours.module.log_probabilities(inputs(ours, adata)).exp().numpy()
+    np.testing.assert_allclose(found, expected.to_numpy(), atol=1e-5)
 
 
 def test_a_model_trained_here_goes_there(tmp_path, cells):
@@ -204,7 +217,6 @@ except atlas.errors.ConfigError as error:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gene_likelihood": "poisson"}, "gene_likelihood='poisson'"),
         ({"latent_distribution": "ln"}, "latent_distribution='ln'"),
         ({"deeply_inject_covariates": False}, "deeply_inject_covariates=False"),
         ({"use_batch_norm": "decoder"}, "use_batch_norm='decoder'"),
