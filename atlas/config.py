@@ -177,8 +177,6 @@ class TrvaeConfig(_Config):
     mmd_on
         Where it is measured: at the output of the first layer of the decoder, as in the paper, or
         at z.
-    mmd_pairs
-        Pairs of batches that are compared in a minibatch, at most: there are K (K - 1) / 2.
     """
 
     n_layers: int = 2
@@ -188,7 +186,6 @@ class TrvaeConfig(_Config):
     gene_likelihood: ExpressionLikelihood = "nb"
     mmd_weight: float = 1.0
     mmd_on: MmdOn = "decoder"
-    mmd_pairs: int = 64
 
     def _check(self) -> None:
         self._require("n_layers", self.n_layers >= 1, "at least 1")
@@ -196,7 +193,6 @@ class TrvaeConfig(_Config):
         self._require("n_latent", self.n_latent >= 1, "at least 1")
         self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
         self._require("mmd_weight", self.mmd_weight >= 0, "at least 0")
-        self._require("mmd_pairs", self.mmd_pairs >= 1, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
