@@ -56,9 +56,9 @@ def batch_discrepancy(x: Tensor, batch: Tensor) -> Tensor:
     A scalar, at least float32; 0 where fewer than two batches have two cells.
     """
     same = batch.unsqueeze(0) == batch.unsqueeze(1)
-    n = same.sum(dim=1)
     kernel = multi_scale_kernel(x)
-    weight = torch.where(n >= 2, 1 / n, 0.0).to(kernel.dtype)
+    n = same.sum(dim=1).to(kernel.dtype)
+    weight = n.reciprocal().masked_fill(n < 2, 0.0)
     n_batches = weight.sum().round()
     return (kernel * (n_batches * same - 1) * weight.outer(weight)).sum()
 
