@@ -14,8 +14,8 @@ For batches i and j with cells X and Y, and kernel means :math:`\bar k`,
     \sum_{i<j} \mathrm{MMD}_{ij}
     = \sum_{c,d} a_c a_d\, k(c, d)\, (m\,[c \text{ and } d \text{ of the same batch}] - 1)
 
-So each kernel value is needed once, and the cost depends on the size of the minibatch alone: it is
-the same for two batches and for hundreds, and no pair of batches need be left out or drawn.
+So each kernel value is needed once, and the cost, in proportion to the square of the minibatch, is
+the same for two batches and for hundreds: no pair of batches need be left out or drawn.
 """
 
 from __future__ import annotations
@@ -66,24 +66,27 @@ def batch_discrepancy(x: Tensor, batch: Tensor) -> Tensor:
 def multi_scale_kernel(x: Tensor) -> Tensor:
     """Sum of the Gaussian kernels of all scales between the rows: (n, n), at least float32."""
     x = at_least_float32(x)
-    # Not by a product of matrices: its rounding would be large at the smallest scales.
-    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-    kernel: Tensor = _MultiScale.apply(distance)  # type: ignore[no-untyped-call]
+    # In double precision, because the squares cancel, and 1e-6 is the smallest scale.
+    wide = x.double()
+    squares = wide.square().sum(dim=1)
+    squared = torch.addmm(squares, wide, wide.T, alpha=-2).add(squares.unsqueeze(1)).clamp(min=0)
+    kernel: Tensor = _MultiScale.apply(squared.to(x.dtype))  # type: ignore[no-untyped-call]
     return kernel
 
 
 class _MultiScale(torch.autograd.Function):
-    """The kernel of a distance; keeps one derivative for all scales in place of a value of each."""
+    """The kernel of squared distances; keeps one derivative in place of a value for each scale."""
 
     @staticmethod
-    def forward(ctx: Any, distance: Tensor) -> Tensor:
-        squared = distance.square()
+    def forward(ctx: Any, squared: Tensor) -> Tensor:
         total, slope = torch.zeros_like(squared), torch.zeros_like(squared)
         for scale in SCALES:
-            kernel = torch.exp(squared * (-0.5 / scale))
+            # Below this the exponential is nothing beside the largest scales', and slow where it is
+            # less than a normal number.
+            kernel = (squared * (-0.5 / scale)).clamp_(min=-80.0).exp_()
             total += kernel
-            slope.add_(kernel, alpha=-1 / scale)
-        ctx.save_for_backward(slope.mul_(distance))
+            slope.add_(kernel, alpha=-0.5 / scale)
+        ctx.save_for_backward(slope)
         return total
 
     @staticmethod
