@@ -173,7 +173,8 @@ class TrvaeConfig(_Config):
         ``"nb"`` or ``"zinb"`` of counts, or ``"gaussian"`` of normalised expression: the logarithm
         of 1 plus the counts per 10,000.
     mmd_weight
-        Weight of the maximum mean discrepancy between batches (β).
+        Weight of the maximum mean discrepancy (β), which is summed over all pairs of batches that
+        have two cells or more in the minibatch; ``balance="batch"`` gives rare ones that many.
     mmd_on
         Where it is measured: at the output of the first layer of the decoder, as in the paper, or
         at z.
@@ -230,9 +231,11 @@ class DavaeConfig(_Config):
     encode_batch
         Whether the encoder sees the batch: not in the paper; for surgery.
     adversary_weight
-        Weight λ of the domain classifier (equation 11).
+        Weight λ of the domain classifier (equation 11), of which the paper gives no value. Beside
+        it stands the likelihood of all genes, of a thousand nats or more; benchmarks/LOG.md has
+        what other weights do.
     adversary_ramp
-        Share of the training over which λ rises from 0.
+        Share of the training over which λ rises from 0, in proportion to the steps.
     """
 
     n_latent: int = 10
