@@ -173,8 +173,9 @@ class TrvaeConfig(_Config):
         ``"nb"`` or ``"zinb"`` of counts, or ``"gaussian"`` of normalised expression: the logarithm
         of 1 plus the counts per 10,000.
     mmd_weight
-        Weight of the maximum mean discrepancy (β), which is summed over all pairs of batches that
-        have two cells or more in the minibatch; ``balance="batch"`` gives rare ones that many.
+        Weight of the maximum mean discrepancy (β), which is a mean over all pairs of batches that
+        have two cells or more in the minibatch (``balance="batch"`` gives rare ones that many).
+        scArches takes the sum: its weight times K (K - 1) / 2 is the same of K batches.
     mmd_on
         Where it is measured: at the output of the first layer of the decoder, as in the paper, or
         at z.

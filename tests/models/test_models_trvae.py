@@ -67,8 +67,8 @@ def _generator(seed: int = 0) -> torch.Generator:
 def test_it_is_the_network_of_scarches(likelihood: str, place: str) -> None:
     """Same weights and counts, same three terms."""
     config = TrvaeConfig(
-        n_hidden=HIDDEN, n_latent=LATENT, gene_likelihood=likelihood, mmd_on=place, mmd_weight=1
-    )
+        n_hidden=HIDDEN, n_latent=LATENT, gene_likelihood=likelihood, mmd_on=place, mmd_weight=3
+    )  # three pairs of batches: it sums over them
     model = build_model(config, N_GENES, N_BATCH, seed=0).eval()
     state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     names = [name for name in sorted(SCARCHES_NAMES) if SCARCHES_NAMES[name] in state]
@@ -246,6 +246,8 @@ def test_noise_is_from_the_generator_alone() -> None:
     # Dropout in both networks, in training only.
     firsts = [model(_inputs(), _generator(s)).decoded.first for s in (1, 2)]
     assert all((first == 0).float().mean() > 0.6 for first in firsts)
+    last = model.decoder.continued(firsts[0], _generator())
+    assert (last == 0).float().mean() > 0.6
     assert torch.equal(model.eval()(_inputs()).z_mean, model.embed(_inputs()))
     assert torch.equal(before, torch.get_rng_state())
 
