@@ -173,12 +173,12 @@ class TrvaeConfig(_Config):
         ``"nb"`` or ``"zinb"`` of counts, or ``"gaussian"`` of normalised expression: the logarithm
         of 1 plus the counts per 10,000.
     mmd_weight
-        Weight of the maximum mean discrepancy between batches (β).
+        Weight of the maximum mean discrepancy (β), which is a mean over all pairs of batches that
+        have two cells or more in the minibatch (``balance="batch"`` gives rare ones that many).
+        scArches takes the sum: its weight times K (K - 1) / 2 is the same of K batches.
     mmd_on
         Where it is measured: at the output of the first layer of the decoder, as in the paper, or
         at z.
-    mmd_pairs
-        Pairs of batches that are compared in a minibatch, at most: there are K (K - 1) / 2.
     """
 
     n_layers: int = 2
@@ -188,7 +188,6 @@ class TrvaeConfig(_Config):
     gene_likelihood: ExpressionLikelihood = "nb"
     mmd_weight: float = 1.0
     mmd_on: MmdOn = "decoder"
-    mmd_pairs: int = 64
 
     def _check(self) -> None:
         self._require("n_layers", self.n_layers >= 1, "at least 1")
@@ -196,7 +195,6 @@ class TrvaeConfig(_Config):
         self._require("n_latent", self.n_latent >= 1, "at least 1")
         self._require("dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
         self._require("mmd_weight", self.mmd_weight >= 0, "at least 0")
-        self._require("mmd_pairs", self.mmd_pairs >= 1, "at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +232,11 @@ class DavaeConfig(_Config):
     encode_batch
         Whether the encoder sees the batch: not in the paper; for surgery.
     adversary_weight
-        Weight λ of the domain classifier (equation 11).
+        Weight λ of the domain classifier (equation 11), of which the paper gives no value. Beside
+        it stands the likelihood of all genes, of a thousand nats or more; benchmarks/LOG.md has
+        what other weights do.
     adversary_ramp
-        Share of the training over which λ rises from 0.
+        Share of the training over which λ rises from 0, in proportion to the steps.
     """
 
     n_latent: int = 10

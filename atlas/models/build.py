@@ -7,9 +7,12 @@ from torch import Tensor
 
 from atlas.config import Architecture, CvaeConfig, DavaeConfig, ScanviConfig, TrvaeConfig
 from atlas.models.base import CovariateSizes, Model
+from atlas.models.davae import DAVAE
 from atlas.models.labels import LabelTree
 from atlas.models.layers import NO_COVARIATES
+from atlas.models.scanvi import SCANVI
 from atlas.models.scvi import SCVI
+from atlas.models.trvae import TRVAE
 
 
 def build_model(
@@ -41,22 +44,17 @@ def build_model(
     Raises
     ------
     ModelError, ConfigError
-        The prior does not fit the configuration, or the model cannot take what was given.
+        The prior does not fit the configuration, or the model cannot take what was given: one
+        batch for trVAE or DAVAE, no labels for scANVI.
     """
     # The layers draw from the CPU's global generator, so it is seeded for the time being.
     # torch.manual_seed would reseed every GPU's generator too, and those are not restored here.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if isinstance(config, ScanviConfig):
-            from atlas.models.scanvi import SCANVI
-
             return SCANVI(config, n_genes, n_batch, labels, library_prior, covariates)
         if isinstance(config, TrvaeConfig | CvaeConfig):
-            from atlas.models.trvae import TRVAE
-
             return TRVAE(config, n_genes, n_batch)
         if isinstance(config, DavaeConfig):
-            from atlas.models.davae import DAVAE
-
             return DAVAE(config, n_genes, n_batch)
         return SCVI(config, n_genes, n_batch, library_prior, covariates)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import pairwise, starmap
 
 import torch
 import torch.nn.functional as F
@@ -110,12 +112,7 @@ class HiddenStack(nn.Module):
         self.linears = nn.ModuleList(
             ConditionalLinear(width, n_hidden, n_batch, covariates) for width in widths
         )
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(n_hidden, elementwise_affine=False)
-            if norm == "layer"
-            else nn.BatchNorm1d(n_hidden, momentum=0.01, eps=0.001)
-            for _ in widths
-        )
+        self.norms = nn.ModuleList(_norm(n_hidden, norm) for _ in widths)
 
     def forward(
         self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
@@ -166,6 +163,99 @@ class Encoder(nn.Module):
         mean = at_least_float32(self.mean(h))
         variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
         return mean, variance
+
+
+class TaperedStack(nn.Module):
+    """Layers of linear → norm → ReLU → dropout, each of its own width.
+
+    Unlike in :class:`HiddenStack`, the batch enters the first layer only (scArches, Lotfollahi et
+    al. 2022, Methods; DAVAE, "The non-linear model"). The norms are the same.
+
+    Parameters
+    ----------
+    n_in
+        Width of the input.
+    widths
+        Widths of the layers, one at least.
+    n_batch
+        Number of batches; 0 where the first layer does not see the batch.
+    norm, dropout_rate
+        As in :class:`HiddenStack`.
+    """
+
+    def __init__(
+        self, n_in: int, widths: Sequence[int], n_batch: int, norm: Norm, dropout_rate: float
+    ) -> None:
+        super().__init__()
+        self.dropout_rate = dropout_rate
+        self.first = ConditionalLinear(n_in, widths[0], n_batch)
+        self.others = nn.ModuleList(starmap(nn.Linear, pairwise(widths)))
+        self.norms = nn.ModuleList(_norm(width, norm) for width in widths)
+
+    def forward(
+        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Map (n_cells, n_in) to (n_cells, widths[-1]); see :meth:`HiddenStack.forward`."""
+        return self.continued(self.begun(x, conditions, generator), generator)
+
+    def begun(
+        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Output of the first layer: (n_cells, widths[0])."""
+        return self._activated(self.first(x, conditions), self.norms[0], generator)
+
+    def continued(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """From the output of the first layer to that of the last: (n_cells, widths[-1])."""
+        for linear, norm in zip(self.others, self.norms[1:], strict=True):
+            h = self._activated(linear(h), norm, generator)
+        return h
+
+    def _activated(self, h: Tensor, norm: nn.Module, generator: torch.Generator | None) -> Tensor:
+        h = F.relu(norm(at_least_float32(h)))
+        if self.training and generator is not None and self.dropout_rate > 0:
+            h = dropout(h, self.dropout_rate, generator)
+        return h
+
+
+class TaperedEncoder(nn.Module):
+    """A normal posterior from a tapered stack: mean, and variance ``exp(·) + 1e-4``.
+
+    Parameters
+    ----------
+    n_in, n_out
+        Width of the input and of the posterior.
+    widths, n_batch, norm, dropout_rate
+        As in :class:`TaperedStack`.
+    """
+
+    def __init__(
+        self,
+        n_in: int,
+        n_out: int,
+        widths: Sequence[int],
+        n_batch: int,
+        norm: Norm,
+        dropout_rate: float,
+    ) -> None:
+        super().__init__()
+        self.hidden = TaperedStack(n_in, widths, n_batch, norm, dropout_rate)
+        self.mean = nn.Linear(widths[-1], n_out)
+        self.log_variance = nn.Linear(widths[-1], n_out)
+
+    def forward(
+        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance, each (n_cells, n_out) and at least float32."""
+        h = self.hidden(x, conditions, generator)
+        mean = at_least_float32(self.mean(h))
+        variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
+        return mean, variance
+
+
+def _norm(width: int, norm: Norm) -> nn.Module:
+    if norm == "layer":
+        return nn.LayerNorm(width, elementwise_affine=False)
+    return nn.BatchNorm1d(width, momentum=0.01, eps=0.001)
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:

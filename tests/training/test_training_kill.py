@@ -21,7 +21,14 @@ import pytest
 import torch
 
 from atlas import files
-from atlas.config import Architecture, ScanviConfig, ScviConfig, TrainConfig
+from atlas.config import (
+    Architecture,
+    DavaeConfig,
+    ScanviConfig,
+    ScviConfig,
+    TrainConfig,
+    TrvaeConfig,
+)
 from atlas.models import LabelTree
 from atlas.models.base import Model
 from atlas.models.build import build_model
@@ -45,6 +52,8 @@ CONFIG = TrainConfig(
 MODELS: dict[str, Architecture] = {
     "scvi": ScviConfig(n_hidden=32),
     "scanvi": ScanviConfig(n_hidden=32, classifier_epochs=3),
+    "trvae": TrvaeConfig(n_hidden=32),
+    "davae": DavaeConfig(adversary_ramp=0.5),
 }
 LABELS = LabelTree.make(["a", "b", "c"], {"a": "ab", "b": "ab", "c": "c "})
 
@@ -173,7 +182,9 @@ def main(kind: str, folder: Path, seed: int, kills: int) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("kind", "seed"), [("scvi", 0), ("scvi", 1), ("scanvi", 0)])
+@pytest.mark.parametrize(
+    ("kind", "seed"), [("scvi", 0), ("scvi", 1), ("scanvi", 0), ("trvae", 0), ("davae", 0)]
+)
 def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, kind: str, seed: int) -> None:
     command = [sys.executable, __file__, kind, str(tmp_path), str(seed), "10"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
