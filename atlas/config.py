@@ -232,11 +232,11 @@ class DavaeConfig(_Config):
     encode_batch
         Whether the encoder sees the batch: not in the paper; for surgery.
     adversary_weight
-        Weight λ of the domain classifier (equation 11), of which the paper gives no value. Beside
-        it stands the likelihood of all genes, of a thousand nats or more; benchmarks/LOG.md has
-        what other weights do.
+        Weight λ of the domain classifier (equation 11), of which the paper gives no value.
     adversary_ramp
-        Share of the training over which λ rises from 0, in proportion to the steps.
+        Share of the training over which λ rises from 0, in proportion to the steps; 0 is the
+        paper's form. Without it the adversary can mix types that the encoder does not tell apart
+        yet, and one seed of three did (benchmarks/LOG.md).
     """
 
     n_latent: int = 10
@@ -244,7 +244,7 @@ class DavaeConfig(_Config):
     norm: Norm = "batch"
     encode_batch: bool = False
     adversary_weight: float = 1.0
-    adversary_ramp: float = 0.0
+    adversary_ramp: float = 0.5
 
     def _check(self) -> None:
         self._require("n_latent", self.n_latent >= 1, "at least 1")
