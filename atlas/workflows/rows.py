@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from atlas.errors import ConfigError, MissingColumnError
 from atlas.store import CountStore, FilesSource
@@ -29,13 +30,7 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
     """
     out = np.ones(store.n_obs, bool)
     for column, wanted in _chosen(rows).items():
-        try:
-            found = store.obs([column])[column]
-        except MissingColumnError:
-            if column not in ("study", "batch", "label"):
-                raise
-            found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
-        texts = found.map(text_of, na_action="ignore").astype(object)
+        texts = texts_of(store, column)
         there = set(texts.dropna())
         values = _values(wanted, there)
         if absent := [value for value in values if value not in there]:
@@ -47,6 +42,17 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
             )
         out &= texts.isin(values).to_numpy(bool)
     return out
+
+
+def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
+    """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
+    try:
+        found = store.obs([column])[column]
+    except MissingColumnError:
+        if column not in ("study", "batch", "label"):
+            raise
+        found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
+    return found.map(text_of, na_action="ignore").astype(object)
 
 
 def _chosen(rows: Rows) -> dict[str, Any]:
