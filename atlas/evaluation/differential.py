@@ -71,17 +71,15 @@ class Scales:
 
 def summarise(pairs: Pairs) -> Scales:
     """Go through the pairs once."""
-    higher, sums, highest = 0.0, [0.0, 0.0], [0.0, 0.0]
+    higher, sum1, sum2, max1, max2 = np.zeros((5, 1))  # of all genes from the first block on
     n_pairs = 0
-    for block in pairs():
-        higher = higher + (block[0] > block[1]).sum(axis=0)
-        for i, scales in enumerate(block):
-            sums[i] = sums[i] + scales.sum(axis=0, dtype=np.float64)
-            highest[i] = np.maximum(highest[i], scales.max(axis=0))
-        n_pairs += len(block[0])
-    values = [np.asarray(v, np.float64) for v in (higher, *sums)]
-    found = [value / n_pairs for value in values]
-    return Scales(*found, *(np.asarray(v, np.float64) for v in highest), n_pairs)
+    for one, other in pairs():
+        higher = higher + (one > other).sum(axis=0)
+        sum1 = sum1 + one.sum(axis=0, dtype=np.float64)
+        sum2 = sum2 + other.sum(axis=0, dtype=np.float64)
+        max1, max2 = np.maximum(max1, one.max(axis=0)), np.maximum(max2, other.max(axis=0))
+        n_pairs += len(one)
+    return Scales(higher / n_pairs, sum1 / n_pairs, sum2 / n_pairs, max1, max2, n_pairs)
 
 
 def bayes_factor(probability: Floats) -> npt.NDArray[np.float64]:
@@ -186,13 +184,15 @@ def _changes(
     pairs: Pairs, n_pairs: int, genes: slice, pseudocount: float, delta: float
 ) -> dict[str, npt.NDArray[np.float64]]:
     """What the log fold changes of some genes are like over the pairs, each (n_genes,)."""
-    done, one, other = 0, np.empty(0), np.empty(0)
+    one: Floats = np.empty((0, 0), np.float32)
+    other, done = one, 0
     for block in pairs():
-        picked = [scales[:, genes] for scales in block]
+        first, second = block[0][:, genes], block[1][:, genes]
         if not done:
-            one, other = (np.empty((n_pairs, part.shape[1]), part.dtype) for part in picked)
-        stop = done + len(picked[0])
-        one[done:stop], other[done:stop] = picked
+            one = np.empty((n_pairs, first.shape[1]), first.dtype)
+            other = np.empty_like(one)
+        stop = done + len(first)
+        one[done:stop], other[done:stop] = first, second
         done = stop
     lfc = np.log2(one + pseudocount) - np.log2(other + pseudocount)
     above, below = (lfc >= delta).mean(axis=0), (lfc < -delta).mean(axis=0)

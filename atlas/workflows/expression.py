@@ -294,7 +294,8 @@ def batch_frequencies(
             do="name a batch",
             path=store.path,
         )
-    return out / out.sum()
+    out /= out.sum()
+    return out
 
 
 def batch_code(model: TrainedModel, name: str) -> int:

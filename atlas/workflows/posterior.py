@@ -185,6 +185,8 @@ def likelihood(
         A number out of range, a batch that the model does not know, a file that cannot be written.
     """
     _check_at_least("n_samples", n_samples, 0)
+    if out is not None:
+        check_table_name(out)
     stream = _stream(model, store, rows, device, "likelihood" if progress else None, own=True)
     generator = torch.Generator(device=stream.device).manual_seed(seed)
     names = ["reconstruction_error", "elbo", *(["log_likelihood"] if n_samples else [])]

@@ -44,6 +44,30 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
     return out
 
 
+def mask_of(
+    store: CountStore | FilesSource, rows: Rows | npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.bool_]:
+    """Cells chosen by an obs column, or by a mask already, or all: bool (n_obs,).
+
+    Raises
+    ------
+    ConfigError, MissingColumnError
+        The mask is of another length, or as for :func:`rows_where`.
+    """
+    if rows is None:
+        return np.ones(store.n_obs, bool)
+    if not isinstance(rows, np.ndarray):
+        return rows_where(store, rows)
+    if rows.shape != (store.n_obs,) or rows.dtype != bool:
+        raise ConfigError(
+            "The mask does not fit the store",
+            found=f"{rows.dtype} of shape {rows.shape}",
+            expected=f"bool of shape ({store.n_obs},)",
+            path=store.path,
+        )
+    return rows
+
+
 def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
     """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
     try:

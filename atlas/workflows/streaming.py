@@ -17,7 +17,7 @@ from atlas.models import Inputs, TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.training.environment import resolve_device
 from atlas.workflows.columns import columns_of
-from atlas.workflows.rows import Rows, rows_where
+from atlas.workflows.rows import Rows, mask_of
 from loaders import SequentialLoader
 
 MINIBATCH = 512
@@ -100,10 +100,7 @@ class CellStream:
         own_batch: bool = False,
     ) -> None:
         _check_genes(model, store)
-        if rows is None:
-            mask = np.ones(store.n_obs, bool)
-        else:
-            mask = rows if isinstance(rows, np.ndarray) else rows_where(store, rows)
+        mask = mask_of(store, rows)
         self.chosen = np.flatnonzero(mask)
         if rows is not None and not len(self.chosen):
             raise ConfigError(
