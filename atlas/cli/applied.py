@@ -217,7 +217,7 @@ def impute(options: argparse.Namespace) -> None:
 def _print_shape(out: Any) -> None:
     import zarr
 
-    n_obs, n_vars = zarr.open_group(out, mode="r")["X"].shape
+    n_obs, n_vars = zarr.open_array(Path(out) / "X", mode="r").shape
     print(f"{out}: {n_obs:,} cells × {n_vars:,} genes (anndata.read_zarr)")
 
 

@@ -22,6 +22,8 @@ from atlas.workflows.results import evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
 
 __all__ = [
+    "SeedLabels",
+    "StoreInfo",
     "differential_expression",
     "dropout_probability",
     "embed",
@@ -44,6 +46,4 @@ __all__ = [
     "train",
     "verify",
     "write_json",
-    "SeedLabels",
-    "StoreInfo",
 ]
