@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
 from anndata import AnnData
 from torch import Tensor
 
@@ -84,15 +82,13 @@ def collect(
         return AnnData(values, obs=obs, var=var, uns=uns)
     path = Path(out)
     check_out(path)
-    with _appearing(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not in the Zarr version 3 specification")
+    with _appearing(path) as partial:
         group = create_group(partial)
         write_tables(group, obs, var, {}, uns, path)
         chunks = tuple(max(1, min(sizes)) for sizes in zip(shape, CHUNK, strict=True))
         array = group.create_array("X", shape=shape, dtype=np.float32, chunks=chunks)
         array.attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
         _write(array, _blocks(stream, compute, columns))
-        zarr.consolidate_metadata(group.store)
     return path
 
 
