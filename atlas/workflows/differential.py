@@ -227,7 +227,7 @@ def _draw_cells(
     for cells in stream:
         codes = torch.from_numpy(groups.codes[cells.rows].astype(np.int64)).to(stream.device)
         weights = torch.zeros(len(cells.inputs.counts), groups.n_groups, device=stream.device)
-        weights[torch.arange(cells.n_cells), codes] = 1
+        weights[torch.arange(cells.n_cells, device=stream.device), codes] = 1
         sums.add(cells.inputs, weights)
         _, here, there = np.intersect1d(cells.rows, encoded, return_indices=True)
         if len(here):
