@@ -169,9 +169,7 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["nb"]
 
 
-def test_a_batch_that_only_the_decoder_sees_must_be_known(
-    applied: Applied, tmp_path: Path
-) -> None:
+def test_a_batch_that_only_the_decoder_sees_must_be_known(applied: Applied, tmp_path: Path) -> None:
     """Without the batch in the encoder, new batches can be embedded but not decoded as their own."""
     store = applied.open()
     one = atlas.create_store(tmp_path / "one.atlas")
@@ -192,3 +190,16 @@ def test_a_batch_that_only_the_decoder_sees_must_be_known(
     assert there.shape == (300, 60)
     with pytest.raises(ModelError, match="no frequencies"):
         atlas.normalized(model, one, batch="average")
+
+
+def test_files_as_they_are_give_the_same(applied: Applied, tmp_path: Path) -> None:
+    model, store = atlas.load_model(applied.scvi), applied.open()
+    cells = atlas.to_anndata(store, rows=np.arange(store.segments[1]))
+    cells = AnnData(cells.X, obs=cells.obs[["cell_type", "batch"]], var=cells.var[[]])
+    cells.write_h5ad(tmp_path / "study_1.h5ad")
+    files = atlas.open_files([tmp_path / "study_1.h5ad"], batch_key="batch")
+    expected = atlas.normalized(model, store, rows="study=study_1")
+    found = atlas.normalized(model, files)
+    np.testing.assert_allclose(found.X, expected.X, rtol=1e-5)
+    table = atlas.differential_expression(model, files, group1="cell_type=type_1", n_pairs=500)
+    assert table["raw_mean1"].notna().all()
