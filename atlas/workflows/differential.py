@@ -229,11 +229,12 @@ def _draw_cells(
         weights = torch.zeros(len(cells.inputs.counts), groups.n_groups, device=stream.device)
         weights[torch.arange(cells.n_cells, device=stream.device), codes] = 1
         sums.add(cells.inputs, weights)
-        _, here, there = np.intersect1d(cells.rows, encoded, return_indices=True)
-        if len(here):
+        first, last = np.searchsorted(encoded, (cells.rows[0], cells.rows[-1] + 1))
+        if last > first:
+            here = torch.from_numpy(np.searchsorted(cells.rows, encoded[first:last]))
             found = model.module.posterior(cells.inputs)
             for kept, values in zip((mean, variance), found, strict=True):
-                kept[torch.from_numpy(there)] = values[torch.from_numpy(here)]
+                kept[first:last] = values[here]
     generator = _generator(rng, stream.device)
     z = {}
     for side in sides:

@@ -15,7 +15,7 @@ from workflows_helpers import Applied, inputs_of
 
 import atlas
 from atlas.errors import ConfigError, MissingColumnError, ModelError
-from atlas.models import Conditions, Inputs
+from atlas.models import Conditions
 from atlas.workflows.differential import replaced
 
 

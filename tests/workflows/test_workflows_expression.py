@@ -117,7 +117,7 @@ def test_expected_counts_also_of_genes_not_measured(applied: Applied) -> None:
     inflated = atlas.impute(model, store, n_samples=0, zero_inflation=True)
     dropout = atlas.dropout_probability(model, store)
     np.testing.assert_allclose(inflated.X, found.X * (1 - dropout.X), rtol=1e-4)
-    assert 0 < dropout.X.min()
+    assert dropout.X.min() > 0
     assert dropout.X.max() < 1
 
 
@@ -170,7 +170,7 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_only_the_decoder_sees_must_be_known(applied: Applied, tmp_path: Path) -> None:
-    """Without the batch in the encoder, new batches can be embedded but not decoded as their own."""
+    """An encoder without the batch takes cells of new ones; the decoder cannot, as their own."""
     store = applied.open()
     one = atlas.create_store(tmp_path / "one.atlas")
     cells = atlas.to_anndata(store, rows=np.arange(300))

@@ -130,7 +130,7 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     model, store = atlas.load_model(applied.scvi), applied.open()
     with pytest.raises(ConfigError, match="n_samples is out of range"):
         atlas.likelihood(model, store, n_samples=-1)
-    with pytest.raises(ConfigError, match="CSV or TSV\n  found: o.xlsx"):
+    with pytest.raises(ConfigError, match=r"CSV or TSV\n  found: o\.xlsx"):
         atlas.likelihood(model, store, out=tmp_path / "o.xlsx")
     with pytest.raises(OutputError, match="could not be written"):
         atlas.likelihood(model, store, n_samples=0, out=tmp_path / "no" / "o.csv")
