@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import commands
+from atlas.cli import applied, commands
 from atlas.config import ARCHITECTURES, Profile, StoreFormat, TrainConfig
 
 
@@ -172,6 +172,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--name", default="", help="name to keep the embedding under; the model's if not given"
     )
     sub.add_argument("--device", default="auto")
+
+    applied.add_commands(command)
 
     sub = command("evaluate", commands.evaluate, "measure an embedding")
     _add_measuring(sub)

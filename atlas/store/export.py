@@ -19,6 +19,7 @@ from anndata import AnnData
 
 from atlas.errors import ConfigError
 from atlas.store.base import CountStore
+from atlas.store.files_source import FilesSource
 
 _ROWS_AT_ONCE = 8192
 
@@ -61,22 +62,9 @@ def to_anndata(
     if order == "input":
         came = store.index_array("input_position")[positions]
         positions = positions[np.lexsort((came, store.obs_codes["study"][positions]))]
-    obs = store.obs().iloc[positions]
-    if not obs.index.is_unique:
-        warnings.warn(
-            "cells of different studies have the same row name; '-STUDY' is added to theirs",
-            UserWarning,
-            stacklevel=2,
-        )
-        twice = obs.index.duplicated(keep=False)
-        study = np.asarray(store.studies, object)[store.obs_codes["study"][positions]]
-        names = obs.index.to_numpy(object).copy()
-        names[twice] = [f"{n}-{s}" for n, s in zip(names[twice], study[twice], strict=True)]
-        obs.index = pd.Index(names, dtype=object)
-    var = store.var
-    var["gene_id"] = var["gene_id"].astype(object).where(var["gene_id"].notna(), "")
+    obs = obs_of(store, positions)
     matrix = _lazily if lazy else _matrix
-    adata = AnnData(X=matrix(store, None, positions), obs=obs, var=var)
+    adata = AnnData(X=matrix(store, None, positions), obs=obs, var=var_of(store))
     for name, array in _obsm(store).items():
         adata.obsm[name] = array[positions]
     for name in _common_layers(store):
@@ -84,6 +72,30 @@ def to_anndata(
     if embedding is not None:
         adata.obsm[f"X_{embedding}"] = store.embedding(embedding)[positions]
     return adata
+
+
+def obs_of(store: CountStore | FilesSource, positions: npt.NDArray[np.int64]) -> pd.DataFrame:
+    """Annotations of cells under row names that are unique, as AnnData wants them."""
+    obs = store.obs().iloc[positions]
+    if not obs.index.is_unique:
+        warnings.warn(
+            "cells of different studies have the same row name; '-STUDY' is added to theirs",
+            UserWarning,
+            stacklevel=3,
+        )
+        twice = obs.index.duplicated(keep=False)
+        study = np.asarray(store.studies, object)[store.obs_codes["study"][positions]]
+        names = obs.index.to_numpy(object).copy()
+        names[twice] = [f"{n}-{s}" for n, s in zip(names[twice], study[twice], strict=True)]
+        obs.index = pd.Index(names, dtype=object)
+    return obs
+
+
+def var_of(store: CountStore | FilesSource) -> pd.DataFrame:
+    """The gene table as AnnData keeps it: no value is missing."""
+    var = store.var
+    var["gene_id"] = var["gene_id"].astype(object).where(var["gene_id"].notna(), "")
+    return var
 
 
 def _positions(store: CountStore, rows: npt.ArrayLike | None) -> npt.NDArray[np.int64]:

@@ -4,10 +4,19 @@ This is the only place where stores, models, training and evaluation are wired t
 """
 
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
+from atlas.workflows.differential import differential_expression
 from atlas.workflows.embedding import embed
+from atlas.workflows.expression import (
+    dropout_probability,
+    impute,
+    normalized,
+    posterior_predictive,
+)
+from atlas.workflows.labelling import label, label_probabilities
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json
+from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
@@ -15,11 +24,21 @@ from atlas.workflows.seeding import SeedLabels, seed_labels
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "differential_expression",
+    "dropout_probability",
     "embed",
     "evaluate",
     "export",
+    "impute",
     "info",
     "ingest",
+    "label",
+    "label_probabilities",
+    "latent_posterior",
+    "library_posterior",
+    "likelihood",
+    "normalized",
+    "posterior_predictive",
     "project",
     "report",
     "seed_labels",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from atlas.errors import ConfigError, MissingColumnError
 from atlas.store import CountStore, FilesSource
@@ -29,13 +30,7 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
     """
     out = np.ones(store.n_obs, bool)
     for column, wanted in _chosen(rows).items():
-        try:
-            found = store.obs([column])[column]
-        except MissingColumnError:
-            if column not in ("study", "batch", "label"):
-                raise
-            found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
-        texts = found.map(text_of, na_action="ignore").astype(object)
+        texts = texts_of(store, column)
         there = set(texts.dropna())
         values = _values(wanted, there)
         if absent := [value for value in values if value not in there]:
@@ -47,6 +42,41 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
             )
         out &= texts.isin(values).to_numpy(bool)
     return out
+
+
+def mask_of(
+    store: CountStore | FilesSource, rows: Rows | npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.bool_]:
+    """Cells chosen by an obs column, or by a mask already, or all: bool (n_obs,).
+
+    Raises
+    ------
+    ConfigError, MissingColumnError
+        The mask is of another length, or as for :func:`rows_where`.
+    """
+    if rows is None:
+        return np.ones(store.n_obs, bool)
+    if not isinstance(rows, np.ndarray):
+        return rows_where(store, rows)
+    if rows.shape != (store.n_obs,) or rows.dtype != bool:
+        raise ConfigError(
+            "The mask does not fit the store",
+            found=f"{rows.dtype} of shape {rows.shape}",
+            expected=f"bool of shape ({store.n_obs},)",
+            path=store.path,
+        )
+    return rows
+
+
+def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
+    """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
+    try:
+        found = store.obs([column])[column]
+    except MissingColumnError:
+        if column not in ("study", "batch", "label"):
+            raise
+        found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
+    return found.map(text_of, na_action="ignore").astype(object)
 
 
 def _chosen(rows: Rows) -> dict[str, Any]:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from atlas.errors import ModelError
+from atlas.errors import ConfigError, ModelError
 from atlas.models import Inputs, TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.training.environment import resolve_device
 from atlas.workflows.columns import columns_of
-from atlas.workflows.rows import Rows, rows_where
+from atlas.workflows.rows import Rows, mask_of
 from loaders import SequentialLoader
 
 MINIBATCH = 512
@@ -67,11 +67,16 @@ class CellStream:
         What to show on stderr beside cells/s and the time left; nothing when None.
     minibatch_size
         Rows of a minibatch.
+    own_batch
+        Cells are to be decoded for their own batch, so that the model must know it even if its
+        encoder does not see it.
 
     Attributes
     ----------
     chosen
         Row numbers of the cells: int64, (n_cells,).
+    columns
+        What the model is told of all cells of the store besides counts and batch.
     device
         Where the inputs are.
 
@@ -79,6 +84,8 @@ class CellStream:
     ------
     ModelError
         The store lacks a gene of the model, or the cells are of a batch that it does not know.
+    ConfigError
+        ``rows`` chooses no cell.
     """
 
     def __init__(
@@ -90,16 +97,21 @@ class CellStream:
         device: str = "auto",
         progress: str | None = None,
         minibatch_size: int = MINIBATCH,
+        own_batch: bool = False,
     ) -> None:
         _check_genes(model, store)
-        if rows is None:
-            mask = np.ones(store.n_obs, bool)
-        else:
-            mask = rows if isinstance(rows, np.ndarray) else rows_where(store, rows)
+        mask = mask_of(store, rows)
         self.chosen = np.flatnonzero(mask)
+        if rows is not None and not len(self.chosen):
+            raise ConfigError(
+                "No cell is chosen",
+                found="rows that choose none of the cells",
+                expected=f"some of {store.n_obs:,} cells",
+                path=store.path,
+            )
         self._mask = mask
-        self._batch_of = _batch_codes(model, store, mask)
-        self._columns = columns_of(model, store)
+        self._batch_of = _batch_codes(model, store, mask, model.encodes_batch or own_batch)
+        self.columns = columns_of(model, store)
         self._view = store.select(model.genes)
         self._presence = torch.from_numpy(self._view.presence)
         self._progress = progress
@@ -123,7 +135,7 @@ class CellStream:
                 counts = torch.zeros(self._size, self._view.n_vars, device=self.device)
                 counts[: len(rows)] = minibatch.to_torch(self.device, dense=True)
                 present = self._presence[int(minibatch.obs["study"][0])]
-                columns = self._columns
+                columns = self.columns
                 inputs = Inputs(
                     counts,
                     self._padded(self._batch_of[minibatch.obs["batch"]]),
@@ -159,12 +171,15 @@ def _check_genes(model: TrainedModel, store: CountStore | FilesSource) -> None:
 
 
 def _batch_codes(
-    model: TrainedModel, store: CountStore | FilesSource, mask: npt.NDArray[np.bool_]
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    mask: npt.NDArray[np.bool_],
+    needed: bool,
 ) -> npt.NDArray[np.int64]:
-    """The model's code of each of the store's batches; 0 where its encoder does not see them."""
+    """The model's code of each of the store's batches; 0 where unknown and not needed."""
     code = {name: i for i, name in enumerate(model.batches)}
     codes = np.array([code.get(name, -1) for name in store.batches], np.int64)
-    if not model.encodes_batch:
+    if not needed:
         return np.maximum(codes, 0)
     met = np.unique(store.obs_codes["batch"][mask])
     if unknown := [store.batches[i] for i in met if codes[i] < 0]:

@@ -1,0 +1,371 @@
+"""From a model and a store to differential expression between groups of cells.
+
+Cells are drawn for each side first and encoded once, in the pass that counts what the groups
+hold; then pairs of draws of z are decoded, both under the same conditions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from atlas.errors import ConfigError
+from atlas.evaluation import differential as maths
+from atlas.evaluation.differential import Floats, GroupCounts, Sides
+from atlas.models import Conditions, TrainedModel
+from atlas.models.layers import sample_normal
+from atlas.store import CountStore, FilesSource
+from atlas.workflows.expression import RowsOrMask, batch_code, batch_frequencies
+from atlas.workflows.groups import Comparison, Groups, GroupSums, Side, comparisons_of, groups_of
+from atlas.workflows.labelling import classes_of
+from atlas.workflows.posterior import check_table_name, write_table
+from atlas.workflows.rows import Rows, mask_of
+from atlas.workflows.streaming import MINIBATCH, CellStream
+
+Mode = Literal["change", "vanilla"]
+
+
+def differential_expression(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    *,
+    group1: Rows | None = None,
+    group2: Rows | None = None,
+    by: str | None = None,
+    pairwise: bool = False,
+    mode: Mode = "change",
+    scanvi: bool = False,
+    batches: Sequence[str] | None = None,
+    delta: float = 0.25,
+    fdr: float = 0.05,
+    sides: Sides = "three",
+    pseudocount: float | None = None,
+    n_pairs: int = 5000,
+    rows: RowsOrMask = None,
+    out: str | PathLike[str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Bayesian differential expression between groups of cells.
+
+    Shares of genes are compared between draws of z of a cell of each group, both decoded for the
+    same batch, which is drawn by its frequency: no gene is called for being higher in the batches
+    that one group happens to come from (scVI, Lopez et al. 2018, Methods 4.3; scANVI, Xu et al.
+    2021, Online Methods, "Bayesian differential expression"). Further covariates are drawn like the
+    batch, from cells of the store.
+
+    Parameters
+    ----------
+    model
+        A trained model.
+    store
+        An open store, or files as they are.
+    group1, group2
+        Cells by an obs column, such as ``"cell_type=B"``; without ``group2`` all other cells. In
+        the scANVI form labels of the model.
+    by
+        In place of groups: each value of this obs column against all others.
+    pairwise
+        Each value, or label, against each other instead.
+    mode
+        ``"change"``: log fold changes and the probability that they exceed ``delta``
+        (:func:`atlas.evaluation.differential.change`). ``"vanilla"``: Bayes factors of one share
+        being higher than the other (:func:`atlas.evaluation.differential.vanilla`).
+    scanvi
+        The scANVI form: z is drawn from p(z | u, c) for the label c, u from the aggregate of
+        q(u | z, c) over the cells, weighted by their q(c | x), which also weighs the raw means.
+        Labels of cells are not looked at.
+    batches
+        Decode for these, equally often, in place of all by their frequencies in the store.
+    delta, fdr, sides, pseudocount
+        Of mode ``change``; the pseudocount is estimated where None.
+    n_pairs
+        Pairs for each comparison.
+    rows
+        Cells to look at: by an obs column, or a mask (n_obs,); all when None.
+    out
+        A CSV or TSV to write.
+    seed
+        Of the draws.
+    device, progress
+        As for :func:`atlas.embed`.
+
+    Returns
+    -------
+    DataFrame
+        A row for each gene and comparison, the most certain first, with scvi-tools' names of
+        columns: what the mode gives; ``raw_mean1``, ``non_zeros_proportion1``,
+        ``raw_normalized_mean1`` and the same of group 2, over the cells whose study measured the
+        gene; ``comparison``, ``group1``, ``group2``.
+
+    Raises
+    ------
+    ConfigError, MissingColumnError, ModelError
+        Groups that are empty, overlap or are not there; an unknown label or batch; a number out of
+        range.
+    """
+    _check(mode, sides, delta, fdr, n_pairs, pseudocount)
+    if out is not None:
+        check_table_name(out)
+    rng = np.random.default_rng(seed)
+    weights = _batch_weights(model, store, batches)
+    if scanvi:
+        comparisons = comparisons_of(classes_of(model)[1], group1, group2, by, pairwise)
+        stream = CellStream(
+            model, store, rows=rows, device=device, progress="cells" if progress else None
+        )
+        drawn = _draw_classes(model, stream, comparisons, n_pairs, rng)
+    else:
+        groups = groups_of(store, mask_of(store, rows), group1, group2, by, pairwise)
+        stream = CellStream(
+            model,
+            store,
+            rows=groups.codes >= 0,
+            device=device,
+            progress="cells" if progress else None,
+        )
+        comparisons = groups.comparisons
+        drawn = _draw_cells(model, stream, groups, n_pairs, rng)
+    conditions = _conditions(stream, weights, n_pairs, rng)
+    tables = []
+    for comparison in tqdm(comparisons, "comparisons", disable=not progress):
+        side1, side2 = comparison.side1, comparison.side2
+        pairs = _Pairs(model, drawn.z[side1], drawn.z[side2], conditions)
+        counts1, counts2 = drawn.counts[side1], drawn.counts[side2]
+        scales = maths.summarise(pairs)
+        if mode == "vanilla":
+            table, order = maths.vanilla(scales), ["bayes_factor"]
+        else:
+            offset = pseudocount
+            if offset is None:
+                offset = maths.pseudocount_of(scales, counts1, counts2)
+            table = maths.change(
+                pairs, scales, pseudocount=offset, delta=delta, sides=sides, fdr=fdr
+            )
+            order = ["proba_de", "size"]
+        table.index = pd.Index(model.genes, name="gene")
+        tables.append(_finished(table, comparison, counts1, counts2, order))
+    found = pd.concat(tables)
+    if out is not None:
+        write_table(found, out, "gene")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """Draws of z for each side, (n_pairs, n_latent), and what was counted on it."""
+
+    z: Mapping[Side, Tensor]
+    counts: Mapping[Side, GroupCounts]
+
+
+class _Pairs:
+    """Shares of pairs of draws of z under the same conditions, block by block."""
+
+    def __init__(self, model: TrainedModel, z1: Tensor, z2: Tensor, conditions: Conditions) -> None:
+        self._model, self._z, self._conditions = model, (z1, z2), conditions
+
+    def __call__(self) -> Iterator[tuple[Floats, Floats]]:
+        for start in range(0, len(self._z[0]), MINIBATCH):
+            block = slice(start, start + MINIBATCH)
+            there = _rows_of(self._conditions, block)
+            one, other = (self._model.module.decode(z[block], there) for z in self._z)
+            yield one.cpu().numpy(), other.cpu().numpy()
+
+
+def _finished(
+    table: pd.DataFrame,
+    comparison: Comparison,
+    counts1: GroupCounts,
+    counts2: GroupCounts,
+    order: list[str],
+) -> pd.DataFrame:
+    """The table of a comparison with what was counted, the most certain genes first."""
+    for i, counts in enumerate((counts1, counts2), start=1):
+        for field in dataclasses.fields(counts):
+            table[f"{field.name}{i}"] = getattr(counts, field.name)
+    if "lfc_median" in table:
+        table["size"] = table["lfc_median"].abs()  # of equally certain genes the larger change
+    table = table.sort_values(order, ascending=False, kind="stable")
+    table = table.drop(columns="size", errors="ignore")
+    names = comparison.name1, comparison.name2
+    return table.assign(comparison=" vs ".join(names), group1=names[0], group2=names[1])
+
+
+def _sides_of(comparisons: Sequence[Comparison]) -> list[Side]:
+    """The different sides, in order."""
+    return list(dict.fromkeys(side for c in comparisons for side in (c.side1, c.side2)))
+
+
+def _draw_cells(
+    model: TrainedModel,
+    stream: CellStream,
+    groups: Groups,
+    n_pairs: int,
+    rng: np.random.Generator,
+) -> _Drawn:
+    """Draw cells of each side, then go through all cells once and encode those drawn."""
+    sides = _sides_of(groups.comparisons)
+    rows = {
+        side: rng.choice(np.flatnonzero(np.isin(groups.codes, side)), n_pairs) for side in sides
+    }
+    encoded = np.unique(np.concatenate(list(rows.values())))
+    mean = torch.empty(len(encoded), model.module.n_latent, device=stream.device)
+    variance = torch.empty_like(mean)
+    sums = GroupSums(groups.n_groups, len(model.genes), stream.device)
+    for cells in stream:
+        codes = torch.from_numpy(groups.codes[cells.rows].astype(np.int64)).to(stream.device)
+        weights = torch.zeros(len(cells.inputs.counts), groups.n_groups, device=stream.device)
+        weights[torch.arange(cells.n_cells, device=stream.device), codes] = 1
+        sums.add(cells.inputs, weights)
+        first, last = np.searchsorted(encoded, (cells.rows[0], cells.rows[-1] + 1))
+        if last > first:
+            here = torch.from_numpy(np.searchsorted(cells.rows, encoded[first:last]))
+            found = model.module.posterior(cells.inputs)
+            for kept, values in zip((mean, variance), found, strict=True):
+                kept[first:last] = values[here]
+    generator = _generator(rng, stream.device)
+    z = {}
+    for side in sides:
+        at = torch.from_numpy(np.searchsorted(encoded, rows[side]))
+        z[side] = sample_normal(mean[at], variance[at], generator)
+    return _Drawn(z, {side: sums.of(side) for side in sides})
+
+
+def _draw_classes(
+    model: TrainedModel,
+    stream: CellStream,
+    comparisons: Sequence[Comparison],
+    n_pairs: int,
+    rng: np.random.Generator,
+) -> _Drawn:
+    """Draws of z from p(z | u, c), u from the aggregate posterior of the class, in one pass."""
+    module, tree = classes_of(model)
+    n_classes = len(tree.classes)
+    generator = _generator(rng, stream.device)
+    sums = GroupSums(n_classes, len(model.genes), stream.device)
+    held = torch.zeros(n_classes, n_pairs, module.n_latent, device=stream.device)
+    mass = np.zeros(n_classes)
+    for cells in stream:
+        log_q = module.log_probabilities(cells.inputs)[:, list(tree.leaves)]
+        q = log_q.exp()
+        q[cells.n_cells :] = 0
+        sums.add(cells.inputs, q)
+        mean, variance = module.posterior(cells.inputs)
+        for c, weights in enumerate(q[: cells.n_cells].T.double().cpu().numpy()):
+            slots, drawn = replaced(mass, c, weights, n_pairs, rng)
+            at = torch.from_numpy(drawn)
+            held[c, torch.from_numpy(slots)] = sample_normal(mean[at], variance[at], generator)
+    sides = _sides_of(comparisons)
+    z = {}
+    for side in sides:
+        share = mass[list(side)]
+        if not share.sum():
+            raise ConfigError(
+                "No cell can be of these classes",
+                found=", ".join(tree.classes[c] for c in side),
+                expected="classes that the model gives to some of the cells, be it with doubt",
+            )
+        classes = torch.from_numpy(rng.choice(side, n_pairs, p=share / share.sum()))
+        classes = classes.to(stream.device)
+        # Which slot of a class is taken does not matter, as all are drawn alike.
+        cells_z = held[classes, torch.arange(n_pairs, device=stream.device)]
+        u = sample_normal(*module.u_posterior(cells_z, classes), generator)
+        z[side] = module.sample_class(u, classes, generator)
+    return _Drawn(z, {side: sums.of(side) for side in sides})
+
+
+def replaced(
+    mass: npt.NDArray[np.float64],
+    group: int,
+    weights: npt.NDArray[np.float64],
+    n_slots: int,
+    rng: np.random.Generator,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which slots of a group's reservoir take which of some new cells.
+
+    After all cells each slot holds one of them, independently of the other slots, with a
+    probability proportional to its weight: a slot takes a new cell with the share that the new
+    cells have of all weight seen, ``mass[group]``, which is brought up to date.
+    """
+    new = weights.sum()
+    if not new > 0:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    mass[group] += new
+    slots = np.flatnonzero(rng.random(n_slots) < new / mass[group])
+    return slots, rng.choice(len(weights), len(slots), p=weights / new)
+
+
+def _conditions(
+    stream: CellStream,
+    weights: npt.NDArray[np.float64],
+    n_pairs: int,
+    rng: np.random.Generator,
+) -> Conditions:
+    """What each pair is decoded for: batches in their proportions, covariates of cells drawn."""
+    ends = np.round(np.cumsum(weights) * n_pairs).astype(np.int64)
+    batch = rng.permutation(np.searchsorted(ends, np.arange(n_pairs), side="right"))
+    cells = rng.choice(stream.chosen, n_pairs)
+    columns = stream.columns
+    found = Conditions(
+        torch.from_numpy(batch.astype(np.int64)),
+        None
+        if columns.categories is None
+        else torch.from_numpy(columns.categories[cells].astype(np.int64)),
+        None if columns.continuous is None else torch.from_numpy(columns.continuous[cells]),
+    )
+    return found.to(stream.device)
+
+
+def _rows_of(conditions: Conditions, rows: slice) -> Conditions:
+    categories, continuous = conditions.categories, conditions.continuous
+    return Conditions(
+        conditions.batch[rows],
+        None if categories is None else categories[rows],
+        None if continuous is None else continuous[rows],
+    )
+
+
+def _batch_weights(
+    model: TrainedModel, store: CountStore | FilesSource, batches: Sequence[str] | None
+) -> npt.NDArray[np.float64]:
+    if batches is None:
+        return batch_frequencies(model, store)
+    if isinstance(batches, str) or not len(batches):
+        raise ConfigError("Batches are given as a list", found=repr(batches), expected="a list")
+    out = np.zeros(len(model.batches))
+    out[[batch_code(model, name) for name in batches]] = 1
+    out /= out.sum()
+    return out
+
+
+def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
+    return torch.Generator(device=device).manual_seed(int(rng.integers(2**63)))
+
+
+def _check(
+    mode: str, sides: str, delta: float, fdr: float, n_pairs: int, pseudocount: float | None
+) -> None:
+    for name, value, choices in (("mode", mode, Mode), ("sides", sides, Sides)):
+        if value not in get_args(choices):
+            expected = " or ".join(map(repr, get_args(choices)))
+            raise ConfigError(f"{name} is not offered", found=repr(value), expected=expected)
+    for name, number, fits, expected in (
+        ("delta", delta, delta >= 0, "at least 0"),
+        ("fdr", fdr, 0 < fdr < 1, "between 0 and 1"),
+        ("n_pairs", n_pairs, n_pairs >= 1, "at least 1"),
+        ("pseudocount", pseudocount, pseudocount is None or pseudocount > 0, "above 0"),
+    ):
+        if not fits:
+            raise ConfigError(f"{name} is out of range", found=number, expected=expected)

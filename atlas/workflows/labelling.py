@@ -1,0 +1,182 @@
+"""From a scANVI model and a store to labels of its cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from atlas.errors import ConfigError, ModelError
+from atlas.models import SCANVI, LabelTree, TrainedModel
+from atlas.store import CountStore, FilesSource
+from atlas.store.annotate import STUDY_COLUMN
+from atlas.store.options import check_name
+from atlas.workflows.embedding import check_writable
+from atlas.workflows.expression import RowsOrMask
+from atlas.workflows.streaming import CellStream
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """Labels that a model gave to cells.
+
+    Attributes
+    ----------
+    table
+        By row name, in the order of the store: ``NAME`` (categories), ``NAME_probability``,
+        ``NAME_entropy`` and, with a hierarchy, ``NAME_level_0`` (coarsest) and so on.
+    counts
+        Cells of each class, classes without any included.
+    mean_probability, mean_entropy
+        Of the most probable class, and of all of a cell's classes in nats, over cells.
+    """
+
+    table: pd.DataFrame
+    counts: dict[str, int]
+    mean_probability: float
+    mean_entropy: float
+
+
+def label(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    *,
+    name: str | None = "",
+    rows: RowsOrMask = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> Labelling:
+    """Label cells with the classes of a scANVI: posterior q(c | x) at the posterior mean of z.
+
+    At each level of a hierarchy the most probable node is taken, a class itself where its branch
+    ends above; with soft posteriors the levels may disagree. ``unobserved …`` is a label too.
+
+    Parameters
+    ----------
+    model
+        A trained scANVI.
+    store
+        An open store, or files as they are.
+    name
+        Keep the labels as these obs columns, by default of the model's name; None keeps none.
+        Cells that are not chosen keep what they had.
+    rows
+        Which cells: by an obs column, or a mask (n_obs,); all when None.
+    device, progress
+        As for :func:`atlas.embed`.
+
+    Raises
+    ------
+    ModelError, ConfigError
+        The model has no classes, or ``name`` is an obs column that was not made here.
+    """
+    _, tree = classes_of(model)
+    name = model.name if name == "" else name
+    if name is not None:
+        check_name(name, "label column")
+        check_writable(store, f"name={name!r}")
+        _check_free(store, name)
+    chosen, log_p = _log_probabilities(model, store, rows, device, progress)
+    table = _table(tree, log_p, name or model.name)
+    table.index = store.obs([]).index[chosen]
+    predicted = table[name or model.name]
+    if name is not None and isinstance(store, CountStore):
+        study = np.asarray(store.studies, object)[store.obs_codes["study"][chosen]]
+        store.annotate(table.assign(**{STUDY_COLUMN: study}))
+    cells = predicted.value_counts()
+    return Labelling(
+        table,
+        {label: int(cells.get(label, 0)) for label in tree.classes},
+        float(table.iloc[:, 1].mean()),
+        float(table.iloc[:, 2].mean()),
+    )
+
+
+def label_probabilities(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    *,
+    rows: RowsOrMask = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Posterior probability of each class and each group above, by row name.
+
+    Arguments as for :func:`label`. Columns are the nodes of the hierarchy, parents first; those of
+    siblings sum to that of their parent.
+    """
+    _, tree = classes_of(model)
+    chosen, log_p = _log_probabilities(model, store, rows, device, progress)
+    return pd.DataFrame(np.exp(log_p), store.obs([]).index[chosen], list(tree.names))
+
+
+def classes_of(model: TrainedModel) -> tuple[SCANVI, LabelTree]:
+    """The module and the classes of a scANVI.
+
+    Raises
+    ------
+    ModelError
+        The model has no classes.
+    """
+    if not isinstance(model.module, SCANVI) or model.labels is None:
+        raise ModelError(
+            "The model has no classes of cells",
+            found=f"a {model.name} model",
+            expected="a scanvi model",
+            do="train one with `atlas train --model scanvi`; --from goes on from a trained scvi",
+        )
+    return model.module, model.labels
+
+
+def _log_probabilities(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    rows: RowsOrMask,
+    device: str,
+    progress: bool,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Cells chosen, and the log-probability of each node of the tree: (n_cells, n_nodes)."""
+    module, tree = classes_of(model)
+    stream = CellStream(
+        model, store, rows=rows, device=device, progress="labels" if progress else None
+    )
+    out = np.empty((len(stream.chosen), len(tree.names)), np.float32)
+    start = 0
+    for cells in stream:
+        found = module.log_probabilities(cells.inputs)[: cells.n_cells]
+        out[start : start + cells.n_cells] = found.cpu().numpy()
+        start += cells.n_cells
+    return stream.chosen, out
+
+
+def _table(tree: LabelTree, log_p: npt.NDArray[np.float32], name: str) -> pd.DataFrame:
+    log_q = log_p[:, list(tree.leaves)].astype(np.float64)
+    q = np.exp(log_q)
+    best = log_q.argmax(axis=1)
+    columns = {
+        name: pd.Categorical.from_codes(best, pd.Index(tree.classes)),
+        f"{name}_probability": q[np.arange(len(q)), best],
+        # where q is 0 to the last bit its logarithm is finite: 0, not NaN
+        f"{name}_entropy": np.maximum(-(q * log_q).sum(axis=1), 0.0),
+    }
+    for level in range(tree.n_levels if tree.n_levels > 1 else 0):
+        nodes = np.unique(tree.at_level(level))
+        best = log_p[:, nodes].argmax(axis=1)
+        names = pd.Index([tree.names[i] for i in nodes])
+        columns[f"{name}_level_{level}"] = pd.Categorical.from_codes(best, names)
+    return pd.DataFrame(columns)
+
+
+def _check_free(store: CountStore | FilesSource, name: str) -> None:
+    """Refuse to write over a column that did not come from here."""
+    there = set(store.obs().columns)
+    if name in there and f"{name}_entropy" not in there:
+        raise ConfigError(
+            f"There is an obs column {name!r} already, and it holds no labels of a model",
+            found=name,
+            expected="a name of its own for these labels",
+            do="give another --name",
+            path=store.path,
+        )
