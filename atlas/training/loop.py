@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atlas.config import TrainConfig
 from atlas.errors import ConfigError, TrainingError
@@ -28,17 +28,16 @@ from atlas.training.environment import (
 )
 from atlas.training.history import EpochRecord, History, write_log
 from atlas.training.inputs import CellColumns, InputsBuilder
+from atlas.training.loading import Ranges, n_rows, training_loader
 from atlas.training.progress import ProgressLine, deferred_interrupt
 from atlas.training.run import check_same_run, identity, open_run
 from atlas.training.schedule import KlSchedule, epochs_without_improvement
 from atlas.training.state import TrainingState, seeded_generator
-from loaders import Minibatch, MinibatchLoader, SequentialLoader
+from loaders import Minibatch, SequentialLoader
 from loaders.source import RowSource
 
 _READ_SECONDS = 1.0
 """How often losses are read from the device, to show them and to see that they are finite."""
-
-Ranges = Sequence[tuple[int, int]]
 
 
 def fit(
@@ -108,7 +107,7 @@ def fit(
     KeyboardInterrupt
         On Ctrl-C, after the step in progress and a checkpoint.
     """
-    validates = _n_rows(validation_rows) > 0
+    validates = n_rows(validation_rows) > 0
     if config.early_stopping and not validates:
         raise ConfigError(
             "Early stopping needs cells that are held out",
@@ -117,7 +116,7 @@ def fit(
         )
     device = resolve_device(config.device)
     columns = CellColumns() if columns is None else columns
-    loader = _training_loader(model, source, train_rows, config, device, columns)
+    loader = training_loader(model, source, train_rows, config, device, columns)
     described = {**describe, "columns": columns.digests()}
     run = identity(config, source, train_rows, validation_rows, presence, described)
     with open_run(out, resume=resume):
@@ -128,7 +127,7 @@ def fit(
         recorded_threads = None if found is None else found.environment.threads
         if reading is not None and (found is None or not found.progress.finished):
             source = reading(source)
-            loader = _training_loader(model, source, train_rows, config, device, columns)
+            loader = training_loader(model, source, train_rows, config, device, columns)
         with torch_threads(config.threads, recorded_threads, out):
             state = TrainingState.start(model, loader, config, device)
             if found is not None:
@@ -147,7 +146,7 @@ def fit(
             if isinstance(model, SCANVI) and model.config.training == "alternating":
                 alternation = Alternation(model, source, train_rows, to_inputs, columns, config)
             trainer = _Trainer(state, validation, to_inputs, config, alternation, run, out)
-            epoch_cells = _n_rows(train_rows)
+            epoch_cells = n_rows(train_rows)
             done = epoch_cells * len(state.history.records) + state.epoch_cells
             with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
                 trainer.run(line)
@@ -355,53 +354,3 @@ class _Trainer:
         """Matrix products in bfloat16 where the configuration says so."""
         enabled = self.config.precision == "bfloat16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def _n_rows(ranges: Ranges) -> int:
-    return sum(stop - start for start, stop in ranges)
-
-
-def _training_loader(
-    model: Model,
-    source: RowSource,
-    rows: Ranges,
-    config: TrainConfig,
-    device: torch.device,
-    columns: CellColumns,
-) -> MinibatchLoader:
-    """The loader of the run; to a GPU counts travel narrow where the source has them so.
-
-    Raises
-    ------
-    ConfigError
-        There is nothing to train on.
-    """
-    n_rows = _n_rows(rows)
-    # BatchNorm has no variance to divide by in a minibatch of one cell. The loader shares the rows
-    # of a last minibatch that small with the one before; only a pair of them stays too small.
-    has_batch_norm = any(isinstance(part, nn.BatchNorm1d) for part in model.modules())
-    drop_last = has_batch_norm and config.minibatch_size == 2 and n_rows % 2 == 1
-    if n_rows < 1 + has_batch_norm:
-        raise ConfigError(
-            "There are too few cells to train on",
-            found=f"{n_rows} training cells",
-            expected="at least 2 with BatchNorm, else 1",
-            do="lower --validation-share, or append more cells",
-        )
-    balance: str | npt.NDArray[np.int32] | None = None
-    if config.balance == "label" and columns.label is not None:
-        balance = columns.label
-    elif config.balance != "none":
-        balance = config.balance
-    return MinibatchLoader(
-        source,
-        config.minibatch_size,
-        config.seed,
-        rows=rows,
-        block_size=config.block_size or None,
-        buffer_size=config.buffer_size or None,
-        drop_last=drop_last,
-        balance=balance,
-        memory=config.memory or None,
-        narrow=device.type == "cuda" and source.narrow,
-    )
