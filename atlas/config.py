@@ -235,8 +235,8 @@ class DavaeConfig(_Config):
         Weight λ of the domain classifier (equation 11), of which the paper gives no value.
     adversary_ramp
         Share of the training over which λ rises from 0, in proportion to the steps; 0 is the
-        paper's form. Without it the adversary can mix types that the encoder does not tell apart
-        yet, and one seed of three did (benchmarks/LOG.md).
+        paper's form. benchmarks/LOG.md has what it and other weights did: batches mixed less, and
+        labels carried over more evenly from seed to seed.
     """
 
     n_latent: int = 10
@@ -244,7 +244,7 @@ class DavaeConfig(_Config):
     norm: Norm = "batch"
     encode_batch: bool = False
     adversary_weight: float = 1.0
-    adversary_ramp: float = 0.5
+    adversary_ramp: float = 0.0
 
     def _check(self) -> None:
         self._require("n_latent", self.n_latent >= 1, "at least 1")
