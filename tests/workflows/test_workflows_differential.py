@@ -178,7 +178,7 @@ def test_the_scanvi_form_draws_from_the_prior_of_the_class(applied: Applied) -> 
     module, tree = model.module, model.labels
     with torch.no_grad():  # so that what u and the class are tells in the shares
         module.z_decoder.mean.weight *= 5
-        module.u_encoder.mean.weight *= 5
+        module.u_encoder.mean.bias += torch.tensor([2.0, -2.0, 1.0])
     n = 20_000
     names = [c for c in tree.classes if c.startswith("type")][:2]
     found = atlas.differential_expression(
