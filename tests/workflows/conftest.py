@@ -15,7 +15,7 @@ def _study(seed: int, n: int, genes: range) -> AnnData:
     """Cells of four types, each six times higher in ten genes of its own, in two batches."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(4, n, p=[0.4, 0.3, 0.2, 0.1])
-    batch = rng.integers(2, size=n)
+    batch = (rng.random(n) < 0.2).astype(int)
     base = np.random.default_rng(0).gamma(1.0, size=60)
     rate = base * np.where(np.arange(60) // 10 == kind[:, None], 6, 1)
     rate *= np.where(np.arange(60) % 7 == 3 * batch[:, None], 2, 1)

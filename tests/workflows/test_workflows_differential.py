@@ -73,6 +73,33 @@ def test_vanilla_is_the_integral_of_the_paper(applied: Applied, batches: list[st
     assert found["bayes_factor"].max() > 1
 
 
+def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
+    applied: Applied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = atlas.load_model(applied.scvi), applied.open()
+    decode, seen, encoded = model.module.decode, [], []
+    posterior = model.module.posterior
+
+    def watched(z: torch.Tensor, conditions: Conditions) -> torch.Tensor:
+        seen.append(conditions.batch)
+        return decode(z, conditions)
+
+    def counting(inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded.append(inputs)
+        return posterior(inputs)
+
+    monkeypatch.setattr(model.module, "decode", watched)
+    monkeypatch.setattr(model.module, "posterior", counting)
+    atlas.differential_expression(model, store, by="cell_type", mode="vanilla", n_pairs=1000)
+    assert len(encoded) == 4  # minibatches of the store, for five comparisons
+    for one, other in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(one, other)
+    n = torch.bincount(torch.cat(seen), minlength=len(model.batches)).numpy() / 10
+    share = np.bincount(store.obs_codes["batch"], minlength=len(store.batches)) / store.n_obs
+    assert np.abs(n - 1000 * share).max() <= 1
+    assert share.max() > 2 * share.min()
+
+
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_what_was_counted(applied: Applied) -> None:
     model, store = atlas.load_model(applied.scvi), applied.open()
@@ -149,6 +176,9 @@ def test_the_scanvi_form_draws_from_the_prior_of_the_class(applied: Applied) -> 
     """Shares of z ~ p(z | u, c), u from q(u | z, c) of cells weighted by q(c | x), naively."""
     model, store = atlas.load_model(applied.scanvi), applied.open()
     module, tree = model.module, model.labels
+    with torch.no_grad():  # so that what u and the class are tells in the shares
+        module.z_decoder.mean.weight *= 5
+        module.u_encoder.mean.bias += torch.tensor([2.0, -2.0, 1.0])
     n = 20_000
     names = [c for c in tree.classes if c.startswith("type")][:2]
     found = atlas.differential_expression(

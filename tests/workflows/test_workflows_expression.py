@@ -10,9 +10,10 @@ import pytest
 import torch
 import zarr
 from anndata import AnnData
-from workflows_helpers import Applied, gaussian, inputs_of
+from workflows_helpers import Applied, another, inputs_of
 
 import atlas
+from atlas.config import DavaeConfig
 from atlas.errors import ConfigError, ModelError, OutputError
 from atlas.workflows import dense
 
@@ -156,7 +157,7 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
         atlas.impute(model, store, n_samples=-1, out=out)
     with pytest.raises(ConfigError, match="AnnData in Zarr, a folder"):
         atlas.normalized(model, store, out=tmp_path / "o.h5ad")
-    other = gaussian(model)
+    other = another(model, DavaeConfig())
     for function in (atlas.impute, atlas.posterior_predictive, atlas.dropout_probability):
         with pytest.raises(ModelError, match="no distribution of counts"):
             function(other, store, out=out)

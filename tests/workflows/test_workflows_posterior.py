@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 import torch
 from anndata import AnnData
-from workflows_helpers import Applied, gaussian, inputs_of
+from workflows_helpers import Applied, another, inputs_of
 
 import atlas
-from atlas.config import ScviConfig
+from atlas.config import Architecture, CvaeConfig, DavaeConfig, ScviConfig, TrvaeConfig
 from atlas.errors import ConfigError, ModelError, OutputError
 from atlas.models import TrainedModel, build_model
 
@@ -126,6 +126,30 @@ def test_library_observed_and_latent(applied: Applied, tmp_path: Path) -> None:
     assert np.corrcoef(found["mean"], np.log(totals))[0, 1] > 0.5
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrvaeConfig(n_hidden=16),
+        CvaeConfig(n_hidden=16, gene_likelihood="zinb"),
+        TrvaeConfig(n_hidden=16, gene_likelihood="gaussian"),
+        DavaeConfig(),
+    ],
+    ids=["trvae", "cvae", "trvae of expression", "davae"],
+)
+def test_every_model_can_be_applied(applied: Applied, config: Architecture) -> None:
+    store = applied.open()
+    model = another(atlas.load_model(applied.scvi), config)
+    found = atlas.likelihood(model, store, n_samples=5)
+    assert np.isfinite(found.cells).all(axis=None)
+    table = atlas.differential_expression(model, store, group1="cell_type=type_1", n_pairs=600)
+    assert np.isfinite(table[["lfc_mean", "lfc_std", "bayes_factor"]]).all(axis=None)
+    shares = atlas.normalized(model, store, batch="average").X
+    np.testing.assert_allclose(shares.sum(axis=1), 1, rtol=1e-4)
+    # like to like: a state of the generator for each, and nothing kept from one to the next
+    again = atlas.likelihood(model, store, n_samples=5)
+    pd.testing.assert_frame_equal(again.cells, found.cells)
+
+
 def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     model, store = atlas.load_model(applied.scvi), applied.open()
     with pytest.raises(ConfigError, match="n_samples is out of range"):
@@ -135,7 +159,7 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="could not be written"):
         atlas.likelihood(model, store, n_samples=0, out=tmp_path / "no" / "o.csv")
     with pytest.raises(ModelError, match="no library size"):
-        atlas.library_posterior(gaussian(model), store)
+        atlas.library_posterior(another(model, CvaeConfig()), store)
     with pytest.raises(ConfigError, match="No cell has this value"):
         atlas.latent_posterior(model, store, rows="study=study_9")
     assert list(tmp_path.iterdir()) == []

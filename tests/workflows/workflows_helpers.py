@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import atlas
-from atlas.models import Conditions, Inputs, Losses, Model
+from atlas.config import Architecture
+from atlas.models import Inputs, build_model
 from atlas.workflows.streaming import CellStream
 
 
@@ -28,36 +26,10 @@ class Applied:
         return atlas.open_store(self.store)
 
 
-class Gaussian(Model):
-    """A model of normalised expression, as far as applying it goes."""
-
-    def __init__(self, n_genes: int, n_batch: int) -> None:
-        super().__init__()
-        self.n_genes, self.n_batch, self.n_latent = n_genes, n_batch, 2
-        self.encoder = torch.nn.Linear(n_genes, 2)
-        self.decoder = torch.nn.Linear(2, n_genes)
-
-    def loss(self, inputs: Inputs, *_: object, **__: object) -> Losses:
-        raise NotImplementedError
-
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            mean = self.encoder(inputs.measured.log1p())
-        return mean, torch.ones_like(mean)
-
-    def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
-        with torch.no_grad():
-            return self.decoder(z).softmax(dim=-1)
-
-    def log_weight(self, inputs: Inputs, generator: torch.Generator) -> Tensor:
-        raise NotImplementedError
-
-
-def gaussian(model: atlas.TrainedModel) -> atlas.TrainedModel:
-    """The same genes and batches with a model that is not one of counts."""
-    module = Gaussian(len(model.genes), len(model.batches))
-    module.config = model.config
-    return dataclasses.replace(model, module=module)
+def another(model: atlas.TrainedModel, config: Architecture) -> atlas.TrainedModel:
+    """A model of another kind with initial weights, of the same genes and batches."""
+    module = build_model(config, len(model.genes), len(model.batches), seed=0)
+    return dataclasses.replace(model, module=module.eval(), labels=None)
 
 
 def inputs_of(
