@@ -22,7 +22,10 @@ _DRAWN = 20_000
 """Labelled cells that are drawn for one turn, at most."""
 
 _STEPS = 10
-"""Steps in a pass over the cells drawn, at most: more cells make larger minibatches."""
+"""Steps in a pass over the cells drawn: more cells make larger minibatches."""
+
+_SMALLEST = 16
+"""Cells of a minibatch, at least."""
 
 
 class Alternation:
@@ -47,7 +50,7 @@ class Alternation:
     columns
         Has the labels.
     config
-        Minibatch size, learning rate, seed.
+        Learning rate, seed.
 
     Raises
     ------
@@ -87,7 +90,7 @@ class Alternation:
         device = next(model.parameters()).device
         generator = seeded_generator(device, config.seed, epoch, 1)
         mean, variance, label = self._encode(epoch)
-        size = max(config.minibatch_size, -(-len(label) // _STEPS))
+        size = max(_SMALLEST, -(-len(label) // _STEPS))
         classifier = model.classifier
         training = classifier.training
         classifier.train().requires_grad_(True)
