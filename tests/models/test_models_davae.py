@@ -163,7 +163,7 @@ def test_the_ramp() -> None:
     assert whole > 0
     shares_ = [(x / whole).item() for x in found if x is not None]
     assert shares_ == pytest.approx([0, 0.25, 1, 1, 1])
-    without = _model().eval()
+    without = _model(dataclasses.replace(SMALL, adversary_ramp=0.0)).eval()
     assert without.loss(_inputs(), progress=0.0).penalty == whole
 
 

@@ -56,7 +56,7 @@ def cells() -> Simulated:
         TrvaeConfig(n_hidden=32, n_latent=6, gene_likelihood="gaussian"),
         CvaeConfig(n_hidden=32, n_latent=6),
         DavaeConfig(n_latent=6),
-        DavaeConfig(n_latent=6, norm="layer", encode_batch=True, adversary_ramp=0.5),
+        DavaeConfig(n_latent=6, norm="layer", encode_batch=True, adversary_ramp=0.0),
     ],
     ids=lambda config: (
         f"{type(config).__name__}-{getattr(config, 'gene_likelihood', config.n_latent)}"

@@ -26,7 +26,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "davae": ("davae", {}),
     "davae for surgery": (
         "davae",
-        {"norm": "layer", "encode_batch": True, "adversary_ramp": 0.5},
+        {"norm": "layer", "encode_batch": True, "adversary_ramp": 0.0},
     ),
 }
 OPTIONS: dict[str, Any] = {

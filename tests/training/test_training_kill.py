@@ -53,7 +53,7 @@ MODELS: dict[str, Architecture] = {
     "scvi": ScviConfig(n_hidden=32),
     "scanvi": ScanviConfig(n_hidden=32, classifier_epochs=3),
     "trvae": TrvaeConfig(n_hidden=32),
-    "davae": DavaeConfig(adversary_ramp=0.5),
+    "davae": DavaeConfig(),
 }
 LABELS = LabelTree.make(["a", "b", "c"], {"a": "ab", "b": "ab", "c": "c "})
 
