@@ -280,7 +280,11 @@ def _check_taken(
         if value and not issubclass(kind, wanted)
     ]
     if wrong:
-        raise ConfigError(f"The model {model} does not take these", found=", ".join(wrong))
+        raise ConfigError(
+            f"The model {model} does not take these",
+            found=", ".join(wrong),
+            do="leave them out, or train scanvi",
+        )
 
 
 def _labels(
