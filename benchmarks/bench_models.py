@@ -194,7 +194,6 @@ def prepare(arguments: Json, phases: Phases) -> Json:
 def ours(arguments: Json, phases: Phases) -> Json:
     """Train with Atlas; embed, and label by the classifier where the model has one."""
     import atlas
-    from atlas.workflows.streaming import CellStream
 
     folder, options = Path(arguments["folder"]), dict(arguments["options"])
     store = atlas.open_store(folder / "cells.atlas")
@@ -219,10 +218,7 @@ def ours(arguments: Json, phases: Phases) -> Json:
     z = atlas.embed(model, store, name=None, device="cpu")
     found = np.full(store.n_obs, "", object)
     if model.labels is not None:
-        classes = np.array(model.labels.classes, object)
-        for cells in CellStream(model, store):
-            log_q = model.module.log_probabilities(cells.inputs)[: cells.n_cells]
-            found[cells.rows] = classes[log_q[:, list(model.labels.leaves)].argmax(-1).numpy()]
+        found = atlas.label(model, store, name=None, device="cpu").table["scanvi"].to_numpy(object)
     np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str))
     return {}
 

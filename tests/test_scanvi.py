@@ -73,12 +73,7 @@ def share_right(
 
 def predicted(model: atlas.TrainedModel, store: atlas.CountStore) -> np.ndarray:
     """Name of the class of highest probability, of each cell."""
-    out = np.empty(store.n_obs, object)
-    for cells in CellStream(model, store):
-        log_q = model.module.log_probabilities(cells.inputs)[: cells.n_cells]
-        classes = log_q[:, list(model.labels.leaves)].argmax(-1).numpy()
-        out[cells.rows] = np.array(model.labels.classes)[classes]
-    return out
+    return atlas.label(model, store, name=None).table["scanvi"].astype(object).to_numpy()
 
 
 @pytest.fixture(scope="module")

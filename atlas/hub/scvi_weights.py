@@ -27,6 +27,7 @@ def _stack(prefix: str, hidden: HiddenStack) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _encoder(prefix: str, of: Encoder, kind: str = "encoder") -> Iterator[tuple[str, nn.Module]]:
+    assert isinstance(of.hidden, HiddenStack)
     yield from _stack(f"{prefix}.{kind}", of.hidden)
     yield f"{prefix}.mean_{kind}", of.mean
     yield f"{prefix}.var_{kind}", of.log_variance

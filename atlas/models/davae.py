@@ -14,10 +14,10 @@ from atlas.errors import ConfigError
 from atlas.models.base import Conditions, Inputs, Losses, Model, evaluating
 from atlas.models.expression import log_normalized, shares
 from atlas.models.layers import (
-    TaperedEncoder,
+    Encoder,
     TaperedStack,
     kl_normal,
-    log_normal,
+    log_prior_ratio,
     sample_normal,
 )
 from atlas.models.likelihood import at_least_float32, gaussian_loss
@@ -105,7 +105,7 @@ class DAVAE(Model):
         self.n_genes, self.n_batch, self.n_latent = n_genes, n_batch, config.n_latent
         how = (config.norm, config.dropout_rate)
         seen = n_batch if config.encode_batch else 0
-        self.encoder = TaperedEncoder(n_genes, config.n_latent, WIDTHS, seen, *how)
+        self.encoder = Encoder(TaperedStack(n_genes, WIDTHS, seen, *how), config.n_latent)
         self.decoder = TaperedStack(config.n_latent, WIDTHS[::-1], n_batch, *how)
         self.expression = nn.Linear(WIDTHS[0], n_genes)
         self.domain_classifier = nn.Sequential(
@@ -190,11 +190,8 @@ class DAVAE(Model):
         """See :meth:`Model.log_weight`; of the density of normalised expression."""
         with evaluating(self):
             out = self(inputs, generator)
-            return (
-                log_normal(out.z, 0.0, torch.ones_like(out.z))
-                - log_normal(out.z, out.z_mean, out.z_variance)
-                - self.reconstruction_loss(inputs, out)
-            )
+            ratio = log_prior_ratio(out.z, out.z_mean, out.z_variance)
+            return ratio - self.reconstruction_loss(inputs, out)
 
 
 def reversed_gradient(x: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class HiddenStack(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout_rate = dropout_rate
+        self.n_out = n_hidden
         widths = [n_in] + [n_hidden] * (n_layers - 1)
         self.linears = nn.ModuleList(
             ConditionalLinear(width, n_hidden, n_batch, covariates) for width in widths
@@ -122,47 +123,8 @@ class HiddenStack(nn.Module):
         Without a generator, or in evaluation mode, nothing is dropped.
         """
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = F.relu(norm(at_least_float32(linear(x, conditions))))
-            if self.training and generator is not None and self.dropout_rate > 0:
-                x = dropout(x, self.dropout_rate, generator)
+            x = _activated(self, linear(x, conditions), norm, generator)
         return x
-
-
-class Encoder(nn.Module):
-    """A normal posterior from a hidden stack: mean, and variance ``exp(·) + 1e-4``.
-
-    Parameters
-    ----------
-    n_in, n_out
-        Width of the input and of the posterior.
-    n_hidden, n_layers, n_batch, norm, dropout_rate, covariates
-        As in :class:`HiddenStack`.
-    """
-
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        n_hidden: int,
-        n_layers: int,
-        n_batch: int,
-        norm: Norm,
-        dropout_rate: float,
-        covariates: CovariateSizes = NO_COVARIATES,
-    ) -> None:
-        super().__init__()
-        self.hidden = HiddenStack(n_in, n_hidden, n_layers, n_batch, norm, dropout_rate, covariates)
-        self.mean = nn.Linear(n_hidden, n_out)
-        self.log_variance = nn.Linear(n_hidden, n_out)
-
-    def forward(
-        self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and variance, each (n_cells, n_out) and at least float32."""
-        h = self.hidden(x, conditions, generator)
-        mean = at_least_float32(self.mean(h))
-        variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
-        return mean, variance
 
 
 class TaperedStack(nn.Module):
@@ -188,6 +150,7 @@ class TaperedStack(nn.Module):
     ) -> None:
         super().__init__()
         self.dropout_rate = dropout_rate
+        self.n_out = widths[-1]
         self.first = ConditionalLinear(n_in, widths[0], n_batch)
         self.others = nn.ModuleList(starmap(nn.Linear, pairwise(widths)))
         self.norms = nn.ModuleList(_norm(width, norm) for width in widths)
@@ -202,45 +165,31 @@ class TaperedStack(nn.Module):
         self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
     ) -> Tensor:
         """Output of the first layer: (n_cells, widths[0])."""
-        return self._activated(self.first(x, conditions), self.norms[0], generator)
+        return _activated(self, self.first(x, conditions), self.norms[0], generator)
 
     def continued(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """From the output of the first layer to that of the last: (n_cells, widths[-1])."""
         for linear, norm in zip(self.others, self.norms[1:], strict=True):
-            h = self._activated(linear(h), norm, generator)
-        return h
-
-    def _activated(self, h: Tensor, norm: nn.Module, generator: torch.Generator | None) -> Tensor:
-        h = F.relu(norm(at_least_float32(h)))
-        if self.training and generator is not None and self.dropout_rate > 0:
-            h = dropout(h, self.dropout_rate, generator)
+            h = _activated(self, linear(h), norm, generator)
         return h
 
 
-class TaperedEncoder(nn.Module):
-    """A normal posterior from a tapered stack: mean, and variance ``exp(·) + 1e-4``.
+class Encoder(nn.Module):
+    """A normal posterior from hidden layers: mean, and variance ``exp(·) + 1e-4``.
 
     Parameters
     ----------
-    n_in, n_out
-        Width of the input and of the posterior.
-    widths, n_batch, norm, dropout_rate
-        As in :class:`TaperedStack`.
+    hidden
+        The layers.
+    n_out
+        Width of the posterior.
     """
 
-    def __init__(
-        self,
-        n_in: int,
-        n_out: int,
-        widths: Sequence[int],
-        n_batch: int,
-        norm: Norm,
-        dropout_rate: float,
-    ) -> None:
+    def __init__(self, hidden: HiddenStack | TaperedStack, n_out: int) -> None:
         super().__init__()
-        self.hidden = TaperedStack(n_in, widths, n_batch, norm, dropout_rate)
-        self.mean = nn.Linear(widths[-1], n_out)
-        self.log_variance = nn.Linear(widths[-1], n_out)
+        self.hidden = hidden
+        self.mean = nn.Linear(hidden.n_out, n_out)
+        self.log_variance = nn.Linear(hidden.n_out, n_out)
 
     def forward(
         self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
@@ -250,6 +199,19 @@ class TaperedEncoder(nn.Module):
         mean = at_least_float32(self.mean(h))
         variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
         return mean, variance
+
+
+def _activated(
+    stack: HiddenStack | TaperedStack,
+    h: Tensor,
+    norm: nn.Module,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Norm, ReLU and, in training mode with a generator, dropout."""
+    h = F.relu(norm(at_least_float32(h)))
+    if stack.training and generator is not None and stack.dropout_rate > 0:
+        h = dropout(h, stack.dropout_rate, generator)
+    return h
 
 
 def _norm(width: int, norm: Norm) -> nn.Module:
@@ -289,3 +251,17 @@ def log_normal(x: Tensor, mean: Tensor | float, variance: Tensor) -> Tensor:
     """Log-density of a normal with diagonal covariance, summed over the last dimension."""
     log_density = math.log(2 * math.pi) + variance.log() + (x - mean).square() / variance
     return -0.5 * log_density.sum(dim=-1)
+
+
+def log_prior_ratio(z: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """``log N(z; 0, I) - log N(z; mean, variance)``, summed over the last dimension."""
+    return log_normal(z, 0.0, torch.ones_like(z)) - log_normal(z, mean, variance)
+
+
+def log_library(counts: Tensor) -> Tensor:
+    """Logarithm of each cell's sum, (n_cells, 1), over the genes that its study has.
+
+    An empty cell counts as one of a single count: its logarithm must be finite, and a mean of one
+    count over all genes explains zeros as well as any.
+    """
+    return counts.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()

@@ -25,7 +25,15 @@ from atlas.models.base import (
 )
 from atlas.models.classifier import TreeClassifier
 from atlas.models.labels import LabelTree
-from atlas.models.layers import NO_COVARIATES, Encoder, kl_normal, log_normal, sample_normal
+from atlas.models.layers import (
+    NO_COVARIATES,
+    Encoder,
+    HiddenStack,
+    kl_normal,
+    log_normal,
+    log_prior_ratio,
+    sample_normal,
+)
 from atlas.models.scvi import SCVI, ScviOutputs
 
 
@@ -101,10 +109,9 @@ class SCANVI(Model):
         self.n_genes, self.n_batch, self.n_latent = n_genes, n_batch, config.n_latent
         self.n_classes = n_classes
         self.scvi = SCVI(config, n_genes, n_batch, library_prior, covariates)
-        widths = (config.n_latent, config.n_latent, config.n_hidden, config.n_layers)
-        seen = (n_classes, config.norm, config.dropout_rate)
-        self.u_encoder = Encoder(*widths, *seen)
-        self.z_decoder = Encoder(*widths, n_classes, config.norm, 0.0)
+        shape = (config.n_latent, config.n_hidden, config.n_layers, n_classes, config.norm)
+        self.u_encoder = Encoder(HiddenStack(*shape, config.dropout_rate), config.n_latent)
+        self.z_decoder = Encoder(HiddenStack(*shape), config.n_latent)
         self.classifier = TreeClassifier(labels, config)
         # Alternating training has an optimiser of its own for them (atlas.training.alternation).
         self.classifier.requires_grad_(config.training != "alternating")
@@ -124,9 +131,11 @@ class SCANVI(Model):
 
         The warm-up weighs all divergences but that of the library; in scvi-tools' form it leaves
         that of z alone and weighs that of the library, as its ``SCANVAE.loss`` does.
-        See :meth:`Model.loss`.
+        Without labels no cell has one. The classifier drops nothing here, only in a turn of its own
+        (:mod:`atlas.training.alternation`). See :meth:`Model.loss`.
         """
-        assert inputs.label is not None
+        none = torch.full_like(inputs.batch, -1)
+        known = none if inputs.label is None else inputs.label
         out: ScviOutputs = self.scvi(inputs, generator)
         terms = self.class_terms(out, generator)
         reconstruction_loss = self.scvi.reconstruction_loss(inputs, out.decoded, out.log_library)
@@ -135,8 +144,7 @@ class SCANVI(Model):
             kl_library = self.scvi.library_kl(out, inputs.batch)
 
         theirs = self.config.training == "scvi-tools"
-        label = torch.full_like(inputs.label, -1) if theirs else inputs.label
-        log_share = self._restrict(terms.log_q, label)
+        log_share = self._restrict(terms.log_q, none if theirs else known)
         share = log_share.exp()
         kl_z = (share * terms.z_divergence).sum(dim=-1)
         kl_u = (share * terms.u_divergence).sum(dim=-1)
@@ -149,7 +157,7 @@ class SCANVI(Model):
         penalty = None
         if self.config.training != "alternating":
             z = out.z_mean if theirs else out.z
-            penalty = self.config.classification_weight * self.cross_entropy(z, inputs.label)
+            penalty = self.config.classification_weight * self.cross_entropy(z, known)
             objective = objective + penalty
         return Losses(
             reconstruction_loss=reconstruction_loss,
@@ -249,10 +257,8 @@ class SCANVI(Model):
             classes = Conditions(torch.arange(self.n_classes, device=z.device).repeat(n_cells))
             mean, variance = self.u_encoder(rows, classes)
             u = sample_normal(mean, variance, generator)
-            log_joint = (
-                log_normal(rows, *self.z_decoder(u, classes))
-                + log_normal(u, 0.0, torch.ones_like(u))
-                - log_normal(u, mean, variance)
+            log_joint = log_normal(rows, *self.z_decoder(u, classes)) + log_prior_ratio(
+                u, mean, variance
             )
             log_prior = log_joint.view(n_cells, -1).logsumexp(dim=-1) - math.log(self.n_classes)
             return (

@@ -24,7 +24,9 @@ from atlas.models.layers import (
     Encoder,
     HiddenStack,
     kl_normal,
+    log_library,
     log_normal,
+    log_prior_ratio,
     sample_normal,
 )
 from atlas.models.likelihood import (
@@ -135,9 +137,10 @@ class SCVI(Model):
             covariates if config.encode_covariates else NO_COVARIATES,
         )
 
-        self.encoder = Encoder(n_genes, config.n_latent, config.n_hidden, config.n_layers, *seen)
+        hidden = HiddenStack(n_genes, config.n_hidden, config.n_layers, *seen)
+        self.encoder = Encoder(hidden, config.n_latent)
         if config.library == "latent":
-            self.library_encoder = Encoder(n_genes, 1, config.n_hidden, 1, *seen)
+            self.library_encoder = Encoder(HiddenStack(n_genes, config.n_hidden, 1, *seen), 1)
         self.decoder = HiddenStack(
             config.n_latent,
             config.n_hidden,
@@ -189,9 +192,7 @@ class SCVI(Model):
         if self.config.library == "size-factor":
             assert inputs.size_factor is not None
             return inputs.size_factor.log().unsqueeze(-1)
-        # An empty cell counts as one of a single count: its log must be finite, and a mean
-        # of one count over all genes explains zeros as well as any.
-        return counts.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()
+        return log_library(counts)
 
     def _decode(self, z: Tensor, conditions: Conditions) -> Decoded:
         h = self.decoder(z, conditions)
@@ -293,12 +294,11 @@ class SCVI(Model):
         """See :meth:`Model.log_weight`."""
         with evaluating(self):
             out = self(inputs, generator)
-            log_weight = (
-                log_normal(out.z, 0.0, torch.ones_like(out.z))
-                - log_normal(out.z, out.z_mean, out.z_variance)
+            return (
+                log_prior_ratio(out.z, out.z_mean, out.z_variance)
                 - self.reconstruction_loss(inputs, out.decoded, out.log_library)
+                + self.library_log_weight(out, inputs.batch)
             )
-            return log_weight + self.library_log_weight(out, inputs.batch)
 
     def library_log_weight(self, out: ScviOutputs, batch: Tensor) -> Tensor | float:
         """``log p(l) - log q(l | x)`` of a latent log library size, (n_cells,); 0 of a known."""

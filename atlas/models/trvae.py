@@ -14,10 +14,11 @@ from atlas.errors import ConfigError
 from atlas.models.base import Conditions, CountParameters, Inputs, Losses, Model, evaluating
 from atlas.models.expression import log_normalized, shares
 from atlas.models.layers import (
-    TaperedEncoder,
+    Encoder,
     TaperedStack,
     kl_normal,
-    log_normal,
+    log_library,
+    log_prior_ratio,
     sample_normal,
 )
 from atlas.models.likelihood import (
@@ -113,10 +114,11 @@ class TRVAE(Model):
         self.config = config
         self.n_genes, self.n_batch, self.n_latent = n_genes, n_batch, config.n_latent
         widths = [config.n_hidden] * config.n_layers
-        self.encoder = TaperedEncoder(
-            n_genes, config.n_latent, widths, n_batch, "layer", config.dropout_rate
+        rate = config.dropout_rate
+        self.encoder = Encoder(
+            TaperedStack(n_genes, widths, n_batch, "layer", rate), config.n_latent
         )
-        self.decoder = TaperedStack(config.n_latent, widths, n_batch, "layer", config.dropout_rate)
+        self.decoder = TaperedStack(config.n_latent, widths, n_batch, "layer", rate)
         self.scale = nn.Linear(config.n_hidden, n_genes)
         if config.gene_likelihood == "zinb":
             self.zero_inflation = nn.Linear(config.n_hidden, n_genes)
@@ -154,12 +156,12 @@ class TRVAE(Model):
             mean = F.softplus(at_least_float32(logits))
             variance = torch.full((), LOG_VARIANCE, device=mean.device)
             return gaussian_loss(log_normalized(inputs), mean, variance, present)
-        log_library = _log_library(inputs)
+        library = log_library(inputs.measured)
         theta = F.embedding(inputs.batch, self.log_inverse_dispersion)
         if decoded.dropout_logits is None:
-            return nb_loss(inputs.counts, logits, log_library, theta, present)
+            return nb_loss(inputs.counts, logits, library, theta, present)
         dropout = decoded.dropout_logits
-        return zinb_loss(inputs.counts, logits, log_library, theta, dropout, present)
+        return zinb_loss(inputs.counts, logits, library, theta, dropout, present)
 
     def loss(
         self,
@@ -203,9 +205,9 @@ class TRVAE(Model):
             return super().count_parameters(z, inputs)
         with evaluating(self):
             decoded = self._decode(z, inputs.conditions)
-            logits = decoded.dropout_logits
+            logits, library = decoded.dropout_logits, log_library(inputs.measured)
             return CountParameters(
-                mean=log_means(decoded.scale_logits, _log_library(inputs), inputs.present).exp(),
+                mean=log_means(decoded.scale_logits, library, inputs.present).exp(),
                 inverse_dispersion=F.embedding(inputs.batch, self.log_inverse_dispersion).exp(),
                 dropout=None if logits is None else at_least_float32(logits).sigmoid(),
             )
@@ -214,14 +216,5 @@ class TRVAE(Model):
         """See :meth:`Model.log_weight`; of a Gaussian, the density of normalised expression."""
         with evaluating(self):
             out = self(inputs, generator)
-            return (
-                log_normal(out.z, 0.0, torch.ones_like(out.z))
-                - log_normal(out.z, out.z_mean, out.z_variance)
-                - self.reconstruction_loss(inputs, out.decoded)
-            )
-
-
-def _log_library(inputs: Inputs) -> Tensor:
-    """Logarithm of the cell's sum over the genes that its study has: (n_cells, 1)."""
-    # An empty cell counts as one of a single count, as in scVI.
-    return inputs.measured.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()
+            ratio = log_prior_ratio(out.z, out.z_mean, out.z_variance)
+            return ratio - self.reconstruction_loss(inputs, out.decoded)

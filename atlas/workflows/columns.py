@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pandas as pd
 
 from atlas.errors import ConfigError, InputError, ModelError
-from atlas.models import LabelTree, TrainedModel
+from atlas.models import LabelTree
 from atlas.models.columns import ObsColumns
 from atlas.store import CountStore, FilesSource
-from atlas.store.codes import text_of
 from atlas.training.inputs import CellColumns
+from atlas.workflows.rows import texts_of
 
 Hierarchy = str | PathLike[str] | Mapping[str, str]
 """The parent of each label, or a file that has it: JSON, or a CSV or TSV of child and parent."""
@@ -33,7 +33,7 @@ def describe_columns(
     """Names of columns with the categories that their cells have, sorted."""
     found = []
     for name in categorical:
-        texts = _texts(store, name)
+        texts = texts_of(store, name)
         if texts.isna().any():
             raise _missing(store, name, texts)
         found.append((name, tuple(sorted(set(texts)))))
@@ -81,7 +81,7 @@ def label_codes(
     if column is None:
         own = np.append(labels.codes(store.labels), np.int32(-1))
         return own[store.obs_codes["label"]]
-    texts = _texts(store, column).astype("category")
+    texts = texts_of(store, column).astype("category")
     own = np.append(labels.codes(map(str, texts.cat.categories)), np.int32(-1))
     return own[texts.cat.codes.to_numpy()]
 
@@ -93,7 +93,7 @@ def label_names(
     if column is None:
         codes = store.obs_codes["label"]
         return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
-    return sorted(set(_texts(store, column).dropna()) - {"", unlabeled})
+    return sorted(set(texts_of(store, column).dropna()) - {"", unlabeled})
 
 
 def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
@@ -145,19 +145,10 @@ def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
     return out
 
 
-def columns_of(model: TrainedModel, store: CountStore | FilesSource) -> CellColumns:
-    """What a trained model is told of each cell of a store, labels left out."""
-    return cell_columns(store, model.columns, None)
-
-
-def _texts(store: CountStore | FilesSource, name: str) -> pd.Series[str]:
-    return store.obs([name])[name].map(text_of, na_action="ignore").astype(object)
-
-
 def _codes(
     store: CountStore | FilesSource, name: str, known: tuple[str, ...]
 ) -> npt.NDArray[np.int32]:
-    texts = _texts(store, name)
+    texts = texts_of(store, name)
     codes = pd.Categorical(texts, categories=list(known)).codes.astype(np.int32)
     if (codes < 0).any():
         if texts.isna().any():

@@ -77,8 +77,8 @@ def collect(
     shape = (len(obs), len(names))
     if out is None:
         values = np.empty(shape, np.float32)
-        for start, block in _blocks(stream, compute, columns):
-            values[start : start + len(block)] = block
+        for place, block in _blocks(stream, compute, columns):
+            values[place] = block
         return AnnData(values, obs=obs, var=var, uns=uns)
     path = Path(out)
     check_out(path)
@@ -131,18 +131,17 @@ def check_out(path: Path) -> None:
 
 def _blocks(
     stream: CellStream, compute: Compute, columns: npt.NDArray[np.int64]
-) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    """Values of cells and where in the stream they start."""
-    start, picked = 0, torch.from_numpy(columns).to(stream.device)
+) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    """Values of cells and their place in the stream."""
+    picked = torch.from_numpy(columns).to(stream.device)
     for cells in stream:
         values = compute(cells)[: cells.n_cells]
         if not torch.equal(picked, torch.arange(values.shape[1], device=stream.device)):
             values = values[:, picked]
-        yield start, values.cpu().numpy().astype(np.float32, copy=False)
-        start += cells.n_cells
+        yield cells.place, values.cpu().numpy().astype(np.float32, copy=False)
 
 
-def _write(array: Any, blocks: Iterator[tuple[int, npt.NDArray[np.float32]]]) -> None:
+def _write(array: Any, blocks: Iterator[tuple[slice, npt.NDArray[np.float32]]]) -> None:
     """Write blocks of rows in whole chunks: minibatches end where studies do, chunks do not."""
     height, done, waiting = array.chunks[0], 0, 0
     held: list[npt.NDArray[np.float32]] = []

@@ -25,11 +25,11 @@ from atlas.evaluation.differential import Floats, GroupCounts, Sides
 from atlas.models import Conditions, TrainedModel
 from atlas.models.layers import sample_normal
 from atlas.store import CountStore, FilesSource
-from atlas.workflows.expression import RowsOrMask, batch_code, batch_frequencies
+from atlas.workflows.expression import batch_code, batch_frequencies
 from atlas.workflows.groups import Comparison, Groups, GroupSums, Side, comparisons_of, groups_of
 from atlas.workflows.labelling import classes_of
-from atlas.workflows.posterior import check_table_name, write_table
-from atlas.workflows.rows import Rows, mask_of
+from atlas.workflows.output import check_table_name, write_table
+from atlas.workflows.rows import Rows, RowsOrMask, mask_of
 from atlas.workflows.streaming import MINIBATCH, CellStream
 
 Mode = Literal["change", "vanilla"]

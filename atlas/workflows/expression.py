@@ -20,15 +20,15 @@ from atlas.models.base import CountParameters
 from atlas.models.layers import sample_normal
 from atlas.provenance import command, versions
 from atlas.store import CountStore, FilesSource
+from atlas.training.state import seeded_generator
 from atlas.workflows.dense import Compute, collect
-from atlas.workflows.rows import Rows
+from atlas.workflows.rows import RowsOrMask
 from atlas.workflows.streaming import Cells, CellStream
 
 AVERAGE = "average"
 """In place of the name of a batch: all of them, by their frequencies."""
 
 Out = str | PathLike[str] | None
-RowsOrMask = Rows | npt.NDArray[np.bool_] | None
 
 
 def normalized(
@@ -160,7 +160,7 @@ def posterior_predictive(
 
     def of(z: Tensor, inputs: Inputs) -> Tensor:
         if not generator:
-            generator.append(_generator(seed + 1, z.device))
+            generator.append(seeded_generator(z.device, seed, 1))
         return _parameters(model, z, inputs).sample(generator[0])
 
     wanted = _Wanted(model, store, "posterior_predictive", 1, genes, rows, out, seed, device)
@@ -244,7 +244,7 @@ class _Wanted:
             "versions": versions(),
             "command": command(),
         }
-        compute = self._compute(of, _generator(self.seed, stream.device))
+        compute = self._compute(of, seeded_generator(stream.device, self.seed))
         return collect(
             self.model, self.store, stream, compute, genes=self.genes, out=self.out, how=how
         )
@@ -343,7 +343,3 @@ def _parameters(model: TrainedModel, z: Tensor, inputs: Inputs) -> CountParamete
     there = (every.mean * inputs.present).sum(dim=-1, keepdim=True)
     mean = every.mean * (found.mean.sum(dim=-1, keepdim=True) / there)
     return dataclasses.replace(found, mean=mean)
-
-
-def _generator(seed: int, device: torch.device) -> torch.Generator:
-    return torch.Generator(device=device).manual_seed(seed)

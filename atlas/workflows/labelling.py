@@ -14,7 +14,7 @@ from atlas.store import CountStore, FilesSource
 from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
-from atlas.workflows.expression import RowsOrMask
+from atlas.workflows.rows import RowsOrMask
 from atlas.workflows.streaming import CellStream
 
 
@@ -143,11 +143,8 @@ def _log_probabilities(
         model, store, rows=rows, device=device, progress="labels" if progress else None
     )
     out = np.empty((len(stream.chosen), len(tree.names)), np.float32)
-    start = 0
     for cells in stream:
-        found = module.log_probabilities(cells.inputs)[: cells.n_cells]
-        out[start : start + cells.n_cells] = found.cpu().numpy()
-        start += cells.n_cells
+        out[cells.place] = module.log_probabilities(cells.inputs)[: cells.n_cells].cpu().numpy()
     return stream.chosen, out
 
 

@@ -10,8 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from atlas import files
-from atlas.errors import OutputError
+from atlas.errors import ConfigError, OutputError
 
 
 def write_json(path: str | PathLike[str], values: Mapping[str, Any]) -> None:
@@ -36,3 +38,30 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_table(table: pd.DataFrame, out: str | PathLike[str], index: str) -> None:
+    """Write a table as CSV, or TSV by the ending .tsv or .txt, whole or not at all.
+
+    Raises
+    ------
+    ConfigError, OutputError
+        The name has another ending, or the file could not be written.
+    """
+    path = check_table_name(out)
+    separator = "," if path.suffix == ".csv" else "\t"
+    with replacing(path) as partial:
+        table.to_csv(partial, sep=separator, index_label=index)
+
+
+def check_table_name(out: str | PathLike[str]) -> Path:
+    """The path of a table to write; refused where the ending says another format."""
+    path = Path(out)
+    if path.suffix not in (".csv", ".tsv", ".txt"):
+        raise ConfigError(
+            "A table is written as CSV or TSV",
+            found=path.name,
+            expected="a name that ends with .csv, .tsv or .txt",
+            path=path,
+        )
+    return path

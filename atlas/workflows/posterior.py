@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +16,9 @@ from atlas.models import SCANVI, SCVI, TrainedModel
 from atlas.models.base import evaluating
 from atlas.models.layers import sample_normal
 from atlas.store import CountStore, FilesSource
-from atlas.workflows.expression import RowsOrMask
-from atlas.workflows.output import replacing
+from atlas.training.state import seeded_generator
+from atlas.workflows.output import check_table_name, write_table
+from atlas.workflows.rows import RowsOrMask
 from atlas.workflows.streaming import CellStream
 
 Floats = npt.NDArray[np.float32]
@@ -72,14 +71,12 @@ def latent_posterior(
     """
     _check_at_least("n_samples", n_samples, 0)
     stream = _stream(model, store, rows, device, "latent" if progress else None)
-    generator = torch.Generator(device=stream.device).manual_seed(seed)
+    generator = seeded_generator(stream.device, seed)
     shape = (len(stream.chosen), model.module.n_latent)
     mean, variance = np.empty(shape, np.float32), np.empty(shape, np.float32)
     samples = np.empty((n_samples, *shape), np.float32)
-    start = 0
     for cells in stream:
-        own = slice(start, start + cells.n_cells)
-        start += cells.n_cells
+        own = cells.place
         m, v = (values[: cells.n_cells] for values in model.module.posterior(cells.inputs))
         mean[own], variance[own] = m.cpu().numpy(), v.cpu().numpy()
         for i in range(n_samples):
@@ -112,11 +109,9 @@ def library_posterior(
         )
     stream = _stream(model, store, rows, device, "library" if progress else None)
     out = np.empty((len(stream.chosen), 2), np.float32)
-    start = 0
     for cells in stream:
         found = torch.cat(module.library_posterior(cells.inputs), dim=-1)
-        out[start : start + cells.n_cells] = found[: cells.n_cells].cpu().numpy()
-        start += cells.n_cells
+        out[cells.place] = found[: cells.n_cells].cpu().numpy()
     return pd.DataFrame(out, store.obs([]).index[stream.chosen], ["mean", "variance"])
 
 
@@ -188,15 +183,11 @@ def likelihood(
     if out is not None:
         check_table_name(out)
     stream = _stream(model, store, rows, device, "likelihood" if progress else None, own=True)
-    generator = torch.Generator(device=stream.device).manual_seed(seed)
+    generator = seeded_generator(stream.device, seed)
     names = ["reconstruction_error", "elbo", *(["log_likelihood"] if n_samples else [])]
     values = np.empty((len(stream.chosen), len(names)))
-    start = 0
     for cells in stream:
-        inputs, own = cells.inputs, slice(start, start + cells.n_cells)
-        start += cells.n_cells
-        if isinstance(model.module, SCANVI):
-            inputs = dataclasses.replace(inputs, label=torch.full_like(inputs.batch, -1))
+        inputs = cells.inputs
         with evaluating(model.module):
             losses = model.module.loss(inputs, 1.0, generator)
         found = [losses.reconstruction_loss, -losses.negative_bound]
@@ -207,38 +198,11 @@ def likelihood(
                 total = torch.logaddexp(total, log_weight.double())
             found.append(total - math.log(n_samples))
         for i, one in enumerate(found):
-            values[own, i] = one[: cells.n_cells].cpu().numpy()
+            values[cells.place, i] = one[: cells.n_cells].cpu().numpy()
     table = pd.DataFrame(values, store.obs([]).index[stream.chosen], names)
     if out is not None:
         write_table(table, out, "cell")
     return Likelihood(table, n_samples)
-
-
-def write_table(table: pd.DataFrame, out: str | PathLike[str], index: str) -> None:
-    """Write a table as CSV, or TSV by the ending .tsv or .txt, whole or not at all.
-
-    Raises
-    ------
-    ConfigError, OutputError
-        The name has another ending, or the file could not be written.
-    """
-    path = check_table_name(out)
-    separator = "," if path.suffix == ".csv" else "\t"
-    with replacing(path) as partial:
-        table.to_csv(partial, sep=separator, index_label=index)
-
-
-def check_table_name(out: str | PathLike[str]) -> Path:
-    """The path of a table to write; refused where the ending says another format."""
-    path = Path(out)
-    if path.suffix not in (".csv", ".tsv", ".txt"):
-        raise ConfigError(
-            "A table is written as CSV or TSV",
-            found=path.name,
-            expected="a name that ends with .csv, .tsv or .txt",
-            path=path,
-        )
-    return path
 
 
 def _stream(

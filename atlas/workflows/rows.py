@@ -17,6 +17,10 @@ Rows = str | Mapping[str, Sequence[str]]
 """Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""
 
 
+RowsOrMask = Rows | npt.NDArray[np.bool_] | None
+"""Cells chosen so, or by a mask (n_obs,); all when None."""
+
+
 def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bool_]:
     """Cells whose obs column has one of some values: bool (n_obs,).
 
@@ -44,9 +48,7 @@ def rows_where(store: CountStore | FilesSource, rows: Rows) -> npt.NDArray[np.bo
     return out
 
 
-def mask_of(
-    store: CountStore | FilesSource, rows: Rows | npt.NDArray[np.bool_] | None
-) -> npt.NDArray[np.bool_]:
+def mask_of(store: CountStore | FilesSource, rows: RowsOrMask) -> npt.NDArray[np.bool_]:
     """Cells chosen by an obs column, or by a mask already, or all: bool (n_obs,).
 
     Raises

@@ -16,7 +16,7 @@ from atlas.errors import ConfigError, ModelError
 from atlas.models import Inputs, TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.training.environment import resolve_device
-from atlas.workflows.columns import columns_of
+from atlas.workflows.columns import cell_columns
 from atlas.workflows.rows import Rows, mask_of
 from loaders import SequentialLoader
 
@@ -31,12 +31,15 @@ class Cells:
     ----------
     rows
         Their row numbers in the store: int64, (n_cells,).
+    place
+        Where they are among the cells chosen.
     inputs
         Their inputs on the model's device, padded with empty cells to as many rows as every
         minibatch has: what is computed for the first ``n_cells`` counts.
     """
 
     rows: npt.NDArray[np.int64]
+    place: slice
     inputs: Inputs
 
     @property
@@ -111,7 +114,7 @@ class CellStream:
             )
         self._mask = mask
         self._batch_of = _batch_codes(model, store, mask, model.encodes_batch or own_batch)
-        self.columns = columns_of(model, store)
+        self.columns = cell_columns(store, model.columns, None)
         self._view = store.select(model.genes)
         self._presence = torch.from_numpy(self._view.presence)
         self._progress = progress
@@ -130,6 +133,7 @@ class CellStream:
         ) as bar:
             if not len(self.chosen):
                 return
+            start = 0
             for minibatch in SequentialLoader(self._view, self._size, rows=self._mask):
                 rows = np.asarray(minibatch.rows, np.int64)
                 counts = torch.zeros(self._size, self._view.n_vars, device=self.device)
@@ -144,7 +148,8 @@ class CellStream:
                     continuous=self._rows_of(columns.continuous, rows),
                     size_factor=self._rows_of(columns.size_factor, rows, filling=1),
                 )
-                yield Cells(rows, inputs)
+                yield Cells(rows, slice(start, start + len(rows)), inputs)
+                start += len(rows)
                 bar.update(len(rows))
 
     def _rows_of(
