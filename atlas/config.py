@@ -19,6 +19,9 @@ Balance = Literal["none", "batch", "label"]
 ScanviTraining = Literal["alternating", "joint", "scvi-tools"]
 ExpressionLikelihood = Literal["nb", "zinb", "gaussian"]
 MmdOn = Literal["decoder", "z"]
+Strategy = Literal["conditions", "input_layers", "all"]
+Initialisation = Literal["random", "zero", "mean", "nearest"]
+MissingGenes = Literal["mask", "zero"]
 
 
 @dataclass(frozen=True, slots=True)

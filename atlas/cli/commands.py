@@ -192,6 +192,36 @@ def train(options: argparse.Namespace) -> None:
     print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
 
 
+def extend(options: argparse.Namespace) -> None:
+    from atlas import open_store, workflows
+
+    values = vars(options)
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    model = workflows.extend_reference(
+        options.model,
+        open_store(options.store),
+        options.study,
+        out=options.out,
+        strategy=options.strategy,
+        initialisation=options.initialisation,
+        label_key=options.label_key,
+        missing=options.missing,
+        force=options.force,
+        resume=options.resume,
+        progress=True,
+        **{name: values[name] for name in names & set(values)},
+    )
+    added = model.surgery[-1]
+    total = sum(p.numel() for p in model.module.parameters())
+    print(
+        f"{model.name} + {', '.join(added.studies)}: {added.n_trained:,} of {total:,} parameters "
+        f"trained ({added.strategy}, {added.initialisation})"
+    )
+    if added.labels:
+        print(f"new classes: {', '.join(added.labels)}")
+    print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
+
+
 def _listed(text: str | None) -> list[str]:
     return text.split(",") if text else []
 

@@ -11,7 +11,15 @@ from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
 from atlas.cli import applied, commands
-from atlas.config import ARCHITECTURES, Profile, StoreFormat, TrainConfig
+from atlas.config import (
+    ARCHITECTURES,
+    Initialisation,
+    MissingGenes,
+    Profile,
+    StoreFormat,
+    Strategy,
+    TrainConfig,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -164,6 +172,37 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--size-factor", metavar="COLUMN", help="scvi, scanvi: obs column")
     _add_architectures(sub)
     _add_fields(sub, TrainConfig, {"max_epochs"})
+
+    sub = command("extend", commands.extend, "add studies to a trained reference, left as it is")
+    sub.add_argument("model", help="the run folder of the reference")
+    sub.add_argument("store", help="a store that has the studies")
+    sub.add_argument("--study", nargs="+", help="which; all that the model does not know if none")
+    sub.add_argument("--out", required=True, metavar="RUN", help="run folder of the new model")
+    sub.add_argument("--resume", action="store_true", help="go on where it was interrupted")
+    sub.add_argument(
+        "--strategy",
+        choices=get_args(Strategy),
+        default="conditions",
+        help="train the new rows of weights only; or first layers, or all, which moves the "
+        "reference",
+    )
+    sub.add_argument(
+        "--initialisation",
+        choices=get_args(Initialisation),
+        default="random",
+        help="of the new rows",
+    )
+    sub.add_argument("--label-key", help="obs column of labels, for a scanvi")
+    sub.add_argument(
+        "--missing",
+        choices=get_args(MissingGenes),
+        default="mask",
+        help="leave genes that a study lacks out, or take them as zero",
+    )
+    sub.add_argument("--force", action="store_true", help="with less than half of the genes too")
+    sub.add_argument("--max-epochs", type=int, default=50, help="passes over the studies' cells")
+    _add_fields(sub, TrainConfig, {"max_epochs", "weight_decay", "project"})
+    sub.add_argument("--weight-decay", type=float, default=0.0, help="of Adam")
 
     sub = command("embed", commands.embed, "embed all cells of a store")
     sub.add_argument("model", help="a run folder")

@@ -29,11 +29,13 @@ from atlas.models.base import Conditions, Inputs, Model
 from atlas.models.build import build_model
 from atlas.models.columns import NO_COLUMNS, ObsColumns
 from atlas.models.labels import LabelTree
+from atlas.models.lineage import SCHEMA as SURGERY_SCHEMA
+from atlas.models.lineage import Surgery
 
 WEIGHTS_NAME = "weights.safetensors"
 METADATA_NAME = "model.json"
-VERSION = 2
-"""2 since models other than scVI; models of version 1 are read as they were."""
+VERSION = 3
+"""2 since models other than scVI, 3 since surgery; earlier ones are read as they were."""
 
 _STATE_PREFIX = "module."
 _PRESENCE = "presence"
@@ -79,6 +81,7 @@ _SCHEMA = {
             "required": ["categorical", "continuous", "size_factor", "label"],
             "additionalProperties": False,
         },
+        "surgery": SURGERY_SCHEMA,
         "training": {"type": "object"},
         "weights_sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     },
@@ -120,6 +123,8 @@ class TrainedModel:
         The classes of a model that has some.
     columns
         Columns of obs that it takes besides the batch.
+    surgery
+        Studies that were added to it by surgery, first to last.
     training
         How it was trained: plain JSON values.
 
@@ -137,6 +142,7 @@ class TrainedModel:
     gene_ids: tuple[str | None, ...] | None = None
     labels: LabelTree | None = None
     columns: ObsColumns = NO_COLUMNS
+    surgery: tuple[Surgery, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,6 +171,11 @@ class TrainedModel:
     def encodes_batch(self) -> bool:
         """Whether the encoder sees the batch."""
         return bool(getattr(self.config, "encode_batch", True))
+
+    @property
+    def zero_filled(self) -> frozenset[str]:
+        """Studies whose absent genes are taken as measured and zero."""
+        return frozenset(name for one in self.surgery if one.zero_filled for name in one.studies)
 
     @property
     def device(self) -> torch.device:
@@ -255,6 +266,7 @@ class TrainedModel:
             "studies": list(self.studies),
             "labels": None if self.labels is None else self.labels.to_json(),
             "columns": self.columns.to_json(),
+            "surgery": [one.to_json() for one in self.surgery],
             "training": self.training,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
@@ -288,6 +300,7 @@ def load_model(folder: str | PathLike[str]) -> TrainedModel:
             gene_ids=None if metadata["gene_ids"] is None else tuple(metadata["gene_ids"]),
             labels=tree,
             columns=columns,
+            surgery=tuple(Surgery.from_json(one) for one in metadata["surgery"]),
             training=metadata["training"],
         )
     except (ConfigError, ModelError, KeyError) as error:
@@ -359,8 +372,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             do="update Atlas",
             path=path,
         )
-    if version == 1:
-        metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), **metadata}
+    if version in (1, 2):
+        metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), "surgery": [], **metadata}
     try:
         jsonschema.validate(metadata, _SCHEMA)
     except jsonschema.ValidationError as error:

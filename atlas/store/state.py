@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -225,8 +225,16 @@ class StoreState:
         """Stored values in each range of rows, each of one study: int64, (n_ranges,)."""
         return self._all_genes.count_values(starts, stops)
 
-    def select(self, genes: Sequence[str]) -> CountView:
+    def select(self, genes: Sequence[str], *, absent: Collection[str] = ()) -> CountView:
         """The same rows over chosen genes, in the order given.
+
+        Parameters
+        ----------
+        genes
+            Names of the gene table.
+        absent
+            Those of ``genes`` to take as measured by no study, in the table or not: columns without
+            counts.
 
         Raises
         ------
@@ -243,6 +251,7 @@ class StoreState:
         genes = [str(gene) for gene in genes]
         twice = [gene for gene, n in Counter(genes).items() if n > 1]
         position = {name: i for i, name in enumerate(self.gene_table.names)}
+        position |= dict.fromkeys(absent, -1)
         unknown = [gene for gene in genes if gene not in position]
         if unknown or not genes or twice:
             raise StoreError(

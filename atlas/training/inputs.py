@@ -16,10 +16,13 @@ from loaders import DeviceFeed, Minibatch
 
 @dataclass(frozen=True, slots=True)
 class CellColumns:
-    """What a model is told of each row of the source, beside its counts and its batch.
+    """What a model is told of each row of the source, beside its counts.
 
     Attributes
     ----------
+    batch
+        The model's code of its batch: int32, (n_obs,); None where the source's codes are the
+        model's.
     label
         Class, -1 for none: int32, (n_obs,).
     categories
@@ -30,6 +33,7 @@ class CellColumns:
         float32, (n_obs,).
     """
 
+    batch: npt.NDArray[np.int32] | None = None
     label: npt.NDArray[np.int32] | None = None
     categories: npt.NDArray[np.int32] | None = None
     continuous: npt.NDArray[np.float32] | None = None
@@ -74,7 +78,9 @@ class InputsBuilder:
         columns, rows = self._columns, minibatch.rows
         return Inputs(
             counts=self._feed(minibatch),
-            batch=self._codes(minibatch.obs["batch"]),
+            batch=self._codes(
+                minibatch.obs["batch"] if columns.batch is None else columns.batch[rows]
+            ),
             present=None
             if self._presence is None
             else self._presence[self._codes(minibatch.obs["study"])],

@@ -20,6 +20,7 @@ from atlas.workflows.posterior import latent_posterior, library_posterior, likel
 from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
+from atlas.workflows.surgery import extend_reference
 
 __all__ = [
     "SeedLabels",
@@ -29,6 +30,7 @@ __all__ = [
     "embed",
     "evaluate",
     "export",
+    "extend_reference",
     "impute",
     "info",
     "ingest",

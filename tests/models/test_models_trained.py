@@ -120,8 +120,8 @@ def _edit(folder: Path, **values: object) -> None:
 
 
 def test_a_later_version_is_not_guessed_at(folder: Path) -> None:
-    _edit(folder, version=3, novelty=True)
-    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 3[\s\S]*at most 2"):
+    _edit(folder, version=4, novelty=True)
+    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 4[\s\S]*at most 3"):
         load_model(folder)
 
 
