@@ -206,6 +206,7 @@ def extend(options: argparse.Namespace) -> None:
         initialisation=options.initialisation,
         label_key=options.label_key,
         missing=options.missing,
+        keep_apart=options.keep_apart,
         force=options.force,
         resume=options.resume,
         progress=True,

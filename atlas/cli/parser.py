@@ -189,8 +189,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--initialisation",
         choices=get_args(Initialisation),
-        default="random",
+        default="nearest",
         help="of the new rows",
+    )
+    sub.add_argument(
+        "--keep-apart",
+        type=float,
+        default=0.7,
+        help="weight of a penalty on batches that come nearer to each other than their expression "
+        "is; 0: none, as in the paper",
     )
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")
     sub.add_argument(
@@ -200,8 +207,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave genes that a study lacks out, or take them as zero",
     )
     sub.add_argument("--force", action="store_true", help="with less than half of the genes too")
-    sub.add_argument("--max-epochs", type=int, default=50, help="passes over the studies' cells")
-    _add_fields(sub, TrainConfig, {"max_epochs", "weight_decay", "project"})
+    sub.add_argument("--max-epochs", type=int, default=5, help="passes over the studies' cells")
+    sub.add_argument("--lr", type=float, default=0.01, help="of Adam")
+    _add_fields(sub, TrainConfig, {"max_epochs", "weight_decay", "lr", "project"})
     sub.add_argument("--weight-decay", type=float, default=0.0, help="of Adam")
 
     sub = command("embed", commands.embed, "embed all cells of a store")

@@ -211,15 +211,21 @@ class Model(nn.Module, ABC):
         """
 
     @abstractmethod
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Mean and variance of q(z | x), in evaluation mode, without gradient.
-
-        The training flags of the module are as before afterwards.
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z | x), with gradient; nothing is dropped.
 
         Returns
         -------
         Each float32, (n_cells, n_latent).
         """
+
+    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As :meth:`encode`, in evaluation mode, without gradient.
+
+        The training flags of the module are as before afterwards.
+        """
+        with evaluating(self):
+            return self.encode(inputs)
 
     @abstractmethod
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:

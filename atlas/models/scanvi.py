@@ -233,9 +233,9 @@ class SCANVI(Model):
             mean, variance = self.u_encoder(z, Conditions(classes))
             return mean, variance
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        return self.scvi.posterior(inputs)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        return self.scvi.encode(inputs)
 
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
         """See :meth:`Model.decode`."""

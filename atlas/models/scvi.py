@@ -255,10 +255,9 @@ class SCVI(Model):
         mean, variance = F.embedding(batch, self.library_prior).unsqueeze(-1).unbind(dim=1)
         return mean, variance
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        with evaluating(self):
-            mean, variance = self.encoder(inputs.measured.log1p(), inputs.conditions)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        mean, variance = self.encoder(inputs.measured.log1p(), inputs.conditions)
         return mean, variance
 
     def library_posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
