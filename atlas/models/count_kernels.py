@@ -58,7 +58,7 @@ LOG_THETA = (-80.0, 40.0)
 """Log inverse dispersions are held in this range. Above it the distribution is a Poisson."""
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def negative_binomial(
     begin: int,
     end: int,
@@ -185,7 +185,7 @@ def negative_binomial(
                 _store(delta, weight[i], by_dropout[i])
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _load(source: Array, out: Array) -> float:
     """Widen a row; returns a sum that is finite if, barring overflow, all of the row is."""
     total = _ZERO
@@ -196,14 +196,14 @@ def _load(source: Array, out: Array) -> float:
     return total
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _hide_absent(present: Array, logit: Array) -> None:
     """A number so low for the genes that are absent that their share is 0."""
     for j in range(len(logit)):
         logit[j] = logit[j] if present[j] else _ABSENT
 
 
-@njit(fastmath=_SUM | {"nnan"})  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM | {"nnan"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _largest(x: Array) -> float:
     largest = _ABSENT
     for j in range(len(x)):
@@ -211,7 +211,7 @@ def _largest(x: Array) -> float:
     return largest
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _exponentials(logit: Array, top: float, shares: Array) -> float:
     """``exp(logit - top)``, 0 where that is below exp(-80); returns their sum."""
     total = _ZERO
@@ -224,7 +224,7 @@ def _exponentials(logit: Array, top: float, shares: Array) -> float:
     return total
 
 
-@njit(fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _zeros(
     shares: Array, scale: float, theta: Array, inverse: Array, softplus: Array, by_mean: Array
 ) -> None:
@@ -238,7 +238,7 @@ def _zeros(
         by_mean[j] = mean * one_over
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _plain(softplus: Array, weight: float, by_mean: Array, by_theta: Array) -> tuple[float, float]:
     """Sums of loss and derivative by the mean of zeros under the NB; adds to ``by_theta``."""
     loss = _ZERO
@@ -250,7 +250,7 @@ def _plain(softplus: Array, weight: float, by_mean: Array, by_theta: Array) -> t
     return loss, total
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _inflated(
     softplus: Array, weight: float, delta: Array, by_mean: Array, by_theta: Array
 ) -> tuple[float, float]:
@@ -278,7 +278,7 @@ def _inflated(
     return loss, total
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _counted(pack: Array) -> float:
     """Sum of the losses under the NB of the counts above zero.
 
@@ -302,7 +302,7 @@ def _counted(pack: Array) -> float:
     return loss
 
 
-@njit(fastmath=_SUM)  # type: ignore[untyped-decorator]
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _not_dropped(delta: Array) -> float:
     """Sum of softplus(δ) of the counts above zero; ``delta`` becomes the derivative, σ(δ)."""
     loss = 0.0
@@ -315,7 +315,7 @@ def _not_dropped(delta: Array) -> float:
     return loss
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _rising(x: float, theta: float, k: int, product: Array, rest: Array, psi: Array) -> None:
     """Γ(x+θ) / (Γ(θ) Γ(x+1)), as a product and the log of the rest, and ψ(x+θ) - ψ(θ)."""
     if x <= _SMALL and x == math.floor(x):
@@ -332,7 +332,7 @@ def _rising(x: float, theta: float, k: int, product: Array, rest: Array, psi: Ar
         psi[k] = _digamma_rise(theta, x)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _log_rising(theta: float, x: float) -> float:
     r"""``log Γ(θ+x) - log Γ(θ)`` without the cancellation of the two at large θ.
 
@@ -354,14 +354,14 @@ def _log_rising(theta: float, x: float) -> float:
     )
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _stirling(w: float) -> float:
     """What Stirling's formula lacks of ``log Γ(1/w)``."""
     s = w * w
     return w * (1 / 12 - s * (1 / 360 - s * (1 / 1260 - s * (1 / 1680 - s / 1188))))
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _digamma_rise(theta: float, x: float) -> float:
     """``ψ(θ+x) - ψ(θ)``, as :func:`_log_rising`."""
     rise = 0.0
@@ -372,14 +372,14 @@ def _digamma_rise(theta: float, x: float) -> float:
     return rise + math.log1p(x / y) + _digamma_rest(1.0 / z) - _digamma_rest(1.0 / y)
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _digamma_rest(w: float) -> float:
     """``ψ(1/w)`` less its logarithm."""
     s = w * w
     return -0.5 * w - s * (1 / 12 - s * (1 / 120 - s * (1 / 252 - s * (1 / 240 - s / 132))))
 
 
-@njit(fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _store_difference(
     by_mean: Array, shares: Array, share: float, weight: float, out: Array
 ) -> None:
@@ -388,7 +388,7 @@ def _store_difference(
         out[j] = narrow(weight * (by_mean[j] - shares[j] * share), out[j])
 
 
-@njit(fastmath={"contract", "nsz"})  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _store(values: Array, weight: float, out: Array) -> None:
     for j in range(len(out)):
         out[j] = narrow(weight * values[j], out[j])

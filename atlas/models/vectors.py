@@ -133,7 +133,7 @@ def narrow(typing: Any, x: Any, like: Any) -> Any:
     return like(x, like), code
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def exp32(x: float) -> float:
     """``exp(x)`` in float32, of x between -80 and 80; beyond, that of the nearer end."""
     x = x if x > _LOWEST32 else _LOWEST32
@@ -145,7 +145,7 @@ def exp32(x: float) -> float:
     return (p * (r * r) + r + _ONE32) * _power_of_two(z)
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def log32(x: float) -> float:
     """``log(x)`` in float32, of normal positive numbers."""
     n = _exponent(x)
@@ -158,14 +158,14 @@ def log32(x: float) -> float:
     return s * (half + r) + n * _LN2_LOW32 - half + f + n * _LN2_HIGH32
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def log1p32(x: float, one_over: float) -> float:
     """``log(1 + x)`` in float32, of x from 0 to 1e37; ``one_over`` is ``1 / (1 + x)``."""
     u = _ONE32 + x
     return log32(u) + (x - (u - _ONE32)) * one_over
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def exp64(x: float) -> float:
     """``exp(x)`` in float64, of x between -700 and 700; beyond, that of the nearer end."""
     x = x if x > _LOWEST64 else _LOWEST64
@@ -187,7 +187,7 @@ def exp64(x: float) -> float:
     return (p * (r * r) + r + 1.0) * _power_of_two(z)
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def log64(x: float) -> float:
     """``log(x)`` in float64, of normal positive numbers."""
     n = _exponent(x)
@@ -201,7 +201,7 @@ def log64(x: float) -> float:
     return n * _LN2_HIGH64 - ((half - (s * (half + odd + even) + n * _LN2_LOW64)) - f)
 
 
-@njit(fastmath=_CONTRACT)  # type: ignore[untyped-decorator]
+@njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def log1p64(x: float) -> float:
     """``log(1 + x)`` in float64, of x from 0."""
     u = 1.0 + x

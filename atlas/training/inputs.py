@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atlas.models.base import Inputs
+from atlas.models.sparse import csr
 from loaders import DeviceFeed, Minibatch
 
 
@@ -45,7 +46,7 @@ class CellColumns:
 
 
 class InputsBuilder:
-    """Densify a minibatch on a device and add what the model must know of each cell.
+    """Take a minibatch to a device and add what the model must know of each cell.
 
     Parameters
     ----------
@@ -55,6 +56,8 @@ class InputsBuilder:
         Which study measured which modelled gene: bool, (n_studies, n_genes). None where all did.
     columns
         What the model is told of each row besides.
+    sparse
+        Leave the counts in ``torch.sparse_csr`` layout, for a model that takes them so.
     """
 
     def __init__(
@@ -62,8 +65,10 @@ class InputsBuilder:
         device: torch.device,
         presence: npt.NDArray[np.bool_] | None,
         columns: CellColumns | None = None,
+        sparse: bool = False,
     ) -> None:
         self._device = device
+        self._sparse = sparse
         self._feed = DeviceFeed(device)
         self._columns = CellColumns() if columns is None else columns
         complete = presence is None or bool(presence.all())
@@ -73,7 +78,7 @@ class InputsBuilder:
         """The inputs; on CUDA every copy is from pinned memory and none waits for the device."""
         columns, rows = self._columns, minibatch.rows
         return Inputs(
-            counts=self._feed(minibatch),
+            counts=_csr(minibatch) if self._sparse else self._feed(minibatch),
             batch=self._codes(minibatch.obs["batch"]),
             present=None
             if self._presence is None
@@ -97,3 +102,13 @@ class InputsBuilder:
         if self._device.type == "cuda":
             host = host.pin_memory()
         return host.to(self._device, non_blocking=True)
+
+
+def _csr(minibatch: Minibatch) -> Tensor:
+    """The counts in ``torch.sparse_csr`` layout, their columns in the order of the minibatch."""
+    return csr(
+        torch.from_numpy(minibatch.indptr.astype(np.int32)),
+        torch.from_numpy(minibatch.indices.astype(np.int32, copy=False)),
+        torch.from_numpy(minibatch.data.astype(np.float32, copy=False)),
+        torch.Size((minibatch.n_rows, minibatch.n_vars)),
+    )
