@@ -1,4 +1,4 @@
-r"""The negative binomials of likelihood.py, compiled for the CPU: float32, one cell after the other.
+r"""The negative binomials of likelihood.py, compiled for the CPU, in float32, cell after cell.
 
 Of a zero, with :math:`t = \mu/\theta`, :math:`a = \theta\log(1+t)` and the dropout logit
 :math:`\delta`,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from atlas.config import Norm
 from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
-from atlas.models.sparse import linear, row_sums
+from atlas.models.sparse import row_sums, times_weight
 
 NO_COVARIATES = CovariateSizes()
 
@@ -63,7 +63,7 @@ class ConditionalLinear(nn.Module):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """Map (n_cells, n_in), dense or in ``torch.sparse_csr`` layout, to (n_cells, n_out)."""
-        out = linear(x, self.weight, self.bias)
+        out = times_weight(x, self.weight, self.bias)
         if self.sees_batch:
             out = out + F.embedding(conditions.batch, self.batch_weight)
         if len(self.category_weights):

@@ -59,7 +59,7 @@ def row_sums(counts: Tensor) -> Tensor:
     return torch.from_numpy(sums).unsqueeze(-1)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def times_weight(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x @ weight.T + bias``, where x may be sparse.
 
     Then it is computed in float32, whatever ``torch.autocast`` says, and quicker where the rows of

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import torch
 
@@ -32,7 +33,7 @@ def in_parts(n: int, work: Callable[[int, int], None], step: int = 1) -> None:
     if threads == 1:
         work(0, n)
         return
-    others = [_executor().submit(work, a, b) for a, b in zip(ends, ends[1:], strict=False)]
+    others = [_executor().submit(work, a, b) for a, b in pairwise(ends)]
     try:
         work(0, ends[0])
     finally:
