@@ -13,7 +13,7 @@ which overflows nowhere. A pass over all genes of a cell takes them for zeros, w
 those that were counted set to 0: their terms and gradients then vanish. The few that were counted
 follow, packed side by side, in double precision.
 
-For a count :math:`x \le 16`, :math:`\Gamma(x+\theta)/\Gamma(\theta)` is the product of
+For a count :math:`x \le 8`, :math:`\Gamma(x+\theta)/\Gamma(\theta)` is the product of
 :math:`\theta + k` over :math:`k < x`; for others see :func:`_log_rising`.
 
 Loops hold few arrays each, because LLVM gives up on a loop with more than a handful of pointers
@@ -33,6 +33,7 @@ from numba import njit
 from atlas.models.vectors import (
     exp32,
     exp64,
+    larger,
     log1p32,
     log1p64,
     log32,
@@ -48,11 +49,10 @@ _F32 = np.float32
 _ZERO, _ONE = _F32(0.0), _F32(1.0)
 _MOST, _ABSENT, _FLOOR, _UNDERFLOW = _F32(1e30), _F32(-3e38), _F32(-1e30), _F32(-80.0)
 
-_SMALL = 16
-"""Counts to here are done by products. 2·10¹⁷, the largest θ, to the 16th is no overflow."""
+_SMALL = 8
+"""Counts to here are done by products, all factors for all counts, side by side."""
 _SHIFT = 8
 """Stirling's series from here on is exact to 1e-11."""
-_LOG_FACTORIAL = np.array([math.lgamma(x + 1.0) for x in range(_SMALL + 1)])
 
 LOG_THETA = (-80.0, 40.0)
 """Log inverse dispersions are held in this range. Above it the distribution is a Poisson."""
@@ -115,10 +115,14 @@ def negative_binomial(
     longest = 0
     for i in range(begin, end):
         longest = max(longest, indptr[i + 1] - indptr[i])
-    rows = np.empty((5, n_genes), _F32)
-    logit, delta, shares, softplus, by_mean = rows[0], rows[1], rows[2], rows[3], rows[4]
+    # Arrays of their own: of the rows of one array LLVM cannot tell that they do not overlap.
+    logit, delta = np.empty(n_genes, _F32), np.empty(n_genes, _F32)
+    shares, softplus = np.empty(n_genes, _F32), np.empty(n_genes, _F32)
+    by_mean = np.empty(n_genes, _F32)
     genes, counted_shares = np.empty(longest, np.int64), np.empty(longest, _F32)
-    packed = np.empty((9, longest))
+    all_x, all_d, all_theta = np.empty(longest), np.empty(longest), np.empty(longest)
+    all_delta, all_by_mean, all_by_theta = np.empty(longest), np.empty(longest), np.empty(longest)
+    all_log_rise, all_rise = np.empty(longest), np.empty(longest)
     for i in range(begin, end):
         row = i if len(theta) > 1 else 0
         cell_theta, grad_theta = theta[row], by_theta[slots[i]]
@@ -148,11 +152,11 @@ def negative_binomial(
                 genes[n] = gene
                 counted_shares[n] = shares[gene]
                 shares[gene] = _ZERO
-                packed[0, n] = values[k]
-                packed[1, n] = logit[gene] + log_scale - log_theta[row, gene]
-                packed[2, n] = cell_theta[gene]
+                all_x[n] = values[k]
+                all_d[n] = logit[gene] + log_scale - log_theta[row, gene]
+                all_theta[n] = cell_theta[gene]
                 if len(dropout):
-                    packed[3, n] = delta[gene]
+                    all_delta[n] = delta[gene]
                 n += 1
 
         _zeros(shares, scale, cell_theta, inverse[row], softplus, by_mean)
@@ -162,18 +166,23 @@ def negative_binomial(
             zeros_loss, zeros_sum = _plain(softplus, weight[i], by_mean, grad_theta)
         cell_loss, cell_sum = np.float64(zeros_loss), np.float64(zeros_sum)
         if n:
-            pack = packed[:, :n]
-            cell_loss += _counted(pack)
+            x, d, counted_theta, counted_delta = all_x[:n], all_d[:n], all_theta[:n], all_delta[:n]
+            counted_by_mean, counted_by_theta = all_by_mean[:n], all_by_theta[:n]
+            log_rise, rise = all_log_rise[:n], all_rise[:n]
+            _rises(x, counted_theta, log_rise, rise)
+            cell_loss += _counted(
+                x, d, counted_theta, log_rise, rise, counted_by_mean, counted_by_theta
+            )
             if len(dropout):
-                cell_loss += _not_dropped(pack[3])
+                cell_loss += _not_dropped(counted_delta)
             for k in range(n):
                 gene = genes[k]
                 shares[gene] = counted_shares[k]
-                by_mean[gene] = _F32(pack[7, k])
-                grad_theta[gene] += weight[i] * _F32(pack[8, k])
+                by_mean[gene] = _F32(counted_by_mean[k])
+                grad_theta[gene] += weight[i] * _F32(counted_by_theta[k])
                 if len(dropout):
-                    delta[gene] = _F32(pack[3, k])
-                cell_sum += pack[7, k]
+                    delta[gene] = _F32(counted_delta[k])
+                cell_sum += counted_by_mean[k]
 
         # A logit that is not finite was clamped on the way; the sum of all says so.
         loss[i] = _F32(cell_loss) if math.isfinite(finite) else _F32(math.nan)
@@ -203,11 +212,11 @@ def _hide_absent(present: Array, logit: Array) -> None:
         logit[j] = logit[j] if present[j] else _ABSENT
 
 
-@njit(fastmath=_SUM | {"nnan"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
 def _largest(x: Array) -> float:
     largest = _ABSENT
     for j in range(len(x)):
-        largest = x[j] if x[j] > largest else largest
+        largest = larger(x[j], largest)
     return largest
 
 
@@ -279,16 +288,19 @@ def _inflated(
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _counted(pack: Array) -> float:
-    """Sum of the losses under the NB of the counts above zero.
+def _counted(
+    x: Array,
+    d: Array,
+    theta: Array,
+    log_rise: Array,
+    rise: Array,
+    by_mean: Array,
+    by_theta: Array,
+) -> float:
+    """Sum of the losses under the NB of counts x above zero, and derivatives by log μ and log θ.
 
-    Rows of ``pack``: count, log(μ/θ), θ; left for the caller; then, used here, Γ(x+θ)/Γ(θ) as a
-    product, the log of what it lacks, ψ(x+θ) - ψ(θ); the derivatives by log μ and log θ.
+    ``d`` is log(μ/θ); for the others see :func:`_rises`.
     """
-    x, d, theta = pack[0], pack[1], pack[2]
-    product, rest, psi, by_mean, by_theta = pack[4], pack[5], pack[6], pack[7], pack[8]
-    for k in range(len(x)):
-        _rising(x[k], theta[k], k, product, rest, psi)
     softplus = by_theta
     for k in range(len(x)):
         t = exp64(d[k])
@@ -296,9 +308,9 @@ def _counted(pack: Array) -> float:
         by_mean[k] = (theta[k] * t - x[k]) / (1.0 + t)
     loss = 0.0
     for k in range(len(x)):
-        loss += (theta[k] + x[k]) * softplus[k] - x[k] * d[k] - log64(product[k]) - rest[k]
+        loss += (theta[k] + x[k]) * softplus[k] - x[k] * d[k] - log_rise[k]
     for k in range(len(x)):
-        by_theta[k] = theta[k] * (softplus[k] - psi[k]) - by_mean[k]
+        by_theta[k] = theta[k] * (softplus[k] - rise[k]) - by_mean[k]
     return loss
 
 
@@ -315,21 +327,25 @@ def _not_dropped(delta: Array) -> float:
     return loss
 
 
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _rising(x: float, theta: float, k: int, product: Array, rest: Array, psi: Array) -> None:
-    """Γ(x+θ) / (Γ(θ) Γ(x+1)), as a product and the log of the rest, and ψ(x+θ) - ψ(θ)."""
-    if x <= _SMALL and x == math.floor(x):
-        rising, slope = theta, 1.0
-        for step in range(1, int(x)):
-            slope = slope * (theta + step) + rising
-            rising *= theta + step
-        product[k] = rising
-        rest[k] = -_LOG_FACTORIAL[int(x)]
-        psi[k] = slope / rising
-    else:
-        product[k] = 1.0
-        rest[k] = _log_rising(theta, x) - _log_rising(1.0, x)
-        psi[k] = _digamma_rise(theta, x)
+@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
+def _rises(x: Array, theta: Array, log_rise: Array, rise: Array) -> None:
+    """``log Γ(x+θ) - log Γ(θ) - log Γ(x+1)``, and ``ψ(x+θ) - ψ(θ)``."""
+    for k in range(len(x)):
+        factor = theta[k]
+        product, slope, factorial = factor, 1.0, 1.0
+        for step in range(1, _SMALL):
+            # The derivative of a product, before the product takes in the factor.
+            more = x[k] > step
+            factor = theta[k] + step
+            slope = slope * factor + product if more else slope
+            product = product * factor if more else product
+            factorial = factorial * (step + 1.0) if more else factorial
+        log_rise[k] = log64(product / factorial)
+        rise[k] = slope / product
+    for k in range(len(x)):
+        if x[k] > _SMALL or x[k] != math.floor(x[k]):
+            log_rise[k] = _log_rising(theta[k], x[k]) - _log_rising(1.0, x[k])
+            rise[k] = _digamma_rise(theta[k], x[k])
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]

@@ -133,6 +133,18 @@ def narrow(typing: Any, x: Any, like: Any) -> Any:
     return like(x, like), code
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def larger(typing: Any, x: Any, y: Any) -> Any:
+    """The larger of two floats that are numbers, with the flags by which it may be vectorised."""
+    flags = ("nnan", "nsz")
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        above = builder.fcmp_ordered(">", *arguments, flags=flags)
+        return builder.select(above, *arguments, flags=flags)
+
+    return x(x, y), code
+
+
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
 def exp32(x: float) -> float:
     """``exp(x)`` in float32, of x between -80 and 80; beyond, that of the nearer end."""
