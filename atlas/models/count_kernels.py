@@ -51,6 +51,8 @@ _MOST, _ABSENT, _FLOOR, _UNDERFLOW = _F32(1e30), _F32(-3e38), _F32(-1e30), _F32(
 
 _SMALL = 8
 """Counts to here are done by products, all factors for all counts, side by side."""
+_APART = 256
+"""Elements between arrays; a round of a vectorised loop is 128 at most."""
 _SHIFT = 8
 """Stirling's series from here on is exact to 1e-11."""
 
@@ -116,13 +118,13 @@ def negative_binomial(
     for i in range(begin, end):
         longest = max(longest, indptr[i + 1] - indptr[i])
     # Arrays of their own: of the rows of one array LLVM cannot tell that they do not overlap.
-    logit, delta = np.empty(n_genes, _F32), np.empty(n_genes, _F32)
-    shares, softplus = np.empty(n_genes, _F32), np.empty(n_genes, _F32)
-    by_mean = np.empty(n_genes, _F32)
-    genes, counted_shares = np.empty(longest, np.int64), np.empty(longest, _F32)
-    all_x, all_d, all_theta = np.empty(longest), np.empty(longest), np.empty(longest)
-    all_delta, all_by_mean, all_by_theta = np.empty(longest), np.empty(longest), np.empty(longest)
-    all_log_rise, all_rise = np.empty(longest), np.empty(longest)
+    logit, delta = _scratch32(n_genes), _scratch32(n_genes)
+    shares, softplus, by_mean = _scratch32(n_genes), _scratch32(n_genes), _scratch32(n_genes)
+    genes, counted_shares = np.empty(longest, np.int64), _scratch32(longest)
+    all_x, all_d, all_theta = _scratch64(longest), _scratch64(longest), _scratch64(longest)
+    all_delta, all_by_mean = _scratch64(longest), _scratch64(longest)
+    all_by_theta = _scratch64(longest)
+    all_log_rise, all_rise = _scratch64(longest), _scratch64(longest)
     for i in range(begin, end):
         row = i if len(theta) > 1 else 0
         cell_theta, grad_theta = theta[row], by_theta[slots[i]]
@@ -192,6 +194,23 @@ def negative_binomial(
             _store_difference(by_mean, shares, share, weight[i], by_logits[i])
             if len(dropout):
                 _store(delta, weight[i], by_dropout[i])
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _scratch32(n: int) -> Array:
+    """Memory that begins and ends far from any other array.
+
+    A loop that LLVM has vectorised first looks whether its arrays begin less than one round of it
+    apart, and if so goes element by element, which sums in another order: with short arrays, the
+    last bits of a result would depend on where they happen to lie.
+    """
+    return np.empty(n + 2 * _APART, _F32)[_APART : _APART + n]
+
+
+@njit(error_model="numpy")  # type: ignore[untyped-decorator]
+def _scratch64(n: int) -> Array:
+    """As :func:`_scratch32`."""
+    return np.empty(n + 2 * _APART)[_APART : _APART + n]
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]

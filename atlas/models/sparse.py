@@ -7,6 +7,7 @@ by the same loop with the counts transposed.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,13 @@ def is_sparse(counts: Tensor) -> bool:
 def csr(indptr: Tensor, indices: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
     """A tensor in ``torch.sparse_csr`` layout of its parts, which are believed."""
     return torch.sparse_csr_tensor(indptr, indices, values, shape, check_invariants=False)
+
+
+with warnings.catch_warnings():
+    # With the first such tensor torch warns that the layout is in beta state. Here it only holds
+    # the parts together: no operation of torch's on it takes part in training.
+    warnings.simplefilter("ignore", UserWarning)
+    csr(torch.tensor([0, 0]), torch.empty(0, dtype=torch.int64), torch.empty(0), torch.Size((1, 1)))
 
 
 def masked(counts: Tensor, present: Tensor) -> Tensor:
@@ -178,6 +186,31 @@ def transposed(
             moved[at[j]] = values[k]
             at[j] += 1
     return begin, rows, moved
+
+
+def with_sorted_columns(
+    indptr: Array, indices: Array, values: Array, n_columns: int
+) -> tuple[Array, Array, Array]:
+    """The same CSR matrix, the columns of each row in rising order.
+
+    Sums over a row are then the same to the last bit, however its source had it.
+    """
+    if _is_sorted(indptr, indices):
+        return indptr, indices, values
+    there = transposed(indptr, indices, values, n_columns)
+    back: tuple[Array, Array, Array] = transposed(*there, len(indptr) - 1)
+    return back
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def _is_sorted(indptr: Array, indices: Array) -> bool:
+    for i in range(len(indptr) - 1):
+        falls = 0
+        for k in range(indptr[i] + 1, indptr[i + 1]):
+            falls += indices[k] <= indices[k - 1]
+        if falls:
+            return False
+    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from atlas.models.base import Inputs
-from atlas.models.sparse import csr
+from atlas.models.sparse import csr, with_sorted_columns
 from loaders import DeviceFeed, Minibatch
 
 
@@ -105,10 +105,13 @@ class InputsBuilder:
 
 
 def _csr(minibatch: Minibatch) -> Tensor:
-    """The counts in ``torch.sparse_csr`` layout, their columns in the order of the minibatch."""
+    """The counts in ``torch.sparse_csr`` layout, whose columns rise."""
+    indptr, indices, values = with_sorted_columns(
+        minibatch.indptr, minibatch.indices, minibatch.data, minibatch.n_vars
+    )
     return csr(
-        torch.from_numpy(minibatch.indptr.astype(np.int32)),
-        torch.from_numpy(minibatch.indices.astype(np.int32, copy=False)),
-        torch.from_numpy(minibatch.data.astype(np.float32, copy=False)),
+        torch.from_numpy(indptr.astype(np.int32)),
+        torch.from_numpy(indices.astype(np.int32, copy=False)),
+        torch.from_numpy(values.astype(np.float32, copy=False)),
         torch.Size((minibatch.n_rows, minibatch.n_vars)),
     )

@@ -89,6 +89,7 @@ class Hooked(Model):
     def __init__(self, inner: Model, before: Callable[[int], None]) -> None:
         super().__init__()
         self.inner, self.before, self.calls = inner, before, 0
+        self.takes_sparse = inner.takes_sparse  # type: ignore[misc]
         self.n_genes, self.n_batch, self.n_latent = inner.n_genes, inner.n_batch, inner.n_latent
         self.kl_weights: list[float] = []
         self.inputs: list[Inputs] = []
