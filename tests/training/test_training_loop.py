@@ -183,7 +183,7 @@ def test_training_sees_the_training_rows_and_their_codes(tmp_path: Path) -> None
         assert inputs.counts.dtype == torch.float32
         assert inputs.batch.dtype == torch.int64
         assert inputs.present is not None
-        parts = (inputs.counts, inputs.batch[:, None], inputs.present)
+        parts = (inputs.counts.to_dense(), inputs.batch[:, None], inputs.present)
         found += map(tuple, torch.cat([part.double() for part in parts], dim=1).tolist())
     assert sorted(found) == sorted(tuple(map(float, row)) for row in expected)
 
