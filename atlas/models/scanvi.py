@@ -84,6 +84,8 @@ class SCANVI(Model):
         There are fewer than two classes.
     """
 
+    takes_sparse = True
+
     config: ScanviConfig
     below: Tensor
 

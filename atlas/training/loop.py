@@ -148,7 +148,8 @@ def fit(
                     rows=validation_rows,
                     narrow=device.type == "cuda",
                 )
-            to_inputs = InputsBuilder(device, presence, columns)
+            sparse = model.takes_sparse and device.type == "cpu"
+            to_inputs = InputsBuilder(device, presence, columns, sparse)
             alternation = None
             if isinstance(model, SCANVI) and model.config.training == "alternating":
                 alternation = Alternation(model, source, train_rows, to_inputs, columns, config)
