@@ -141,14 +141,15 @@ def too_long(found: str, limit: int, where: str) -> PackageError:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Goes where it is sent, but not from an encrypted connection to one that is none."""
+    """Goes where it is sent on the web, but not from an encrypted connection to one that is not."""
 
     def redirect_request(
         self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str
     ) -> Any:
-        if urlsplit(req.full_url).scheme == "https" and urlsplit(newurl).scheme != "https":
+        allowed = ("https",) if urlsplit(req.full_url).scheme == "https" else _WEB
+        if urlsplit(newurl).scheme not in allowed:
             raise RemoteError(
-                "The server sends elsewhere, without encryption",
+                "The server sends elsewhere, to where there is less to rely on",
                 found=newurl,
                 do="take that URL yourself, with the digest that was announced",
                 path=req.full_url,

@@ -152,7 +152,10 @@ def _first(entries: Iterator[Entry], where: str) -> bytes:
         raise _undeclared(f"{found} in the first place", where)
     if first.size > MAX_JSON:
         raise too_long(f"{PACKAGE} of {first.size:,} bytes", MAX_JSON, where)
-    return b"".join(first.pieces)
+    document = b"".join(first.pieces)
+    if len(document) != first.size:
+        raise _undeclared(f"{PACKAGE} of {len(document):,} bytes in place of {first.size:,}", where)
+    return document
 
 
 def _checked(entry: Entry, part: Part, where: str) -> Iterator[bytes]:

@@ -43,7 +43,8 @@ def staging(target: Path) -> Iterator[Path]:
                 do="wait until it has ended",
                 path=target,
             ) from None
-        _empty(folder)
+        for left in folder.iterdir():
+            _remove(left)
         yield folder
     except OSError as error:
         raise OutputError(
@@ -90,12 +91,15 @@ def place(made: Path, target: Path) -> None:
     elif target.is_dir():  # an empty one
         target.rmdir()
     made.replace(target)
-    files.sync_folder(target.parent)
+    try:
+        files.sync_folder(target.parent)
+    except BaseException:
+        _remove(target)
+        raise
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

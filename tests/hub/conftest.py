@@ -1,0 +1,52 @@
+"""A reference to share: a store of two studies, a scvi and a scanvi with their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+
+import atlas
+from atlas.simulate import simulate
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder: ``files/*.h5ad``, the last for a query; ``ref.atlas``; ``scvi`` and ``scanvi``."""
+    folder = tmp_path_factory.mktemp("reference")
+    paths = simulate(
+        folder / "files", cells=900, studies=3, genes=90, types=4, batches=2, progress=False
+    )
+    store = atlas.create_store(folder / "ref.atlas")
+    for i, path in enumerate(paths[:2], start=1):
+        adata = anndata.read_h5ad(path)
+        rng = np.random.default_rng(i)
+        adata.obs["donor"] = rng.choice([f"Jane-Doe-{i}", f"John-Roe-{i}"], adata.n_obs)
+        adata.obs["age"] = rng.integers(20, 80, adata.n_obs)
+        adata.obs["mito"] = rng.random(adata.n_obs)
+        adata.obs["fine"] = adata.obs["cell_type"].astype(str) + "+"
+        keys = {"batch_key": "batch", "label_key": "cell_type"}
+        store.append(adata, study=f"study_{i}", **keys)
+    genes = atlas.select_genes(store, 50)
+    options = {"max_epochs": 8, "n_hidden": 16, "n_latent": 4, "threads": 1, "device": "cpu"}
+    for name, more in (("scvi", {}), ("scanvi", {"classifier_epochs": 2})):
+        model = atlas.train(store, name, genes=genes, out=folder / name, **options, **more)
+        atlas.embed(model, store, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def package(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The scvi, shared as a folder."""
+    to = tmp_path_factory.mktemp("package") / "pbmc"
+    atlas.share(atlas.open_store(reference / "ref.atlas"), reference / "scvi", to)
+    return to
+
+
+@pytest.fixture
+def listing() -> Callable[[Path], set[str]]:
+    """Everything below a folder, hidden names too."""
+    return lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*")}

@@ -1,0 +1,113 @@
+"""Packages as a forger would make them: archives of any entries, and parts declared anew."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+def members(package: Path) -> list[tuple[str, bytes]]:
+    """Name and content of each file, ``package.json`` first."""
+    declared = json.loads((package / "package.json").read_bytes())["parts"]
+    return [(name, (package / name).read_bytes()) for name in ("package.json", *declared)]
+
+
+def declare(package: Path) -> None:
+    """Make ``package.json`` and ``model.json`` declare what the files are now, as a forger does."""
+    model = package / "model" / "model.json"
+    weights = (package / "model" / "weights.safetensors").read_bytes()
+    about = json.loads(model.read_bytes())
+    if isinstance(about, dict):
+        about["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+        model.write_text(json.dumps(about))
+    path = package / "package.json"
+    manifest = json.loads(path.read_bytes())
+    for name, part in manifest["parts"].items():
+        data = (package / name).read_bytes()
+        part["bytes"], part["sha256"] = len(data), hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(manifest))
+
+
+def tar(entries: Iterable[tuple[tarfile.TarInfo | str, bytes]], **options: Any) -> bytes:
+    """A ``.tar.gz`` of any entries."""
+    out = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=out, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", **options) as archive,
+    ):
+        for about, data in entries:
+            if isinstance(about, str):
+                about = tarfile.TarInfo(about)
+            if about.isreg():
+                about.size = len(data)
+            archive.addfile(about, io.BytesIO(data))
+    return out.getvalue()
+
+
+def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    """A link, device or pipe."""
+    about = tarfile.TarInfo(name)
+    about.type, about.linkname = kind, target
+    return about
+
+
+def zipped(entries: Iterable[tuple[zipfile.ZipInfo | str, bytes]]) -> bytes:
+    """A ``.zip`` of any entries."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for about, data in entries:
+            archive.writestr(about, data)
+    return out.getvalue()
+
+
+def zip_special(name: str, mode: int) -> zipfile.ZipInfo:
+    """An entry of a mode of its own."""
+    about = zipfile.ZipInfo(name)
+    about.create_system, about.external_attr = 3, mode << 16
+    return about
+
+
+class Server:
+    """A web server on loopback whose answers are given by a function."""
+
+    def __init__(self, answer: Callable[[BaseHTTPRequestHandler], None]) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                answer(self)
+
+        class Quiet(ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                pass  # clients that gave up
+
+        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def serve(handler: BaseHTTPRequestHandler, data: bytes, length: int | None = None) -> None:
+    """Answer with bytes."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", str(len(data) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(data)
