@@ -19,6 +19,7 @@ from atlas.hub.staging import check_free
 from atlas.models import TrainedModel, load_model
 from atlas.store import CountStore
 from atlas.store.tables import kind_of
+from atlas.workflows.genes import GenesInStore
 from atlas.workflows.rows import texts_of
 from atlas.workflows.streaming import CellStream
 
@@ -139,7 +140,7 @@ def prepare_share(
     studies = _occurring(store.obs_codes["study"][rows], store.studies)
     if title is None:
         title = f"{trained.name} of {', '.join(studies.names)}"[:1000]
-    view = store.select(trained.genes) if counts else None
+    view = GenesInStore.of(trained, store).select(store) if counts else None
     return Shipment(
         about=About(title, description, licence, citation),
         model=trained,

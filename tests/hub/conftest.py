@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pytest
+from hub_helpers import made_up
 
 import atlas
-from atlas.simulate import simulate
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder: ``files/*.h5ad``, the last for a query; ``ref.atlas``; ``scvi`` and ``scanvi``."""
+    """``study_1.h5ad`` to ``study_3.h5ad``; of the first two ``ref.atlas``, ``scvi``, ``scanvi``."""
     folder = tmp_path_factory.mktemp("reference")
-    paths = simulate(
-        folder / "files", cells=900, studies=3, genes=90, types=4, batches=2, progress=False
-    )
     store = atlas.create_store(folder / "ref.atlas")
-    for i, path in enumerate(paths[:2], start=1):
-        adata = anndata.read_h5ad(path)
+    for i in (1, 2, 3):
+        adata = made_up(i)
+        adata.write_h5ad(folder / f"study_{i}.h5ad")
+        if i == 3:
+            break
         rng = np.random.default_rng(i)
         adata.obs["donor"] = rng.choice([f"Jane-Doe-{i}", f"John-Roe-{i}"], adata.n_obs)
         adata.obs["age"] = rng.integers(20, 80, adata.n_obs)
@@ -31,7 +30,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keys = {"batch_key": "batch", "label_key": "cell_type"}
         store.append(adata, study=f"study_{i}", **keys)
     genes = atlas.select_genes(store, 50)
-    options = {"max_epochs": 8, "n_hidden": 16, "n_latent": 4, "threads": 1, "device": "cpu"}
+    options = {"n_hidden": 32, "n_latent": 4, "max_epochs": 10, "lr": 1e-2, "minibatch_size": 64}
+    options |= {"threads": 1, "device": "cpu"}
     for name, more in (("scvi", {}), ("scanvi", {"classifier_epochs": 2})):
         model = atlas.train(store, name, genes=genes, out=folder / name, **options, **more)
         atlas.embed(model, store, device="cpu")

@@ -14,6 +14,28 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+
+def made_up(seed: int) -> AnnData:
+    """300 cells of four types, each six times higher in ten of 60 genes, in two batches."""
+    rng = np.random.default_rng(seed)
+    kind, batch = rng.integers(0, 4, 300), rng.integers(0, 2, 300)
+    rate = np.random.default_rng(0).gamma(1.0, size=60)
+    rate = rate * np.where(np.arange(60) // 10 == kind[:, None], 6, 1)
+    rate *= np.where(np.arange(60) % 7 == (seed + 3 * batch[:, None]) % 7, 2, 1)
+    rate *= 240 / rate.sum(axis=1, keepdims=True)
+    label = np.array([f"type_{i + 1}" for i in range(4)], object)[kind]
+    label[rng.random(300) < 0.1] = "Unknown"
+    obs = pd.DataFrame(
+        {"cell_type": label, "batch": [f"batch_{i + 1}" for i in batch]},
+        index=[f"barcode{seed}_{i}" for i in range(300)],
+    )
+    var = pd.DataFrame(index=[f"gene{i}" for i in range(60)])
+    return AnnData(rng.poisson(rate).astype(np.float32), obs=obs, var=var)
+
 
 def members(package: Path) -> list[tuple[str, bytes]]:
     """Name and content of each file, ``package.json`` first."""
