@@ -72,7 +72,9 @@ def test_share_and_fetch(made: tuple[Path, Path], tmp_path: Path, run: Atlas) ->
     digest = hashlib.sha256(to.read_bytes()).hexdigest()
     assert f"SHA-256 {digest}" in last
     said = run("fetch", to, "--to", tmp_path / "in", "--sha256", digest)
-    assert said.startswith("Blood  [31m\n")  # nothing that a terminal would act on
+    assert said.startswith(
+        "Blood \N{REPLACEMENT CHARACTER}[31m\n"
+    )  # nothing that a terminal would act on
     assert "scvi: 20 genes, 2 batches; 120 cells, 2 labels" in said
     assert "licence: CC-BY-4.0\ncitation: Us, 2025\n" in said
     assert "Cells of *blood*." in (tmp_path / "in" / "card.md").read_text()
@@ -190,6 +192,20 @@ def test_wrong_ways_to_fetch(
     for word in words:
         assert word in error, error
     assert [path.name for path in tmp_path.iterdir()] == ["p.zip"]
+
+
+def test_names_of_a_stranger_do_not_act_on_the_terminal(
+    made: tuple[Path, Path], tmp_path: Path, run: Atlas
+) -> None:
+    store, model = made
+    run("share", store, "--model", model, "--to", tmp_path / "p", "--yes")
+    path = tmp_path / "p" / "package.json"
+    document = json.loads(path.read_bytes())
+    document["reference"]["studies"] = ["\x1b[2J"]
+    path.write_text(json.dumps(document))
+    error = run("fetch", tmp_path / "p", "--to", tmp_path / "in", code=2)
+    assert "studies that the model does not know" in error
+    assert "\x1b" not in error
 
 
 def test_a_package_of_a_newer_version(made: tuple[Path, Path], tmp_path: Path, run: Atlas) -> None:

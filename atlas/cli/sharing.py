@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from atlas.cli.text import printable
 from atlas.errors import ConfigError, InputError
 
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], Any]
@@ -80,7 +81,7 @@ def share(options: argparse.Namespace) -> int:
     )
     print("This leaves the machine:")
     for name, what in shipment.listing():
-        print(f"  {name:<20} {what}")
+        print(printable(f"  {name:<20} {what}"))
     if options.dry_run:
         print("nothing was written (--dry-run)")
         return 0
@@ -122,17 +123,12 @@ def fetch(options: argparse.Namespace) -> None:
         progress=True,
     )
     model, about, labels = package.model, package.about, package.labels
-    print(_plain(about.title))
+    print(printable(about.title))
     print(
         f"{model.name}: {len(model.genes):,} genes, {len(model.batches):,} batches; "
         f"{package.n_obs:,} cells, "
         + ("no labels" if labels is None else f"{len(labels.names):,} labels")
     )
-    print(f"licence: {_plain(about.licence or 'none was given')}")
-    print(f"citation: {_plain(about.citation or 'none was given')}")
+    print(f"licence: {printable(about.licence or 'none was given')}")
+    print(f"citation: {printable(about.citation or 'none was given')}")
     print(f"{options.to}: every digest is as declared; card.md tells more, model/ is the model")
-
-
-def _plain(text: str) -> str:
-    """A stranger's text without what a terminal would act on."""
-    return "".join(c if c.isprintable() else " " for c in text)

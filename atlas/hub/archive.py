@@ -135,7 +135,11 @@ def _folder_entries(folder: Path, where: str) -> Iterator[Entry]:
         about = (folder / name).lstat()
         if not stat.S_ISREG(about.st_mode):
             raise _refused(f"{name!r:.120}: {_kind(about.st_mode)}", where)
-        with (folder / name).open("rb") as file:
+        try:
+            file = (folder / name).open("rb")
+        except OSError as error:
+            raise _refused(f"{name} cannot be read: {error}", where) from error
+        with file:
             yield Entry(name, about.st_size, _read(file, about.st_size))
 
 

@@ -6,6 +6,8 @@ apply.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from atlas.evaluation.codes import Categories
@@ -38,11 +40,11 @@ def model_card(
         Whether the counts are in it.
     """
     config = model.config.to_json()
-    epochs = model.training.get("history", [])
+    epochs, versions = _training(model)
     bound = epochs[-1].get("validation_bound") if epochs else None
-    versions = model.training.get("versions", {})
+    made_by = ", ".join(_text(f"{name} {version}") for name, version in versions.items())
     trained = f"{len(epochs)} epochs" + (
-        "" if bound is None else f", negative bound on held-out cells {bound:.1f} nats"
+        f", negative bound on held-out cells {bound:.1f} nats" if isinstance(bound, float) else ""
     )
     lines = [
         f"# {_text(about.title)}",
@@ -54,7 +56,7 @@ def model_card(
         f"- Model: {model.name}, {len(model.genes):,} genes, {config['n_latent']} dimensions",
         f"- Settings: {', '.join(f'{k} {v}' for k, v in config.items())}",
         f"- Training: {trained if epochs else 'not recorded'}",
-        f"- Versions: {', '.join(f'{k} {v}' for k, v in versions.items()) or 'not recorded'}",
+        f"- Versions: {made_by or 'not recorded'}",
         f"- Licence: {_text(about.licence) if about.licence else 'none was given'}",
         f"- Citation: {about.citation or 'none was given'}",
     ]
@@ -89,6 +91,14 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(model: TrainedModel) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Epochs and versions; a model of a stranger may say anything there."""
+    epochs: Any = model.training.get("history")
+    versions: Any = model.training.get("versions")
+    whole = isinstance(epochs, list) and all(isinstance(one, dict) for one in epochs)
+    return epochs if whole else [], versions if isinstance(versions, dict) else {}
 
 
 def _table(title: str, cells: Categories) -> list[str]:

@@ -103,7 +103,10 @@ def fetch(
 def _opened(path: Path) -> IO[bytes]:
     if not stat.S_ISREG(path.stat().st_mode):
         raise PackageError("This is no file", expected="a folder, .tar.gz or .zip", path=path)
-    return path.open("rb")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise PackageError("The package cannot be read", found=str(error), path=path) from error
 
 
 def _unpack(

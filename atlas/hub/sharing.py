@@ -92,6 +92,9 @@ class Shipment:
             lines.append((f"covariate {name}", f"of the model, its values: {_listed(known)}"))
         alone = "of the model, the name alone"
         lines += [(f"covariate {name}", alone) for name in model.columns.continuous]
+        columns = model.columns
+        if named := [name for name in (columns.label, columns.size_factor) if name is not None]:
+            lines.append(("column names", f"of the model: {_listed(named)}"))
         if model.labels is not None:
             lines.append(("classes", f"of the model: {_listed(model.labels.names)}"))
         shape = f"{self.embedding.shape[1]} numbers each, {self.embedding.nbytes / 1e6:,.1f} MB"

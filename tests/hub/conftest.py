@@ -14,7 +14,10 @@ import atlas
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``study_1.h5ad`` to ``study_3.h5ad``; of the first two ``ref.atlas``, ``scvi``, ``scanvi``."""
+    """``study_1.h5ad`` to ``study_3.h5ad``; of the first two ``ref.atlas``, ``scvi``, ``scanvi``.
+
+    The last study is a stranger's.
+    """
     folder = tmp_path_factory.mktemp("reference")
     store = atlas.create_store(folder / "ref.atlas")
     for i in (1, 2, 3):

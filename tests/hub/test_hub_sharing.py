@@ -228,6 +228,15 @@ def test_the_card(reference: Path, tmp_path: Path) -> None:
     assert "Licence: none was given" in card
 
 
+def test_a_model_whose_training_says_odd_things(reference: Path, tmp_path: Path) -> None:
+    """It may have come from a stranger, and is shared again."""
+    model = atlas.load_model(reference / "scvi")
+    training = {"history": ["x"], "versions": 3, "reference": "y", "imported": []}
+    odd = dataclasses.replace(model, training=training)
+    atlas.share(_store(reference), odd, tmp_path / "p")
+    assert "Training: not recorded" in atlas.load_package(tmp_path / "p").card
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
