@@ -43,7 +43,7 @@ def model_card(
     epochs, versions = _training(model)
     bound = epochs[-1].get("validation_bound") if epochs else None
     made_by = ", ".join(_text(f"{name} {version}") for name, version in versions.items())
-    trained = f"{len(epochs)} epochs" + (
+    trained = f"{len(epochs)} epoch{'' if len(epochs) == 1 else 's'}" + (
         f", negative bound on held-out cells {bound:.1f} nats" if isinstance(bound, float) else ""
     )
     lines = [

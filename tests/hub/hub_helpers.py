@@ -16,7 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 from anndata import AnnData
+
+from atlas import files
 
 
 def made_up(seed: int) -> AnnData:
@@ -57,6 +60,12 @@ def declare(package: Path) -> None:
         data = (package / name).read_bytes()
         part["bytes"], part["sha256"] = len(data), hashlib.sha256(data).hexdigest()
     path.write_text(json.dumps(manifest))
+
+
+def flipped(archive: bytes) -> bytes:
+    """With one byte changed in the middle."""
+    middle = len(archive) // 2
+    return archive[:middle] + bytes([archive[middle] ^ 0x55]) + archive[middle + 1 :]
 
 
 def tar(entries: Iterable[tuple[tarfile.TarInfo | str, bytes]], **options: Any) -> bytes:
@@ -133,3 +142,23 @@ def serve(handler: BaseHTTPRequestHandler, data: bytes, length: int | None = Non
     handler.send_header("Content-Length", str(len(data) if length is None else length))
     handler.end_headers()
     handler.wfile.write(data)
+
+
+class Failing:
+    """Lets n calls pass; the next one fails as a full disk or Ctrl-C does."""
+
+    def __init__(self, real: Callable[..., Any], left: list[int], error: BaseException) -> None:
+        self.real, self.left, self.error = real, left, error
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            raise self.error
+        return self.real(*arguments, **options)
+
+
+def failing(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> None:
+    """Make the n-th write from now on fail."""
+    left = [n]
+    for name in ("write_bytes", "write_pieces", "sync_folder"):
+        patch.setattr(files, name, Failing(getattr(files, name), left, error))

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from hub_helpers import failing
 
 import atlas
-from atlas import files
 from atlas.errors import (
     AtlasError,
     ConfigError,
@@ -282,26 +282,6 @@ def test_a_model_of_other_studies(reference: Path, tmp_path: Path) -> None:
         atlas.share(
             _store(reference), dataclasses.replace(model, studies=("x", "y")), tmp_path / "p"
         )
-
-
-class Failing:
-    """Lets n calls pass; the next one fails as a full disk or Ctrl-C does."""
-
-    def __init__(self, real: Callable[..., Any], left: list[int], error: BaseException) -> None:
-        self.real, self.left, self.error = real, left, error
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        self.left[0] -= 1
-        if self.left[0] < 0:
-            raise self.error
-        return self.real(*arguments, **options)
-
-
-def failing(patch: pytest.MonkeyPatch, n: int, error: BaseException) -> None:
-    """Make the n-th write from now on fail."""
-    left = [n]
-    for name in ("write_bytes", "write_pieces", "sync_folder"):
-        patch.setattr(files, name, Failing(getattr(files, name), left, error))
 
 
 @pytest.mark.parametrize("to", ["p", "p.tar.gz", "p.zip"])
