@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Metrics
-    from atlas.hub import export_scvi, import_scvi
+    from atlas.hub import Package, export_scvi, fetch, import_scvi, load_package
     from atlas.hub.scvi_data import ScviDataModule
     from atlas.models import TrainedModel, load_model
     from atlas.store import (
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         report,
         seed_labels,
         select_genes,
+        share,
         train,
         verify,
     )
@@ -49,6 +50,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _HOME = {
     "CountStore": "atlas.store",
     "Metrics": "atlas.evaluation.metrics",
+    "Package": "atlas.hub",
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
     "convert_store": "atlas.store",
@@ -59,6 +61,7 @@ _HOME = {
     "evaluate": "atlas.workflows",
     "export_scvi": "atlas.hub",
     "extend_reference": "atlas.workflows",
+    "fetch": "atlas.hub",
     "import_scvi": "atlas.hub",
     "impute": "atlas.workflows",
     "label": "atlas.workflows",
@@ -67,6 +70,7 @@ _HOME = {
     "library_posterior": "atlas.workflows",
     "likelihood": "atlas.workflows",
     "load_model": "atlas.models",
+    "load_package": "atlas.hub",
     "normalized": "atlas.workflows",
     "open_files": "atlas.store",
     "open_store": "atlas.store",
@@ -75,6 +79,7 @@ _HOME = {
     "report": "atlas.workflows",
     "seed_labels": "atlas.workflows",
     "select_genes": "atlas.workflows",
+    "share": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
     "verify": "atlas.workflows",
@@ -83,6 +88,7 @@ _HOME = {
 __all__ = [
     "CountStore",
     "Metrics",
+    "Package",
     "ScviDataModule",
     "TrainedModel",
     "convert_store",
@@ -93,6 +99,7 @@ __all__ = [
     "evaluate",
     "export_scvi",
     "extend_reference",
+    "fetch",
     "import_scvi",
     "impute",
     "label",
@@ -101,6 +108,7 @@ __all__ = [
     "library_posterior",
     "likelihood",
     "load_model",
+    "load_package",
     "normalized",
     "open_files",
     "open_store",
@@ -109,6 +117,7 @@ __all__ = [
     "report",
     "seed_labels",
     "select_genes",
+    "share",
     "to_anndata",
     "train",
     "verify",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands
+from atlas.cli import applied, commands, sharing
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -268,6 +268,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("model", help="a run folder")
     sub.add_argument("--out", required=True, help="folder for scvi.model.SCVI.load")
     sub.add_argument("--batch-key", default="batch", help="obs column of the batch there")
+
+    sharing.add_commands(command)
 
     sub = command("convert", commands.convert, "write a store in another format or compression")
     sub.add_argument("store")

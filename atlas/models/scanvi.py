@@ -118,7 +118,7 @@ class SCANVI(Model):
         # Alternating training has an optimiser of its own for them (atlas.training.alternation).
         self.classifier.requires_grad_(config.training != "alternating")
         # Row -1, of cells without a label, allows all classes.
-        allowed = torch.from_numpy(labels.below)
+        allowed = torch.tensor(labels.below)
         every = torch.ones(1, n_classes, dtype=torch.bool)
         self.register_buffer("below", torch.cat([allowed, every]), persistent=False)
 

@@ -20,11 +20,13 @@ from atlas.workflows.posterior import latent_posterior, library_posterior, likel
 from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
+from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
 
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "check_target",
     "differential_expression",
     "dropout_probability",
     "embed",
@@ -41,10 +43,12 @@ __all__ = [
     "likelihood",
     "normalized",
     "posterior_predictive",
+    "prepare_share",
     "project",
     "report",
     "seed_labels",
     "select_genes",
+    "share",
     "train",
     "verify",
     "write_json",
