@@ -3,6 +3,7 @@
 This is the only place where stores, models, training and evaluation are wired together.
 """
 
+from atlas.workflows.baselines import baseline
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
 from atlas.workflows.differential import differential_expression
 from atlas.workflows.embedding import embed
@@ -15,16 +16,18 @@ from atlas.workflows.expression import (
 from atlas.workflows.labelling import label, label_probabilities
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
-from atlas.workflows.output import write_json
+from atlas.workflows.output import write_json, write_text
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
-from atlas.workflows.results import evaluate, report
+from atlas.workflows.results import compare, evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.surgery import extend_reference
 
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "baseline",
+    "compare",
     "differential_expression",
     "dropout_probability",
     "embed",
@@ -48,4 +51,5 @@ __all__ = [
     "train",
     "verify",
     "write_json",
+    "write_text",
 ]
