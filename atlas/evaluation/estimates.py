@@ -185,7 +185,7 @@ class Estimate:
             n = p * (1 - p) / error**2 if error > 0 else self.n
             centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
             half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-            return Interval(max(0.0, centre - half), min(1.0, centre + half))
+            return Interval(min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))
         degrees = max(1, min(self.sample.degrees, self.n - 1))
         half = float(student.ppf((1 + level) / 2, degrees)) * error
         return Interval(self.value - half, self.value + half)
@@ -217,15 +217,19 @@ class Estimate:
         )
 
 
-def mean(values: Floats, sample: Sample, about: Mask | None = None) -> Estimate:
-    """Mean over the cells, or over those that it is ``about`` (bool (n,), at least one)."""
+def mean(
+    values: Floats, sample: Sample, about: Mask | None = None, *, share: bool = False
+) -> Estimate:
+    """Mean over the cells, or over those that it is ``about`` (bool (n,), at least one).
+
+    ``share`` says that values are 0 or 1, so that the interval is Wilson's.
+    """
     weights = sample.weights
     inside = np.ones(len(sample), dtype=bool) if about is None else about
     total = float(weights[inside].sum())
     value = float((weights * values)[inside].sum() / total)
     influence = np.where(inside, values - value, 0.0) / total
-    binary = bool(np.isin(values[inside], (0.0, 1.0)).all())
-    return Estimate(value, influence, sample, int(inside.sum()), share=binary)
+    return Estimate(value, influence, sample, int(inside.sum()), share=share)
 
 
 def mean_of_groups(values: Floats, groups: Indices, sample: Sample) -> Estimate:

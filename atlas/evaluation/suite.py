@@ -152,6 +152,7 @@ def by_group(
         kinds.append(("batch", cells.batches))
     if labels and cells.labels is not None:
         kinds.append(("label", cells.labels))
+    share = result.estimate is not None and result.estimate.share
     for word, categories in kinds:
         if len(categories.present()) > _MOST_GROUPS:
             continue
@@ -160,7 +161,7 @@ def by_group(
             if about.any():
                 yield Result(
                     result.kind,
-                    mean(values, sample, about),
+                    mean(values, sample, about, share=share),
                     result.k,
                     result.backend,
                     result.recall,
@@ -280,7 +281,7 @@ def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
             results.append(Result(name, None, k, skipped=why))
         else:
             accepted = (p >= kbet.ALPHA).astype(np.float64)
-            estimate = mean(accepted, cells.sample)
+            estimate = mean(accepted, cells.sample, share=True)
             results.append(Result(name, estimate, k, found.backend, found.recall))
     within = kind("kbet_by_label")
     if not cells.has_labels:

@@ -55,12 +55,12 @@ def transfer_results(
     kernel = (transfer.predicted_weighted == truth).astype(np.float64)
     answered = transfer.predicted_weighted != UNLABELED
     estimates: tuple[Estimate | None, ...] = (
-        mean(right, sample),
+        mean(right, sample, share=True),
         mean_of_groups(right, truth, sample),
-        mean(kernel, sample),
+        mean(kernel, sample, share=True),
         mean_of_groups(kernel, truth, sample),
-        mean(kernel, sample, answered) if answered.any() else None,
-        mean((~answered).astype(np.float64), sample),
+        mean(kernel, sample, answered, share=True) if answered.any() else None,
+        mean((~answered).astype(np.float64), sample, share=True),
     )
     recall = cells.neighbours.recall if reuse and cells.neighbours is not None else EXACT
     results = [
@@ -76,7 +76,9 @@ def transfer_results(
     ]
     names = {name: code for code, name in enumerate(cells.labels.names)}
     alone = np.isin(truth, [names[name] for name in transfer.query_only_labels])
-    results.append(Result(kind("label_query_only_share"), mean(alone.astype(np.float64), sample)))
+    results.append(
+        Result(kind("label_query_only_share"), mean(alone.astype(np.float64), sample, share=True))
+    )
     groups = list(by_group(right, sample, cells, results[0], batches=True, labels=True))
     return transfer, results, groups
 

@@ -35,8 +35,8 @@ def group_means(values: np.ndarray) -> float:
 
 CASES: dict[str, tuple[Callable[[Sample], Estimate], float]] = {
     "mean": (lambda s: mean(SMOOTH[s.rows], s), SMOOTH.mean()),
-    "share": (lambda s: mean(BINARY[s.rows], s), BINARY.mean()),
-    "share near 1": (lambda s: mean(RARE[s.rows], s), RARE.mean()),
+    "share": (lambda s: mean(BINARY[s.rows], s, share=True), BINARY.mean()),
+    "share near 1": (lambda s: mean(RARE[s.rows], s, share=True), RARE.mean()),
     "mean of a label": (
         lambda s: mean(SMOOTH[s.rows], s, GROUPS[s.rows] == 1),
         SMOOTH[GROUPS == 1].mean(),
@@ -120,7 +120,7 @@ def test_strata_of_one_cell() -> None:
 
 def test_all_right_is_not_certain() -> None:
     sample = draw(np.arange(30), np.zeros(30, dtype=np.int64), 30, 0)
-    found = mean(np.ones(30), sample)
+    found = mean(np.ones(30), sample, share=True)
     assert found.standard_error == 0
     low, high = found.interval()
     assert high == pytest.approx(1)

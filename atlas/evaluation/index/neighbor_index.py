@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation.exact import Device, Floats, Indices, Kernel
+from atlas.evaluation.exact import SPARE_CANDIDATES, Device, Floats, Indices, Kernel
 from atlas.evaluation.index import lists, stored
 from atlas.evaluation.index.choice import Choice, Kind, choose
 from atlas.evaluation.index.searching import search_all, search_lists
@@ -28,7 +28,7 @@ from atlas.evaluation.vectors import Embedding, check_values, column_means, dige
 
 RECALL_QUERIES = 1000
 _TUNING_QUERIES = 300
-_TUNING_K = 50
+_TUNING_K = 100
 
 
 class NeighborIndex:
@@ -308,12 +308,14 @@ class NeighborIndex:
         if k < 1:
             return
         exact = self._exactly(rows, k)
-        while True:
-            found = self._search(self.vectors[rows], k, rows, EXACT)
-            if recall_of(found, exact).value >= self.recall_target:
-                return
-            if self._lists.breadth >= self._lists.broadest:
-                return
+        wanted = min(k + 1 + SPARE_CANDIDATES, len(self))
+        while self._lists.breadth < self._lists.broadest:
+            # Queries that find too few rows are searched exactly, which is slow and no recall.
+            found = self._lists.propose(self.vectors[rows], wanted)
+            if (found >= 0).all(axis=1).mean() > 0.99:
+                near = self._search(self.vectors[rows], k, rows, EXACT)
+                if recall_of(near, exact).value >= self.recall_target:
+                    return
             self._lists.breadth = min(2 * self._lists.breadth, self._lists.broadest)
 
     # on disk
