@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas.evaluation.metrics import Metrics
+    from atlas.evaluation.index import NeighborIndex
+    from atlas.evaluation.metrics import Comparison, Metrics
     from atlas.hub import Package, export_scvi, fetch, import_scvi, load_package
     from atlas.hub.scvi_data import ScviDataModule
     from atlas.models import TrainedModel, load_model
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
         to_anndata,
     )
     from atlas.workflows import (
+        baseline,
+        compare,
         differential_expression,
         dropout_probability,
         embed,
@@ -48,11 +51,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {
+    "Comparison": "atlas.evaluation.metrics",
     "CountStore": "atlas.store",
     "Metrics": "atlas.evaluation.metrics",
+    "NeighborIndex": "atlas.evaluation.index",
     "Package": "atlas.hub",
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
+    "baseline": "atlas.workflows",
+    "compare": "atlas.workflows",
     "convert_store": "atlas.store",
     "create_store": "atlas.store",
     "differential_expression": "atlas.workflows",
@@ -86,11 +93,15 @@ _HOME = {
 }
 
 __all__ = [
+    "Comparison",
     "CountStore",
     "Metrics",
+    "NeighborIndex",
     "Package",
     "ScviDataModule",
     "TrainedModel",
+    "baseline",
+    "compare",
     "convert_store",
     "create_store",
     "differential_expression",

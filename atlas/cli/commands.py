@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from atlas.config import ARCHITECTURES, TrainConfig
 from atlas.errors import OutputError
@@ -234,30 +233,6 @@ def embed(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
     print(f"embedding {options.name or model.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
-
-
-def _measuring(options: argparse.Namespace) -> dict[str, Any]:
-    """What `evaluate` and `report` measure."""
-    return {name: getattr(options, name) for name in ("embedding", "reference", "query", "seed")}
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
-
-    metrics = workflows.evaluate(open_store(options.store), **_measuring(options))
-    for measure in metrics.measures:
-        error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
-        value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
-        print(f"{measure.title:<48} {value}{f'  ({measure.skipped})' if measure.skipped else ''}")
-    if options.json:
-        workflows.write_json(options.json, metrics.to_json())
-
-
-def report(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
-
-    store = open_store(options.store)
-    print(workflows.report(store, out=options.out, **_measuring(options)))
 
 
 def seed_labels(options: argparse.Namespace) -> None:

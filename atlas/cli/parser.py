@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands, sharing
+from atlas.cli import applied, commands, measuring, sharing
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -222,13 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     applied.add_commands(command)
 
-    sub = command("evaluate", commands.evaluate, "measure an embedding")
-    _add_measuring(sub)
-    sub.add_argument("--json", metavar="FILE", help="write the measures as JSON")
-
-    sub = command("report", commands.report, "write a self-contained HTML report")
-    _add_measuring(sub)
-    sub.add_argument("--out", required=True, metavar="FILE")
+    measuring.add_commands(command)
 
     sub = command(
         "seed-labels", commands.seed_labels, "label the cells that fit signatures of types best"
@@ -366,11 +360,3 @@ def _field_help(kind: type[Any]) -> dict[str, str]:
         for name in names.split(", "):
             out[name] = " ".join(text.replace("``", "").replace("%", "%%").split())
     return out
-
-
-def _add_measuring(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("store")
-    sub.add_argument("--embedding", required=True)
-    sub.add_argument("--reference", help="cells whose labels are carried over: column=value,value")
-    sub.add_argument("--query", help="cells that get labels: column=value,value")
-    sub.add_argument("--seed", type=int, default=0)

@@ -3,6 +3,7 @@
 This is the only place where stores, models, training and evaluation are wired together.
 """
 
+from atlas.workflows.baselines import baseline
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
 from atlas.workflows.differential import differential_expression
 from atlas.workflows.embedding import embed
@@ -15,10 +16,10 @@ from atlas.workflows.expression import (
 from atlas.workflows.labelling import label, label_probabilities
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
-from atlas.workflows.output import write_json
+from atlas.workflows.output import write_json, write_text
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
-from atlas.workflows.results import evaluate, report
+from atlas.workflows.results import compare, evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
@@ -26,7 +27,9 @@ from atlas.workflows.surgery import extend_reference
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "baseline",
     "check_target",
+    "compare",
     "differential_expression",
     "dropout_probability",
     "embed",
@@ -52,4 +55,5 @@ __all__ = [
     "train",
     "verify",
     "write_json",
+    "write_text",
 ]
