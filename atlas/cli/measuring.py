@@ -78,9 +78,8 @@ def report(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
     store = open_store(options.store)
-    print(
-        workflows.report(store, embedding=options.embedding, out=options.out, **_measuring(options))
-    )
+    measuring = _measuring(options) | {"embedding": options.embedding, "beside": options.beside}
+    print(workflows.report(store, out=options.out, **measuring))
 
 
 def add_commands(command: Callable[..., Any]) -> None:
@@ -112,6 +111,9 @@ def add_commands(command: Callable[..., Any]) -> None:
     sub = command("report", report, "write a self-contained HTML report")
     sub.add_argument("store")
     sub.add_argument("--embedding", required=True)
+    sub.add_argument(
+        "--beside", nargs="+", default=(), metavar="NAME", help="embeddings to compare it with"
+    )
     _add_measuring(sub)
     sub.add_argument("--out", required=True, metavar="FILE")
 

@@ -11,7 +11,7 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.figures import LossRecord
 from atlas.evaluation.measures import Options, compare_embeddings, evaluate_embedding
-from atlas.evaluation.metrics import Comparison, Metrics
+from atlas.evaluation.metrics import Comparison, Difference, Metrics
 from atlas.evaluation.report import ReportInputs, write_report
 from atlas.provenance import command, versions
 from atlas.store import CountStore
@@ -116,11 +116,13 @@ def report(
     individual: str | None = None,
     before: str | None = None,
     queries: int = QUERIES,
+    beside: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """Write the report of an embedding: one self-contained HTML file.
 
-    Parameters are those of :func:`evaluate`; ``out`` is the file. The losses, options and versions
+    Parameters are those of :func:`evaluate`; ``out`` is the file, and ``beside`` names embeddings
+    whose differences to this one are told. The losses, options and versions
     are those kept with the embedding, the commands those that made the store.
     """
     how = store.embedding_details(embedding)
@@ -129,6 +131,21 @@ def report(
     settings = {**model, **training.get("config", {})}
     commands = [state.command for state in history(store.path)]
     commands += [training["command"]] if training.get("command") else []
+    options: dict[str, Any] = {
+        "reference": reference,
+        "query": query,
+        "individual": individual,
+        "before": before,
+        "queries": queries,
+        "seed": seed,
+    }
+    differences: tuple[Difference, ...] = ()
+    if beside:
+        compared = compare(store, [embedding, *beside], **options)
+        metrics = compared.metrics[embedding]
+        differences = tuple(d for d in compared.differences if d.first == embedding)
+    else:
+        metrics = evaluate(store, embedding=embedding, **options)
     inputs = ReportInputs(
         title=store.path.name,
         embedding_name=embedding,
@@ -139,16 +156,8 @@ def report(
         n_genes=store.n_vars,
         n_modelled_genes=len(how.get("genes", [])),
         study_genes=tuple(int(n) for n in store.presence().sum(axis=1)),
-        metrics=evaluate(
-            store,
-            embedding=embedding,
-            reference=reference,
-            query=query,
-            individual=individual,
-            before=before,
-            queries=queries,
-            seed=seed,
-        ),
+        metrics=metrics,
+        differences=differences,
         history=tuple(
             LossRecord(r["epoch"], r["train_loss"], r["validation_bound"])
             for r in training.get("history", [])

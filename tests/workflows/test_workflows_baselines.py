@@ -171,5 +171,17 @@ def test_commands(
 def test_the_report_tells_the_intervals(store: atlas.CountStore, tmp_path: Path) -> None:
     atlas.baseline(store, n_components=5)
     atlas.baseline(store, per_batch=True)
-    out = atlas.report(store, embedding="pca", individual="pca_batch", out=tmp_path / "r.html")
-    assert "kNN purity" in out.read_text()
+    out = atlas.report(
+        store,
+        embedding="pca",
+        individual="pca_batch",
+        beside=["pca_batch"],
+        out=tmp_path / "r.html",
+    )
+    text = out.read_text()
+    assert "kNN purity" in text
+    metrics = atlas.evaluate(store, embedding="pca")
+    entropy = metrics["mixing_entropy_k50"]
+    assert f"{entropy.low:.3f} to {entropy.high:.3f}" in text
+    found = atlas.compare(store, ["pca", "pca_batch"]).differences
+    assert all(f"{d.low:+.3f} to {d.high:+.3f}" in text for d in found)
