@@ -6,7 +6,9 @@ more than the peer at both: entropy, purity, accuracy, k-means, kBET within labe
 each figure.
 
     benchmarks/peers/setup /scratch/peers
-    python benchmarks/bench_metrics.py --peers /scratch/peers --json metrics.json   # --cells, --beside
+    python benchmarks/bench_metrics.py --peers /scratch/peers --json metrics.json
+
+``--cells`` and ``--beside`` are the two sizes.
 """
 
 from __future__ import annotations
@@ -183,6 +185,7 @@ def run_ours(folder: Path, n: int, queries: int, graph_cells: int) -> Json:
         **outcome.result,
         "n_cells": n,
         "peak_bytes": outcome.peak_above("open", "open", "measure"),
+        "cpu_seconds": outcome.phases["measure"].cpu_seconds,
         "phases": phases_json(outcome),
     }
 
@@ -231,7 +234,8 @@ def tell(found: Json, n: int) -> None:
     say()
     say(f"{n:,} cells × {D} dimensions from a mapped file")
     say(table(["measure", "value", "± error", "unit", "skipped"], lines))
-    say(f"{found['seconds']:.1f} s, {megabytes(found['peak_bytes'])} above what was open")
+    spent = f"{found['seconds']:.1f} s ({found['cpu_seconds']:.1f} s on all cores)"
+    say(f"{spent}, {megabytes(found['peak_bytes'])} above what was open")
 
 
 if __name__ == "__main__":
