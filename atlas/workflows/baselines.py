@@ -187,7 +187,7 @@ def _import_harmony() -> Callable[..., npt.NDArray[np.float32]]:
     except ImportError as error:
         raise ConfigError(
             "Harmony is asked for and not installed",
-            do="pip install harmonypy (GPL-3)",
+            do="pip install harmonypy, which is GPL-3",
         ) from error
 
     def run(

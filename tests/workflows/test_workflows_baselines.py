@@ -17,7 +17,10 @@ from sklearn.decomposition import PCA
 import atlas
 from atlas.cli import main
 from atlas.errors import ConfigError
+from atlas.evaluation.codes import Categories
+from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.pca import Moments
+from atlas.workflows.baselines import _import_harmony
 
 MakeStudy = Callable[..., AnnData]
 
@@ -117,6 +120,22 @@ def test_harmony_is_given_the_components_and_batches(
     np.testing.assert_array_equal(asked["batch"], np.array(store.batches)[store.obs_codes["batch"]])
     assert asked["random_state"] == 3
     np.testing.assert_array_equal(store.embedding("harmony"), z)
+
+
+def test_harmony_mixes_what_a_shift_took_apart() -> None:
+    pytest.importorskip("harmonypy", reason="harmonypy is not installed")
+    rng = np.random.default_rng(0)
+    batch, label = rng.integers(0, 2, 800), rng.integers(0, 3, 800)
+    z = rng.standard_normal((800, 10)) + 4 * np.eye(10)[label] + 2 * batch[:, None] * np.eye(10)[9]
+    joined = _import_harmony()(z.astype(np.float32), batch, ("x", "y"), 0)
+    entropy = [
+        evaluate_embedding(values.astype(np.float32), Categories(batch, "xy"))["mixing_entropy_k50"]
+        for values in (z, joined)
+    ]
+    assert entropy[1].value > entropy[0].value + 0.05
+    np.testing.assert_array_equal(
+        joined, _import_harmony()(z.astype(np.float32), batch, ("x", "y"), 0)
+    )
 
 
 def test_commands(
