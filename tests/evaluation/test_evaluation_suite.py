@@ -24,12 +24,13 @@ from atlas.evaluation.clustering import (
 )
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.connectivity import in_largest_part
-from atlas.evaluation.estimates import draw
+from atlas.evaluation.estimates import draw, mean
 from atlas.evaluation.lisi import lisi
 from atlas.evaluation.mixing import reweighted_entropies
 from atlas.evaluation.neighbours import Neighbours, Recall, nearest
 from atlas.evaluation.purity import cluster_conservation, overlap, purity
 from atlas.evaluation.regression import explained_variance, pcr_comparison
+from atlas.evaluation.suite import _mean_of
 
 RNG = np.random.default_rng(5)
 N = 600
@@ -118,6 +119,18 @@ def test_kbet_within_labels() -> None:
         assert label.acceptance is not None
         assert label.acceptance.value == pytest.approx(np.mean(accepted), abs=1e-9)
     assert any(label.acceptance is not None for label in tested)
+
+
+def test_a_mean_of_labels_has_the_error_of_independent_samples() -> None:
+    parts = []
+    for size, most, seed in ((300, 40, 0), (50, 50, 1), (1000, 90, 2)):
+        strata = np.arange(size) % 3
+        sample = draw(np.arange(size), strata, most, seed)
+        parts.append(mean(np.random.default_rng(seed).random(len(sample)), sample))
+    joint = _mean_of(parts)
+    assert joint.value == pytest.approx(np.mean([part.value for part in parts]))
+    errors = [part.standard_error for part in parts]
+    assert joint.standard_error == pytest.approx(np.sqrt(np.square(errors).sum()) / 3)
 
 
 def test_graph_connectivity_is_networkxs() -> None:

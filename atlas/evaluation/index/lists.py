@@ -58,10 +58,9 @@ class Approximate:
         """The breadth at which all lists, or rows, are looked at."""
         return int(self.index.ntotal if self.structure == "hnsw" else self.index.nlist)
 
-    @property
-    def name(self) -> str:
-        """What it is, in words."""
-        where = "GPU" if self.device == "cuda" else "CPU"
+    def name(self, k: int = 1) -> str:
+        """What searches for k neighbours, in words."""
+        where = "GPU" if self._on_device(k) else "CPU"
         if self.structure == "hnsw":
             return f"faiss HNSW, {where}, efSearch {self.breadth}"
         kind = "IVF on disk" if self.structure == "disk" else "IVF"
@@ -77,7 +76,7 @@ class Approximate:
     def propose(self, queries: Embedding, k: int) -> Indices:
         """The k rows that seem nearest, -1 where fewer were found: int64 (Q, k)."""
         points = centred(queries, self.centre)
-        if self.device == "cuda" and k <= FAISS_GPU_MAX_K:
+        if self._on_device(k):
             found = self._gpu_index().search(points, k)[1]
         elif self.structure == "hnsw":
             self.index.hnsw.efSearch = max(self.breadth, k)
@@ -86,6 +85,9 @@ class Approximate:
             self.index.nprobe = self.breadth
             found = self.index.search(points, k)[1]
         return np.asarray(found, dtype=np.int64)
+
+    def _on_device(self, k: int) -> bool:
+        return self.device == "cuda" and k <= FAISS_GPU_MAX_K
 
     def _gpu_index(self) -> Any:
         """A copy on the GPU, or in shares on all of them, that looks at as many lists."""

@@ -10,7 +10,14 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation.exact import SPARE_CANDIDATES, Device, Floats, Indices, Kernel
+from atlas.evaluation.exact import (
+    FAISS_GPU_MAX_K,
+    SPARE_CANDIDATES,
+    Device,
+    Floats,
+    Indices,
+    Kernel,
+)
 from atlas.evaluation.index import lists, stored
 from atlas.evaluation.index.choice import Choice, Kind, choose
 from atlas.evaluation.index.searching import search_all, search_lists
@@ -169,14 +176,21 @@ class NeighborIndex:
     @property
     def backend(self) -> str:
         """What searches, in words."""
+        return self._backend(1)
+
+    def _backend(self, wanted: int) -> str:
         if self._choice is None and self._lists is None:  # lists are there while they are tuned
             self._make()
         if self._lists is not None:
-            return self._lists.name
+            return self._lists.name(wanted)
         choice = self._built()
         if choice.kind == "flat":
-            return f"faiss flat, {'GPU' if choice.device == 'cuda' else 'CPU'}"
+            return f"faiss flat, {'GPU' if self._exact_device(wanted) == 'cuda' else 'CPU'}"
         return f"torch, {choice.device}"
+
+    def _exact_device(self, wanted: int) -> Device:
+        choice = self._built()
+        return "cpu" if choice.kind == "flat" and wanted > FAISS_GPU_MAX_K else choice.device
 
     def check_embedding(self, embedding: Embedding) -> None:
         """Refuse an embedding that the index was not built from.
@@ -248,15 +262,17 @@ class NeighborIndex:
     def _search(
         self, queries: Embedding, k: int, ids: Indices | None, recall: Recall
     ) -> Neighbours:
+        wanted = k + 1 + SPARE_CANDIDATES
         if self._lists is not None:
             indices, squared = search_lists(self._lists, self.vectors, queries, k, ids)
         else:
-            choice = self._built()
-            kernel: Kernel = "faiss" if choice.kind == "flat" else "torch"
+            kernel: Kernel = "faiss" if self._built().kind == "flat" else "torch"
+            device = self._exact_device(wanted)
             indices, squared = search_all(
-                self.vectors, queries, k, ids, self._centre, kernel, choice.device
+                self.vectors, queries, k, ids, self._centre, kernel, device
             )
-        return Neighbours(indices, np.sqrt(squared).astype(np.float32), self.backend, recall)
+        distances = np.sqrt(squared).astype(np.float32)
+        return Neighbours(indices, distances, self._backend(wanted), recall)
 
     def _exactly(self, rows: Indices, k: int) -> Neighbours:
         indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._centre)
