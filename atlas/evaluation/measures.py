@@ -15,6 +15,7 @@ import numpy as np
 from atlas.errors import ConfigError
 from atlas.evaluation import suite
 from atlas.evaluation.catalogue import Result
+from atlas.evaluation.cells import Cells
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.labels import LabelTransfer, Mask
@@ -201,7 +202,7 @@ def _measure(
             check_values(other, name)
     if index is not None:
         index.check_embedding(embedding)
-    cells = suite.Cells(
+    cells = Cells(
         embedding,
         batches,
         labels,

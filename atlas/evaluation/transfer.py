@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from atlas.evaluation.catalogue import Result, kind
+from atlas.evaluation.cells import Cells, by_group
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Estimate, mean, mean_of_groups
 from atlas.evaluation.labels import LabelTransfer, Mask, label_accuracy
 from atlas.evaluation.neighbours import EXACT
-from atlas.evaluation.suite import Cells, by_group
 
 _NAMES = (
     "label_accuracy",
