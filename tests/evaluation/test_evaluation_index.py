@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 
 from atlas.errors import ConfigError, CorruptStoreError, FormatError, ModelError, OutputError
-from atlas.evaluation.index import Kind, NeighborIndex, choose
+from atlas.evaluation.index import Kind, NeighborIndex, choose, lists
 from atlas.evaluation.index.choice import Hardware
 from atlas.evaluation.vectors import digest
 
@@ -129,6 +129,21 @@ def test_saved_and_mapped_it_answers_the_same(kind: Kind, tmp_path: Path) -> Non
         index.save(moved)
     with pytest.raises(ConfigError, match="takes no more rows"):
         NeighborIndex.load(moved).add(z[:1])
+
+
+def test_lists_on_disk_are_merged_from_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = embedding()
+    whole = NeighborIndex.build(z, kind="disk", recall_target=0.9, seed=1).neighbours(10)
+    monkeypatch.setattr(lists, "_ADD_ROWS", 100)  # eight shards of 400 rows at most
+    np.save(tmp_path / "z.npy", z)
+    mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
+    parts = NeighborIndex.build(mapped, kind="disk", recall_target=0.9, seed=1, folder=tmp_path)
+    found = parts.neighbours(10)
+    np.testing.assert_array_equal(found.indices, whole.indices)
+    assert found.recall == whole.recall
+    assert not list(tmp_path.glob(".parts-*"))
 
 
 def test_an_index_of_another_embedding_is_refused(tmp_path: Path) -> None:
