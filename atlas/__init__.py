@@ -54,6 +54,7 @@ _HOME = {
     "Comparison": "atlas.evaluation.metrics",
     "CountStore": "atlas.store",
     "Metrics": "atlas.evaluation.metrics",
+    "NeighborIndex": "atlas.evaluation.index",
     "Package": "atlas.hub",
     "NeighborIndex": "atlas.evaluation.index",
     "ScviDataModule": "atlas.hub.scvi_data",
