@@ -56,7 +56,6 @@ _HOME = {
     "Metrics": "atlas.evaluation.metrics",
     "NeighborIndex": "atlas.evaluation.index",
     "Package": "atlas.hub",
-    "NeighborIndex": "atlas.evaluation.index",
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
     "baseline": "atlas.workflows",
