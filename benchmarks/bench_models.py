@@ -217,9 +217,12 @@ def ours(arguments: Json, phases: Phases) -> Json:
     phases.begin("embed")
     z = atlas.embed(model, store, name=None, device="cpu")
     found = np.full(store.n_obs, "", object)
+    more = {}
     if model.labels is not None:
         found = atlas.label(model, store, name=None, device="cpu").table["scanvi"].to_numpy(object)
-    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str))
+        p = atlas.label_probabilities(model, store, device="cpu")
+        more = {"p": p.to_numpy(np.float32), "classes": p.columns.to_numpy(str)}
+    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str), **more)
     return {}
 
 
@@ -259,13 +262,16 @@ def scvi_tools(arguments: Json, phases: Phases) -> Json:
     plan = {"lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6, "n_epochs_kl_warmup": epochs // 2}
     model.train(max_epochs=epochs, plan_kwargs=plan, **quiet)
     found = np.full(len(position), "", object)
+    more = {}
     if arguments["options"]["model"] == "scanvi":
         model = scvi.model.SCANVI.from_scvi_model(model, "Unknown")
         model.train(max_epochs=max(1, epochs // 5), **quiet)
         found = np.asarray(model.predict(), object)[position]
+        p = model.predict(soft=True)
+        more = {"p": p.to_numpy(np.float32)[position], "classes": p.columns.to_numpy(str)}
     phases.begin("embed")
     z = model.get_latent_representation()[position].astype(np.float32)
-    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str))
+    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str), **more)
     return {}
 
 
