@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         seed_labels,
         select_genes,
         train,
+        transfer_labels,
         verify,
     )
 
@@ -77,6 +78,7 @@ _HOME = {
     "select_genes": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
+    "transfer_labels": "atlas.workflows",
     "verify": "atlas.workflows",
 }
 
@@ -111,6 +113,7 @@ __all__ = [
     "select_genes",
     "to_anndata",
     "train",
+    "transfer_labels",
     "verify",
 ]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands
+from atlas.cli import applied, commands, transfer
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -213,6 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto")
 
     applied.add_commands(command)
+    transfer.add_command(command)
 
     sub = command("evaluate", commands.evaluate, "measure an embedding")
     _add_measuring(sub)

@@ -21,10 +21,13 @@ from atlas.workflows.projecting import project
 from atlas.workflows.results import evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.surgery import extend_reference
+from atlas.workflows.transfer_result import TransferredLabels
+from atlas.workflows.transferring import transfer_labels
 
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "TransferredLabels",
     "differential_expression",
     "dropout_probability",
     "embed",
@@ -46,6 +49,7 @@ __all__ = [
     "seed_labels",
     "select_genes",
     "train",
+    "transfer_labels",
     "verify",
     "write_json",
 ]
