@@ -16,8 +16,8 @@ correlation
     where the probability falls all the way. Mean over the end points; the standard error is that of
     300 resamplings of the cells, over seeds that of their mean.
 falling
-    Share of the steps from one of nine bins of distance, of as many cells each, to the next at which
-    the mean probability of a label falls.
+    Share of the steps from one of nine bins of distance, of as many cells each, to the next at
+    which the mean probability of a label falls.
 graded
     Share of the cells whose most probable label has a probability below .9: a score that is always
     near 0 or 1 tells nothing of the way between two end points.

@@ -168,7 +168,7 @@ class LabelTree:
             for parent in np.unique(above):
                 if (below := children.get(int(parent))) is not None:
                     rows = np.flatnonzero(above == parent)
-                    at[rows] = np.array(below)[log_p[np.ix_(rows, below)].argmax(axis=1)]
+                    at[rows] = np.array(below)[log_p[rows][:, below].argmax(axis=1)]
             out[:, level] = at
         return out
 
