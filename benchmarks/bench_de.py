@@ -76,7 +76,7 @@ FULL = {
 }
 TINY = {
     "kang": {"n_genes": 120, "epochs": 2, "share": 0.08},
-    "simulated": {"n_genes": 150, "epochs": 2, "cells": 600},
+    "simulated": {"n_genes": 400, "epochs": 2, "cells": 400},
     "n_hidden": 16,
     "n_pairs": 200,
     "resamples": 5,

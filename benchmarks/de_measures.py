@@ -48,6 +48,12 @@ class Estimate:
     rank: npt.NDArray[np.int64]
     rank_k: npt.NDArray[np.int64]
 
+    @classmethod
+    def nothing(cls, n_genes: int) -> Estimate:
+        """Of a comparison that a side could not make: no change of any gene."""
+        zero, line = np.zeros(n_genes), np.arange(1, n_genes + 1)
+        return cls(zero, zero, zero, np.zeros(n_genes, bool), line, line)
+
     def arrays(self, key: str) -> dict[str, npt.NDArray[np.generic]]:
         """For ``np.savez``."""
         return {f"{key}|{f.name}": getattr(self, f.name) for f in fields(self)}
@@ -63,12 +69,16 @@ class Estimate:
 
 
 def spearman(one: Floats, other: Floats) -> float:
-    """Rank correlation; of equal values the mean rank."""
+    """Rank correlation; of equal values the mean rank, and 0 where all are."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
     return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
 
 
 def kendall(one: Floats, other: Floats) -> float:
-    """Rank correlation, τ-b."""
+    """Rank correlation, τ-b; 0 where all values are equal."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
     return float(kendalltau(one, other).statistic)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import DATA, Json, Phases
+from common import DATA, Json, Phases, say
 from de_measures import DELTA, Estimate, Floats
 
 INTERFERON = ("ISG15", "IFI6", "IFIT1", "IFIT3", "ISG20", "MX1")
@@ -144,6 +144,9 @@ def ours(arguments: Json, phases: Phases) -> Json:
             made = columns[kind, column] = f"{kind} {column} {arguments['out']}"
             store.annotate(pd.DataFrame({made: np.asarray(labels, str)}, index=names))
         column = columns.get((kind, column), column)
+        if kind != "classes" and _absent(store.obs([column])[column].to_numpy(str), test):
+            found |= Estimate.nothing(len(genes)).arrays(key_of(test))
+            continue
         groups: Json = {"group1": {column: [test["one"]]}, "group2": {column: [test["other"]]}}
         if kind == "classes":
             groups = {"group1": test["one"], "group2": test["other"], "scanvi": True}
@@ -210,6 +213,9 @@ def scvi_tools(arguments: Json, phases: Phases) -> Json:
                 labels = np.asarray(tested.predict(), str)
             made[kind, column] = tested, labels
         tested, labels = made[kind, column]
+        if _absent(labels, test):
+            found |= Estimate.nothing(adata.n_vars).arrays(key_of(test))
+            continue
         rows = {
             mode: tested.differential_expression(
                 idx1=labels == test["one"],
@@ -245,6 +251,9 @@ def scanpy_wilcoxon(arguments: Json, phases: Phases) -> Json:
             in_store = np.load(folder / f"{test['column']}.npy")
             labels = np.empty(len(in_store), in_store.dtype)
             labels[position] = in_store
+        if _absent(labels, test, least=2):
+            found |= Estimate.nothing(adata.n_vars).arrays(key_of(test))
+            continue
         groups = [test["one"], test["other"]]
         pair = adata[np.isin(labels, groups)].copy()
         pair.obs["group"] = labels[np.isin(labels, groups)]
@@ -285,6 +294,14 @@ def _carried(z: np.ndarray, labels: np.ndarray) -> np.ndarray:
     out = labels.copy()
     out[asked] = names[majority_vote(codes[near.indices], len(names)).codes]
     return out
+
+
+def _absent(labels: np.ndarray, test: Json, least: int = 1) -> bool:
+    """Whether a group has no cells, so that there is nothing to be said of it; says so."""
+    n_cells = [int((labels == test[group]).sum()) for group in ("one", "other")]
+    if min(n_cells) < least:
+        say(f"{key_of(test)}: {n_cells} cells are labelled {test['one']} and {test['other']}")
+    return min(n_cells) < least
 
 
 def _estimate(change: Any, vanilla: Any, genes: list[str]) -> Estimate:

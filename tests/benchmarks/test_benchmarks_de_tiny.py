@@ -91,6 +91,7 @@ SIDES = {
 
 @needs_proc
 @pytest.mark.long
+@pytest.mark.timeout(900)  # eight workers, each with imports of its own
 @pytest.mark.parametrize("question", list(SIDES))
 def test_it_measures_all_sides_on_the_same_cells(tmp_path: Path, real_data, question: str) -> None:
     pytest.importorskip("scvi", reason="the peer is not installed; it is in the extra `bench`")
