@@ -69,7 +69,7 @@ STRONG = 3.0  # |Bayes factor| (scVI, Lopez et al. 2018, Methods 4.3)
 OURS, THEIRS, SCANPY, BEST = "ours, scVI", "scvi-tools SCVI", "scanpy Wilcoxon", "the truth"
 FULL = {
     "kang": {"n_genes": 2000, "epochs": 50, "share": 1.0},
-    "simulated": {"n_genes": 1000, "epochs": 100, "cells": 6000},
+    "simulated": {"n_genes": 1000, "epochs": 100, "cells": 4000},
     "n_hidden": 128,
     "n_pairs": 5000,
     "resamples": 200,
