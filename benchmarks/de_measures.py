@@ -234,7 +234,7 @@ def figure_table(found: Sequence[Figure]) -> str:
 
     rows = []
     for f in found:
-        digits = 3 if max(map(abs, f.by_seed)) <= 1 else 1
+        digits = 1 if f.measure.startswith(("line", "last line", "genes")) else 3
         rows.append(
             [
                 f.case,
