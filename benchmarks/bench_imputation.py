@@ -14,7 +14,8 @@ Models are fitted to the corrupted counts of all cells, none held out. Imputed a
 
 scVI
     the mean of the negative binomial at the cell's own library, without the zero inflation, over
-    25 draws of z; the library is drawn too in scvi-tools, and at its mean in Atlas;
+    25 draws of z; a latent library is drawn too in scvi-tools, and at its mean in Atlas
+    (``--library observed``: the counts of the cell, the default of both packages);
 FA
     the mean given the cell, brought back by exp(·) − 1 and not below 0;
 gene's share
@@ -211,7 +212,11 @@ def main() -> None:
     serve_worker([prepare, ours, peer, factors, shares])
     parser = paper_parser("Imputation beside scvi-tools and factor analysis")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
+    parser.add_argument(
+        "--library", choices=("latent", "observed"), default="latent", help="size, of scVI"
+    )
     args = parser.parse_args()
+    library = {"library": args.library}
 
     def ask(settings: Json, seeds: Sequence[int]) -> Json:
         fitted = fit_sides(__file__, settings, IMPUTERS, seeds, args.work)
@@ -229,7 +234,7 @@ def main() -> None:
         }
         return result(fitted, figures, found)
 
-    measure_files(args, "imputation", FULL, TINY, args.schemes, ask)
+    measure_files(args, "imputation", FULL | library, TINY | library, args.schemes, ask)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ PAIRS = tuple(
     for measure in ("bound", "likelihood")
     for ours in SCVI
 ) + tuple(("likelihood", ours, other) for other in ("FA", AS_COUNTS) for ours in SCVI)
-FULL: Json = {"n_hidden": 128, "cells": None, "held_out_share": 0.25}
+FULL: Json = {"n_hidden": 128, "cells": None, "held_out_share": 0.25, "library": "latent"}
 TINY: Json = FULL | {"n_hidden": 16, "cells": 300}
 
 
