@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         select_genes,
         share,
         train,
+        transfer_labels,
         verify,
     )
 
@@ -89,6 +90,7 @@ _HOME = {
     "share": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
+    "transfer_labels": "atlas.workflows",
     "verify": "atlas.workflows",
 }
 
@@ -131,6 +133,7 @@ __all__ = [
     "share",
     "to_anndata",
     "train",
+    "transfer_labels",
     "verify",
 ]
 

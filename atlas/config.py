@@ -22,6 +22,7 @@ MmdOn = Literal["decoder", "z"]
 Strategy = Literal["conditions", "input_layers", "all"]
 Initialisation = Literal["random", "zero", "mean", "nearest"]
 MissingGenes = Literal["mask", "zero"]
+VoteKernel = Literal["gaussian", "scarches", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)

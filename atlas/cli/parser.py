@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands, measuring, sharing
+from atlas.cli import applied, commands, measuring, sharing, transfer
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -221,6 +221,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto")
 
     applied.add_commands(command)
+    transfer.add_command(command)
 
     measuring.add_commands(command)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Sample, draw
+from atlas.evaluation.kernels import kernel_weights
 from atlas.evaluation.neighbours import Backend, Embedding, Neighbours, nearest
 
 Codes = npt.NDArray[np.int64]
@@ -56,12 +57,9 @@ def majority_vote(labels: Codes, n_labels: int) -> Vote:
 def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: int) -> Vote:
     """scArches' vote: neighbours weighted by a kernel of their distance, Unknown where unsure.
 
-    A neighbour at distance d weighs exp(-d / (2/σ)²), σ the standard deviation of the query's own k
-    distances; weights are divided by their sum, P of a label is the sum over the neighbours that
-    have it, u = 1 - P of the best label, and u above .5 is Unknown. That is the published kernel as
-    its authors' code has it, so figures can be laid beside theirs. It depends on the unit of the
-    embedding (wider embeddings lean more on the very nearest), and its exponentials underflow when
-    distances are some ten times as large as usual; here they are normalised as logarithms.
+    P of a label is the sum of the weights (:func:`atlas.evaluation.kernels.kernel_weights`,
+    ``"scarches"``) of the neighbours that have it, u = 1 - P of the best label, and u above .5 is
+    Unknown.
 
     Parameters
     ----------
@@ -72,12 +70,7 @@ def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: i
     n_labels
         Number of labels.
     """
-    exact = distances.astype(np.float64)
-    logs = -exact * (exact.std(axis=1, keepdims=True) / 2) ** 2
-    logs -= logs.max(axis=1, keepdims=True)
-    weights = np.exp(logs)
-    weights /= weights.sum(axis=1, keepdims=True)
-    vote = _vote(labels, weights, n_labels)
+    vote = _vote(labels, kernel_weights(distances, "scarches"), n_labels)
     return Vote(
         np.where(vote.uncertainty > UNCERTAIN_ABOVE, UNLABELED, vote.codes), vote.uncertainty
     )

@@ -23,10 +23,13 @@ from atlas.workflows.results import compare, evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
+from atlas.workflows.transfer_result import TransferredLabels
+from atlas.workflows.transferring import transfer_labels
 
 __all__ = [
     "SeedLabels",
     "StoreInfo",
+    "TransferredLabels",
     "baseline",
     "check_target",
     "compare",
@@ -53,6 +56,7 @@ __all__ = [
     "select_genes",
     "share",
     "train",
+    "transfer_labels",
     "verify",
     "write_json",
     "write_text",
