@@ -43,7 +43,7 @@ def fork(root: Path, folder: Path) -> None:
     for pattern in _LINKED:
         for path in root.glob(pattern):
             link = partial / path.relative_to(root)
-            link.parent.mkdir(exist_ok=True)
+            link.parent.mkdir(parents=True, exist_ok=True)
             # relative to where it will be: the store may be moved
             target = os.path.relpath(path.absolute(), (folder / path.relative_to(root)).parent)
             link.symlink_to(target, target_is_directory=path.is_dir())
