@@ -22,31 +22,34 @@ from atlas import files
 from atlas.store import manifest as manifests
 from atlas.store.schema import Manifest, Part
 
-_LINKED = ("manifests/*", "genes/*", "studies/*", "parts/*/*", "models/*/*")
 _NUMBER = re.compile(r"-\d{6}$")
 
 
-def fork(root: Path, folder: Path) -> None:
-    """Make a fork of a store; it copies nothing.
+def fork(root: Path, folder: Path, state: Manifest) -> None:
+    """Make a fork of a store at one of its states; it copies nothing.
 
     Parameters
     ----------
     root
-        The store; the caller holds its lock.
+        The store.
     folder
-        Where, on the same file system; a crash leaves nothing there.
+        Where; a crash leaves nothing there. What is to be published is on the same file system.
+    state
+        The newest state that the fork is to have.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     for name in ("manifests", "genes", "studies", "parts"):
         (partial / name).mkdir(parents=True)
-    for pattern in _LINKED:
-        for path in root.glob(pattern):
-            link = partial / path.relative_to(root)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            # relative to where it will be: the store may be moved
-            target = os.path.relpath(path.absolute(), (folder / path.relative_to(root)).parent)
-            link.symlink_to(target, target_is_directory=path.is_dir())
+    states = [one for one in manifests.history(root) if one.number <= state.number]
+    paths = {manifests.manifest_path(root, one.number).relative_to(root) for one in states}
+    paths |= {Path(path) for one in states for path in one.paths}
+    inside = folder.absolute().is_relative_to(root.absolute())  # then both are moved together
+    for path in sorted(paths):
+        link, target = partial / path, (root / path).absolute()
+        link.parent.mkdir(parents=True, exist_ok=True)
+        where = os.path.relpath(target, (folder.absolute() / path).parent) if inside else target
+        link.symlink_to(where, target_is_directory=target.is_dir())
     partial.rename(folder)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from anndata import AnnData
 
 from atlas import files
-from atlas.errors import ConfigError, InputError, ModelError, StudyExistsError
+from atlas.errors import ConfigError, InputError, ModelError, OutputError, StudyExistsError
 from atlas.models import TrainedModel, load_model
 from atlas.models.surgery import check_reference
 from atlas.provenance import command, versions
@@ -358,7 +358,7 @@ def _begin(root: Path, work: Path, asked: Mapping[str, Any], *, fresh: bool) -> 
         notes.append(f"an interrupted update was not gone on with: {why}")
         shutil.rmtree(work)
     work.mkdir()
-    fork(root, work / "store")
+    fork(root, work / "store", manifests.read(root))
     files.replace_bytes(work / "request.json", json.dumps(asked, indent=1).encode())
     return notes
 
@@ -450,6 +450,40 @@ def _labels(forked: CountStore, name: str, study: str) -> dict[str, int]:
         )
     given = forked.study(study).obs()[column].value_counts()
     return {str(label): int(n) for label, n in given.items() if n}
+
+
+def named(run: str | PathLike[str]) -> str:
+    """Name that a run is kept under unless another is given."""
+    return load_model(run).name
+
+
+def checkout(path: str | PathLike[str], number: int, out: str | PathLike[str]) -> CountStore:
+    """Make an earlier state a store of its own, by links to the files of the store.
+
+    It is read, and even written to, as any store; the store itself never changes by that. Where
+    only Python reads, ``open_store(path, number=…)`` does without.
+
+    Parameters
+    ----------
+    path, number
+        The store, and the number of the state.
+    out
+        A path that is free.
+
+    Raises
+    ------
+    StoreError, OutputError
+        There is no such state; ``out`` is taken or cannot be written to.
+    """
+    store = open_store(path, number=number)
+    check_writable(store, f"checkout {number}")
+    if Path(out).exists():
+        raise OutputError("There is something here already", do="choose another path", path=out)
+    try:
+        fork(store.path, Path(out), store.manifest)
+    except OSError as error:
+        raise OutputError("The links cannot be made", found=str(error), path=out) from error
+    return open_store(out)
 
 
 def history(store: CountStore) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
