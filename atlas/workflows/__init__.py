@@ -13,8 +13,9 @@ from atlas.workflows.expression import (
     normalized,
     posterior_predictive,
 )
+from atlas.workflows.keeping import checkout, history, keep, named, stored_model
 from atlas.workflows.labelling import label, label_probabilities
-from atlas.workflows.living import checkout, history, keep, named, stored_model, update
+from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json, write_text
