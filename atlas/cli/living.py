@@ -28,7 +28,7 @@ def add_commands(command: Command) -> None:
     """Add the commands to the parser."""
     sub = command("keep", keep, "keep a trained model and its embedding with the store")
     sub.add_argument("store")
-    sub.add_argument("run", help="the model's run folder", metavar="RUN")
+    sub.add_argument("folder", metavar="RUN", help="the model's run folder")
     sub.add_argument("--name", default="", help="the model's if not given")
     sub.add_argument("--device", default="auto")
 
@@ -88,8 +88,8 @@ def keep(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
     store = open_store(options.store)
-    name = options.name or workflows.named(options.run)
-    version = workflows.keep(store, options.run, name, device=options.device, progress=True)
+    name = options.name or workflows.named(options.folder)
+    version = workflows.keep(store, options.folder, name, device=options.device, progress=True)
     print(f"model {name} {version} and its embedding kept; manifest {store.number}")
 
 

@@ -143,7 +143,10 @@ def update(
                 notes += _begin(root, work, asked, fresh=fresh)
                 forked = open_store(work / "store")
                 _ingest(forked, source, appending, progress)
-                version = _extend(forked, root, work, model, study, device, progress, options)
+                before = newest.models[model].version
+                if forked.models[model] == before:
+                    _extend(forked, root, work, model, study, device, progress, options)
+                version = forked.models[model]
             state = publish(
                 root, newest, work / "store", f"update {study}: model {model} {version}"
             )
@@ -276,8 +279,8 @@ def _extend(
     device: str,
     progress: bool,
     options: Mapping[str, Any],
-) -> int:
-    """Surgery, embedding, labels, drift; the model is in the fork at the end. Its version."""
+) -> None:
+    """Surgery, embedding, labels, drift; the model is in the fork at the end."""
     before, run = forked.models[name], work / "run"
     if not (run / "model.json").is_file():  # written last
         extended = extend_reference(
@@ -309,7 +312,7 @@ def _extend(
         device=device,
     )
     record = record_of(trained, before, study=study, labels=labels, drift=drift.to_json())
-    return forked.write_model(name, run, record, after=before)
+    forked.write_model(name, run, record, after=before)
 
 
 def _labels(forked: CountStore, name: str, study: str) -> dict[str, int]:

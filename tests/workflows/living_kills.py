@@ -57,14 +57,12 @@ def steps() -> dict[str, tuple[Any, str, Callable[..., Any]]]:
     """Where to kill: an object, the name of its function, and what takes its place."""
     trainer = atlas.training.loop._Trainer
     return {
-        "before the fork": (living, "fork", _kill),
         "after the fork": (living, "fork", _after(living.fork)),
         "ingest": (atlas.store.append, "digests", _kill),
         "before surgery": (living, "extend_reference", _kill),
         "within surgery": (trainer, "save", _after(trainer.save, 3)),
         "after surgery": (living, "extend_reference", _after(living.extend_reference)),
         "embedding": (living, "embed_study", _kill),
-        "before the labels": (living, "transfer_labels", _kill),
         "after the labels": (living, "transfer_labels", _after(living.transfer_labels)),
         "drift": (living, "measure_drift", _kill),
         "model": (
