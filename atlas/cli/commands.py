@@ -77,6 +77,8 @@ def info(options: argparse.Namespace) -> None:
     print(f"\ngenes chosen: {info.genes_chosen or 'none yet (atlas genes)'}")
     names = [f"{e['name']} ({e['n_latent']} dimensions)" for e in info.embeddings]
     print(f"embeddings: {', '.join(names) or 'none yet (atlas embed)'}")
+    models = [f"{m['name']} {m['version']}" for m in info.models]
+    print(f"models: {', '.join(models) or 'none yet (atlas keep)'}")
     print("\nhistory")
     for line in info.history:
         print(f"  {line}")
@@ -136,6 +138,10 @@ def drop(options: argparse.Namespace) -> None:
             f"older states hold it still ({kept}), so {report.kept_bytes / 1e6:,.1f} MB of its "
             "files stay; --purge removes both"
         )
+    if report.models:
+        print(f"models that know it, and stay as they are: {', '.join(report.models)}")
+    if report.embeddings:
+        print(f"embeddings, now without its cells: {', '.join(report.embeddings)}")
     if report.genes_without_study:
         print(
             f"{report.genes_without_study:,} of the chosen genes were measured in no study that is "

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands, measuring, sharing, transfer
+from atlas.cli import applied, commands, living, measuring, sharing, transfer
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -222,6 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     applied.add_commands(command)
     transfer.add_command(command)
+    living.add_commands(command)
 
     measuring.add_commands(command)
 

@@ -13,7 +13,9 @@ from atlas.workflows.expression import (
     normalized,
     posterior_predictive,
 )
+from atlas.workflows.keeping import checkout, history, keep, named, stored_model
 from atlas.workflows.labelling import label, label_probabilities
+from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json, write_text
@@ -32,6 +34,7 @@ __all__ = [
     "TransferredLabels",
     "baseline",
     "check_target",
+    "checkout",
     "compare",
     "differential_expression",
     "dropout_probability",
@@ -39,14 +42,17 @@ __all__ = [
     "evaluate",
     "export",
     "extend_reference",
+    "history",
     "impute",
     "info",
     "ingest",
+    "keep",
     "label",
     "label_probabilities",
     "latent_posterior",
     "library_posterior",
     "likelihood",
+    "named",
     "normalized",
     "posterior_predictive",
     "prepare_share",
@@ -55,8 +61,10 @@ __all__ = [
     "seed_labels",
     "select_genes",
     "share",
+    "stored_model",
     "train",
     "transfer_labels",
+    "update",
     "verify",
     "write_json",
     "write_text",

@@ -254,6 +254,7 @@ def extend_reference(
             "config": config.to_json(),
             "history": record.to_json(),
             "reference": trained.training,
+            "reference_weights": weights_digest(trained.module),
             "store": str(store.path),
             "manifest": store.number,
             "versions": versions(),
