@@ -19,6 +19,10 @@ Balance = Literal["none", "batch", "label"]
 ScanviTraining = Literal["alternating", "joint", "scvi-tools"]
 ExpressionLikelihood = Literal["nb", "zinb", "gaussian"]
 MmdOn = Literal["decoder", "z"]
+Strategy = Literal["conditions", "input_layers", "all"]
+Initialisation = Literal["random", "zero", "mean", "nearest"]
+MissingGenes = Literal["mask", "zero"]
+VoteKernel = Literal["gaussian", "scarches", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
-from atlas.evaluation.codes import UNLABELED, Categories, sample_rows
-from atlas.evaluation.neighbours import Backend, Embedding, nearest
+from atlas.evaluation.codes import UNLABELED, Categories
+from atlas.evaluation.estimates import Sample, draw
+from atlas.evaluation.kernels import kernel_weights
+from atlas.evaluation.neighbours import Backend, Embedding, Neighbours, nearest
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -55,12 +57,9 @@ def majority_vote(labels: Codes, n_labels: int) -> Vote:
 def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: int) -> Vote:
     """scArches' vote: neighbours weighted by a kernel of their distance, Unknown where unsure.
 
-    A neighbour at distance d weighs exp(-d / (2/σ)²), σ the standard deviation of the query's own k
-    distances; weights are divided by their sum, P of a label is the sum over the neighbours that
-    have it, u = 1 - P of the best label, and u above .5 is Unknown. That is the published kernel as
-    its authors' code has it, so figures can be laid beside theirs. It depends on the unit of the
-    embedding (wider embeddings lean more on the very nearest), and its exponentials underflow when
-    distances are some ten times as large as usual; here they are normalised as logarithms.
+    P of a label is the sum of the weights (:func:`atlas.evaluation.kernels.kernel_weights`,
+    ``"scarches"``) of the neighbours that have it, u = 1 - P of the best label, and u above .5 is
+    Unknown.
 
     Parameters
     ----------
@@ -71,12 +70,7 @@ def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: i
     n_labels
         Number of labels.
     """
-    exact = distances.astype(np.float64)
-    logs = -exact * (exact.std(axis=1, keepdims=True) / 2) ** 2
-    logs -= logs.max(axis=1, keepdims=True)
-    weights = np.exp(logs)
-    weights /= weights.sum(axis=1, keepdims=True)
-    vote = _vote(labels, weights, n_labels)
+    vote = _vote(labels, kernel_weights(distances, "scarches"), n_labels)
     return Vote(
         np.where(vote.uncertainty > UNCERTAIN_ABOVE, UNLABELED, vote.codes), vote.uncertainty
     )
@@ -164,6 +158,10 @@ class LabelTransfer:
         Query cells, labeled reference cells, neighbours of each.
     leave_one_out
         Whether reference and query are the same cells, each one's own label kept from it.
+    sample
+        The query cells.
+    truth, predicted, predicted_weighted
+        Their label, and what both votes say, -1 for Unknown: int64, (n_cells,).
     backend
         What searched.
     """
@@ -177,6 +175,10 @@ class LabelTransfer:
     n_reference: int
     k: int
     leave_one_out: bool
+    sample: Sample
+    truth: Codes
+    predicted: Codes
+    predicted_weighted: Codes
     backend: str
 
 
@@ -221,6 +223,8 @@ def label_accuracy(
     k: int = 50,
     max_queries: int = 20_000,
     seed: int = 0,
+    strata: Codes | None = None,
+    found: Neighbours | None = None,
     backend: Backend = "auto",
 ) -> LabelTransfer:
     """Carry labels from reference to query cells by their k nearest neighbours, and score them.
@@ -242,6 +246,12 @@ def label_accuracy(
         Query cells above this number are sampled; the reference never is.
     seed
         Of the sample.
+    strata
+        Stratum of every cell, from which query cells are drawn in proportion: int64, (n_cells,);
+        all are one without.
+    found
+        Their neighbours among all cells, where all are labeled and both reference and query, and
+        they were searched before for the same draw.
     backend
         Of :func:`atlas.evaluation.neighbours.nearest`.
 
@@ -262,14 +272,20 @@ def label_accuracy(
         _check_masks(labeled, reference, query)
         voting = np.flatnonzero(labeled & reference).astype(np.int64)
         asked = np.flatnonzero(labeled & query).astype(np.int64)
-    asked = sample_rows(asked, max_queries, seed)
-    found = nearest(
-        embedding[voting],
-        embedding[asked],
-        k,
-        np.searchsorted(voting, asked) if leave_one_out else None,
-        backend=backend,
+    sample = draw(
+        asked, np.zeros_like(asked) if strata is None else strata[asked], max_queries, seed
     )
+    asked = sample.rows
+    if found is not None and leave_one_out and len(voting) == len(labels):
+        found = found.first(k)
+    else:
+        found = nearest(
+            embedding[voting],
+            embedding[asked],
+            k,
+            np.searchsorted(voting, asked) if leave_one_out else None,
+            backend=backend,
+        )
     truth = labels.codes[asked]
     votes = labels.codes[voting][found.indices]
     plain = majority_vote(votes, len(labels.names))
@@ -285,6 +301,10 @@ def label_accuracy(
         n_reference=len(voting),
         k=k,
         leave_one_out=leave_one_out,
+        sample=sample,
+        truth=truth,
+        predicted=plain.codes,
+        predicted_weighted=weighted.codes,
         backend=found.backend,
     )
 

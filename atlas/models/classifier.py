@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import ScanviConfig
@@ -10,6 +11,9 @@ from atlas.models.base import Conditions
 from atlas.models.labels import LabelTree
 from atlas.models.layers import HiddenStack
 from atlas.models.likelihood import at_least_float32
+
+_BLOCK = 16
+"""Nodes whose logits are one product."""
 
 
 class TreeClassifier(nn.Module):
@@ -69,12 +73,7 @@ class TreeClassifier(nn.Module):
 
         Without a generator nothing is dropped.
         """
-        none = Conditions(torch.empty(0, dtype=torch.int64))  # the layers see no batch
-        outs = []
-        for level, linear in enumerate(self.logits):
-            h = self.hidden[level](z, none, generator) if len(self.hidden) else z
-            outs.append(at_least_float32(linear(h)))
-        logits = torch.cat(outs, dim=-1)[:, self.at]
+        logits = torch.cat(self.level_logits(z, generator), dim=-1)[:, self.at]
         if self.n_groups == 1:
             return logits.log_softmax(dim=-1)
         group = self.siblings.expand_as(logits)
@@ -87,6 +86,32 @@ class TreeClassifier(nn.Module):
         share = shifted - sums.log().gather(-1, group)
         return share @ self.path.T
 
+    def level_logits(self, z: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """Logits of the nodes of each level: (n_cells, n_nodes of the level), coarsest first.
+
+        Nodes that surgery adds to a level change no bit of the others' logits.
+        """
+        none = Conditions(torch.empty(0, dtype=torch.int64))  # the layers see no batch
+        out = []
+        for level, linear in enumerate(self.logits):
+            assert isinstance(linear, nn.Linear)
+            h = self.hidden[level](z, none, generator) if len(self.hidden) else z
+            out.append(at_least_float32(_in_blocks(h, linear.weight, linear.bias)))
+        return out
+
     def log_classes(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Log-probability of each class, a leaf of the tree: (n_cells, n_classes)."""
         return self.forward(z, generator)[:, self.leaves]
+
+
+def _in_blocks(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer by products of one shape, padded with zeros.
+
+    How a product sums depends on the number of its columns; that of a block does not.
+    """
+    n = len(bias)
+    pad = -n % _BLOCK
+    weights = F.pad(weight, (0, 0, 0, pad)).view(-1, _BLOCK, weight.shape[1])
+    biases = F.pad(bias, (0, pad)).view(-1, _BLOCK)
+    parts = [F.linear(h, w, b) for w, b in zip(weights, biases, strict=True)]
+    return torch.cat(parts, dim=-1)[:, :n]

@@ -111,6 +111,7 @@ class DAVAE(Model):
         self.domain_classifier = nn.Sequential(
             nn.Linear(config.n_latent, HEAD_WIDTH), nn.ReLU(), nn.Linear(HEAD_WIDTH, n_batch)
         )
+        self.variance_is_fixed = False  # surgery leaves the reference's alone
         self.register_buffer("residual_variance", torch.ones(()))
         self.register_buffer("n_minibatches", torch.zeros((), dtype=torch.int64))
 
@@ -146,7 +147,7 @@ class DAVAE(Model):
         In training mode the residual variance takes in the minibatch first. See :meth:`Model.loss`.
         """
         out = self(inputs, generator)
-        if self.training:
+        if self.training and not self.variance_is_fixed:
             self._update_variance(inputs, out)
         reconstruction_loss = self.reconstruction_loss(inputs, out)
         kl = kl_normal(out.z_mean, out.z_variance, 0.0, 1.0)
@@ -175,10 +176,9 @@ class DAVAE(Model):
         share = (1 / self.n_minibatches).clamp(min=VARIANCE_SHARE)
         self.residual_variance.lerp_(optimum, share).clamp_(min=VARIANCE_FLOOR)
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        with evaluating(self):
-            mean, variance = self.encoder(log_normalized(inputs), inputs.conditions)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        mean, variance = self.encoder(log_normalized(inputs), inputs.conditions)
         return mean, variance
 
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:

@@ -166,9 +166,9 @@ class LabelTree:
         for level in range(self.n_levels):
             above = at.copy()
             for parent in np.unique(above):
-                if int(parent) in children:
-                    below, rows = np.array(children[int(parent)]), np.flatnonzero(above == parent)
-                    at[rows] = below[log_p[np.ix_(rows, below)].argmax(axis=1)]
+                if (below := children.get(int(parent))) is not None:
+                    rows = np.flatnonzero(above == parent)
+                    at[rows] = np.array(below)[log_p[rows][:, below].argmax(axis=1)]
             out[:, level] = at
         return out
 

@@ -29,11 +29,13 @@ from atlas.models.base import Conditions, Inputs, Model
 from atlas.models.build import build_model
 from atlas.models.columns import NO_COLUMNS, ObsColumns
 from atlas.models.labels import LabelTree
+from atlas.models.lineage import SCHEMA as SURGERY_SCHEMA
+from atlas.models.lineage import Surgery
 
 WEIGHTS_NAME = "weights.safetensors"
 METADATA_NAME = "model.json"
-VERSION = 2
-"""2 since models other than scVI; models of version 1 are read as they were."""
+VERSION = 3
+"""2 since models other than scVI, 3 since surgery; earlier ones are read as they were."""
 
 _STATE_PREFIX = "module."
 _PRESENCE = "presence"
@@ -79,6 +81,7 @@ _SCHEMA = {
             "required": ["categorical", "continuous", "size_factor", "label"],
             "additionalProperties": False,
         },
+        "surgery": SURGERY_SCHEMA,
         "training": {"type": "object"},
         "weights_sha256": {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     },
@@ -120,6 +123,8 @@ class TrainedModel:
         The classes of a model that has some.
     columns
         Columns of obs that it takes besides the batch.
+    surgery
+        Studies that were added to it by surgery, first to last.
     training
         How it was trained: plain JSON values.
 
@@ -137,6 +142,7 @@ class TrainedModel:
     gene_ids: tuple[str | None, ...] | None = None
     labels: LabelTree | None = None
     columns: ObsColumns = NO_COLUMNS
+    surgery: tuple[Surgery, ...] = ()
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -165,6 +171,11 @@ class TrainedModel:
     def encodes_batch(self) -> bool:
         """Whether the encoder sees the batch."""
         return bool(getattr(self.config, "encode_batch", True))
+
+    @property
+    def zero_filled(self) -> frozenset[str]:
+        """Studies whose absent genes are taken as measured and zero."""
+        return frozenset(name for one in self.surgery if one.zero_filled for name in one.studies)
 
     @property
     def device(self) -> torch.device:
@@ -255,6 +266,7 @@ class TrainedModel:
             "studies": list(self.studies),
             "labels": None if self.labels is None else self.labels.to_json(),
             "columns": self.columns.to_json(),
+            "surgery": [one.to_json() for one in self.surgery],
             "training": self.training,
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
         }
@@ -288,6 +300,7 @@ def load_model(folder: str | PathLike[str]) -> TrainedModel:
             gene_ids=None if metadata["gene_ids"] is None else tuple(metadata["gene_ids"]),
             labels=tree,
             columns=columns,
+            surgery=tuple(Surgery.from_json(one) for one in metadata["surgery"]),
             training=metadata["training"],
         )
     except (ConfigError, ModelError, KeyError) as error:
@@ -310,16 +323,22 @@ def _restore(
 ) -> Model:
     """Build the module that the metadata describe and give it its weights."""
     priors = [value for name, value in state.items() if name.endswith("library_prior")]
-    module = build_model(
-        ARCHITECTURES[metadata["model"]].from_json(metadata["config"]),
-        len(metadata["genes"]),
-        len(metadata["batches"]),
-        seed=0,
-        library_prior=priors[0] if priors else None,
-        covariates=columns.sizes,
-        labels=labels,
-    )
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+    def build() -> Model:
+        return build_model(
+            ARCHITECTURES[metadata["model"]].from_json(metadata["config"]),
+            len(metadata["genes"]),
+            len(metadata["batches"]),
+            seed=0,
+            library_prior=priors[0] if priors else None,
+            covariates=columns.sizes,
+            labels=labels,
+        )
+
+    _check_depth(metadata["config"], columns, labels, len(state), path)
+    # Shapes first, without memory for them: a file may claim a model of any size.
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build().state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected:
         differing = sorted(set(found.items()) ^ set(expected.items()))
@@ -330,8 +349,24 @@ def _restore(
             expected=", ".join(f"{name} {expected.get(name, 'absent')}" for name in names),
             path=path,
         )
+    module = build()
     module.load_state_dict(state)
     return module
+
+
+def _check_depth(
+    config: dict[str, Any], columns: ObsColumns, labels: LabelTree | None, n: int, path: Path
+) -> None:
+    """Refuse more layers than there are tensors, before time is taken to build them."""
+    layers = [value for name, value in config.items() if name.endswith("_layers")]
+    counts = [*layers, len(columns.categorical), 0 if labels is None else labels.n_levels]
+    if most := [count for count in counts if not isinstance(count, int) or count > n]:
+        raise CheckpointError(
+            "the weights are too few for the layers of the model",
+            found=f"{n} tensors",
+            expected=f"those of {most[0]!r} layers, covariates or levels of labels",
+            path=path,
+        )
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:
@@ -359,8 +394,8 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
             do="update Atlas",
             path=path,
         )
-    if version == 1:
-        metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), **metadata}
+    if version in (1, 2):
+        metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), "surgery": [], **metadata}
     try:
         jsonschema.validate(metadata, _SCHEMA)
     except jsonschema.ValidationError as error:

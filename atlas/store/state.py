@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ import pandas as pd
 from atlas.codecs.remote import remote_of
 from atlas.errors import StoreError
 from atlas.ingest.genes import GeneTable
-from atlas.store import embeddings
+from atlas.store import embeddings, models
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array
 from atlas.store.schema import Manifest, StudyEntry
@@ -225,8 +225,16 @@ class StoreState:
         """Stored values in each range of rows, each of one study: int64, (n_ranges,)."""
         return self._all_genes.count_values(starts, stops)
 
-    def select(self, genes: Sequence[str]) -> CountView:
+    def select(self, genes: Sequence[str], *, absent: Collection[str] = ()) -> CountView:
         """The same rows over chosen genes, in the order given.
+
+        Parameters
+        ----------
+        genes
+            Names of the gene table.
+        absent
+            Those of ``genes`` to take as measured by no study, in the table or not: columns without
+            counts.
 
         Raises
         ------
@@ -243,6 +251,7 @@ class StoreState:
         genes = [str(gene) for gene in genes]
         twice = [gene for gene, n in Counter(genes).items() if n > 1]
         position = {name: i for i, name in enumerate(self.gene_table.names)}
+        position |= dict.fromkeys(absent, -1)
         unknown = [gene for gene in genes if gene not in position]
         if unknown or not genes or twice:
             raise StoreError(
@@ -282,6 +291,27 @@ class StoreState:
     def embedding_details(self, name: str) -> dict[str, Any]:
         """How an embedding was made, as given to :meth:`atlas.store.CountStore.write_embedding`."""
         return embeddings.details(self.path, self.manifest, name)
+
+    @property
+    def models(self) -> Mapping[str, int]:
+        """Names of the models kept with the store, and the newest version of each."""
+        return {name: entry.version for name, entry in self.manifest.models.items()}
+
+    def model_folder(self, name: str, version: int | None = None) -> Path:
+        """Folder of a model, checked against its digests; of its newest version when None.
+
+        :func:`atlas.load_model` loads it, and every command takes it for a run folder.
+        """
+        entry = models.entry_of(self.path, self.manifest, name, version)
+        return models.folder_of(self.path, name, entry)
+
+    def model_record(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Where a version of a model came from: ``parent``, ``studies``, ``settings`` …"""
+        return models.record(self.path, models.entry_of(self.path, self.manifest, name, version))
+
+    def model_versions(self, name: str) -> tuple[int, ...]:
+        """Versions of a model up to this state, rising."""
+        return tuple(models.versions(self.path, self.manifest, name))
 
     @property
     def genes(self) -> tuple[str, ...] | None:

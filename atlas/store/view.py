@@ -28,7 +28,7 @@ class CountView:
     columns
         For each study, the store's gene for each of its own columns: int32, -1 for none.
     positions
-        The chosen genes: int64 positions in the gene table.
+        The chosen genes: int64 positions in the gene table, -1 for a gene that it does not have.
     n_store_vars
         Genes of the gene table.
     codes
@@ -48,7 +48,8 @@ class CountView:
         self._codes = codes
         # one column more than genes, so that -1 (no gene) finds -1 at the end
         chosen = np.full(n_store_vars + 1, -1, np.int32)
-        chosen[positions] = np.arange(len(positions), dtype=np.int32)
+        there = np.flatnonzero(positions >= 0)
+        chosen[positions[there]] = there.astype(np.int32)
         self._tables = tuple(chosen[column] for column in columns)
         self.segments = tuple(
             int(n) for n in np.cumsum([0, *(study.entry.n_obs for study in studies)])

@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from atlas.models.base import Inputs
+from atlas.models.sparse import csr, with_sorted_columns
 from loaders import DeviceFeed, Minibatch
 
 
 @dataclass(frozen=True, slots=True)
 class CellColumns:
-    """What a model is told of each row of the source, beside its counts and its batch.
+    """What a model is told of each row of the source, beside its counts.
 
     Attributes
     ----------
+    batch
+        The model's code of its batch: int32, (n_obs,); None where the source's codes are the
+        model's.
     label
         Class, -1 for none: int32, (n_obs,).
     categories
@@ -30,6 +34,7 @@ class CellColumns:
         float32, (n_obs,).
     """
 
+    batch: npt.NDArray[np.int32] | None = None
     label: npt.NDArray[np.int32] | None = None
     categories: npt.NDArray[np.int32] | None = None
     continuous: npt.NDArray[np.float32] | None = None
@@ -45,7 +50,7 @@ class CellColumns:
 
 
 class InputsBuilder:
-    """Densify a minibatch on a device and add what the model must know of each cell.
+    """Take a minibatch to a device and add what the model must know of each cell.
 
     Parameters
     ----------
@@ -55,6 +60,8 @@ class InputsBuilder:
         Which study measured which modelled gene: bool, (n_studies, n_genes). None where all did.
     columns
         What the model is told of each row besides.
+    sparse
+        Leave the counts in ``torch.sparse_csr`` layout, for a model that takes them so.
     """
 
     def __init__(
@@ -62,8 +69,10 @@ class InputsBuilder:
         device: torch.device,
         presence: npt.NDArray[np.bool_] | None,
         columns: CellColumns | None = None,
+        sparse: bool = False,
     ) -> None:
         self._device = device
+        self._sparse = sparse
         self._feed = DeviceFeed(device)
         self._columns = CellColumns() if columns is None else columns
         complete = presence is None or bool(presence.all())
@@ -73,8 +82,10 @@ class InputsBuilder:
         """The inputs; on CUDA every copy is from pinned memory and none waits for the device."""
         columns, rows = self._columns, minibatch.rows
         return Inputs(
-            counts=self._feed(minibatch),
-            batch=self._codes(minibatch.obs["batch"]),
+            counts=_csr(minibatch) if self._sparse else self._feed(minibatch),
+            batch=self._codes(
+                minibatch.obs["batch"] if columns.batch is None else columns.batch[rows]
+            ),
             present=None
             if self._presence is None
             else self._presence[self._codes(minibatch.obs["study"])],
@@ -97,3 +108,16 @@ class InputsBuilder:
         if self._device.type == "cuda":
             host = host.pin_memory()
         return host.to(self._device, non_blocking=True)
+
+
+def _csr(minibatch: Minibatch) -> Tensor:
+    """The counts in ``torch.sparse_csr`` layout, whose columns rise."""
+    indptr, indices, values = with_sorted_columns(
+        minibatch.indptr, minibatch.indices, minibatch.data, minibatch.n_vars
+    )
+    return csr(
+        torch.from_numpy(indptr.astype(np.int32)),
+        torch.from_numpy(indices.astype(np.int32, copy=False)),
+        torch.from_numpy(values.astype(np.float32, copy=False)),
+        torch.Size((minibatch.n_rows, minibatch.n_vars)),
+    )

@@ -41,9 +41,14 @@ def describe_columns(
 
 
 def cell_columns(
-    store: CountStore | FilesSource, columns: ObsColumns, labels: LabelTree | None
+    store: CountStore | FilesSource,
+    columns: ObsColumns,
+    labels: LabelTree | None,
+    chosen: npt.NDArray[np.bool_] | None = None,
 ) -> CellColumns:
     """The values of columns for each cell of a store.
+
+    With ``chosen``, bool (n_obs,), the values of other cells may be anything, or missing.
 
     Raises
     ------
@@ -52,26 +57,27 @@ def cell_columns(
         model.
     """
     n_obs = store.n_obs
+    chosen = np.ones(n_obs, bool) if chosen is None else chosen
     categories = None
     if columns.categorical:
         categories = np.empty((n_obs, len(columns.categorical)), np.int32)
         for i, (name, known) in enumerate(columns.categorical):
-            categories[:, i] = _codes(store, name, known)
+            categories[:, i] = _codes(store, name, known, chosen)
     continuous = None
     if columns.continuous:
-        found = [_numbers(store, name) for name in columns.continuous]
+        found = [_numbers(store, name, chosen) for name in columns.continuous]
         continuous = np.stack(found, axis=1).astype(np.float32)
     size_factor = None
     if columns.size_factor is not None:
-        size_factor = _numbers(store, columns.size_factor).astype(np.float32)
-        if not (size_factor > 0).all():
+        size_factor = _numbers(store, columns.size_factor, chosen).astype(np.float32)
+        if not (size_factor[chosen] > 0).all():
             raise ConfigError(
                 "A size factor is not above 0",
-                found=f"{size_factor.min()} in obs column {columns.size_factor!r}",
+                found=f"{size_factor[chosen].min()} in obs column {columns.size_factor!r}",
                 path=store.path,
             )
     label = None if labels is None else label_codes(store, columns.label, labels)
-    return CellColumns(label, categories, continuous, size_factor)
+    return CellColumns(None, label, categories, continuous, size_factor)
 
 
 def label_codes(
@@ -146,14 +152,20 @@ def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
 
 
 def _codes(
-    store: CountStore | FilesSource, name: str, known: tuple[str, ...]
+    store: CountStore | FilesSource,
+    name: str,
+    known: tuple[str, ...],
+    chosen: npt.NDArray[np.bool_],
 ) -> npt.NDArray[np.int32]:
+    """Code of each cell's category; 0 for cells that are not chosen and have none of them."""
     texts = texts_of(store, name)
     codes = pd.Categorical(texts, categories=list(known)).codes.astype(np.int32)
+    codes[~chosen & (codes < 0)] = 0
+    texts = texts[chosen]
     if (codes < 0).any():
         if texts.isna().any():
             raise _missing(store, name, texts)
-        unknown = sorted(set(texts[codes < 0]))
+        unknown = sorted(set(texts[codes[chosen] < 0]))
         raise ModelError(
             f"Obs column {name!r} has values that the model was not trained on",
             found=", ".join(unknown[:5]),
@@ -163,8 +175,12 @@ def _codes(
     return codes
 
 
-def _numbers(store: CountStore | FilesSource, name: str) -> npt.NDArray[np.float64]:
-    values = pd.to_numeric(store.obs([name])[name], errors="coerce").to_numpy(np.float64)
+def _numbers(
+    store: CountStore | FilesSource, name: str, chosen: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.float64]:
+    """Number of each cell; 1 for cells that are not chosen and have none."""
+    values = pd.to_numeric(store.obs([name])[name], errors="coerce").to_numpy(np.float64).copy()
+    values[~chosen & ~np.isfinite(values)] = 1.0
     if not np.isfinite(values).all():
         raise ConfigError(
             f"Obs column {name!r} is not a number for each cell",

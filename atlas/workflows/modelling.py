@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from atlas.config import ARCHITECTURES, Architecture, ScanviConfig, ScviConfig, TrainConfig
@@ -165,7 +166,11 @@ def train(
     labels = None
     if isinstance(architecture, ScanviConfig):
         labels = _labels(store, label_key, hierarchy, architecture.unobserved_classes)
-    prior = _library_prior(view, len(store.batches)) if library == "latent" else None
+    prior = (
+        library_prior(view, store.obs_codes["batch"], len(store.batches))
+        if library == "latent"
+        else None
+    )
     module = build_model(
         architecture,
         view.n_vars,
@@ -213,7 +218,7 @@ def train(
             "batches": list(store.batches),
             "obs_columns": columns.to_json(),
             "labels": None if labels is None else labels.to_json(),
-            "start": _digest(module),
+            "start": weights_digest(module),
         },
         columns=cell_columns(store, columns, labels),
         progress=progress,
@@ -335,7 +340,7 @@ def _start_from(
     module.scvi.load_state_dict(begin.module.state_dict())
 
 
-def _digest(module: Model) -> str:
+def weights_digest(module: Model) -> str:
     """What the weights that training starts from are."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -343,18 +348,24 @@ def _digest(module: Model) -> str:
     return digest.hexdigest()
 
 
-def _library_prior(view: CountView | FilesSource, n_batches: int) -> torch.Tensor:
+def library_prior(
+    view: CountView | FilesSource,
+    batch: npt.NDArray[np.int32],
+    n_batches: int,
+    chosen: npt.NDArray[np.bool_] | None = None,
+) -> torch.Tensor:
     """Mean and variance of the log library of each batch: float32, (n_batches, 2).
 
-    Empty cells count as one count; a batch of one cell has variance 0 and is given a small one.
+    ``batch`` has the code of each row, ``chosen`` the rows that count. Empty cells count as one
+    count; a batch of one cell has variance 0 and is given a small one.
     """
-    sums = np.empty(view.n_obs)
-    for minibatch in SequentialLoader(view, 4096):
+    chosen = np.ones(view.n_obs, bool) if chosen is None else chosen
+    sums = np.zeros(view.n_obs)
+    for minibatch in SequentialLoader(view, 4096, rows=chosen):
         sums[minibatch.rows] = minibatch.to_scipy().sum(axis=1).A1
     log_library = np.log(np.maximum(sums, 1))
-    batch = view.obs_codes["batch"]
-    prior = np.tile(np.array([log_library.mean(), 1.0], np.float32), (n_batches, 1))
-    for code in np.unique(batch):
-        mine = log_library[batch == code]
+    prior = np.tile(np.array([log_library[chosen].mean(), 1.0], np.float32), (n_batches, 1))
+    for code in np.unique(batch[chosen]):
+        mine = log_library[chosen & (batch == code)]
         prior[code] = mine.mean(), max(mine.var(), 1e-2)
     return torch.from_numpy(prior)

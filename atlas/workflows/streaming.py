@@ -17,6 +17,7 @@ from atlas.models import Inputs, TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.training.environment import resolve_device
 from atlas.workflows.columns import cell_columns
+from atlas.workflows.genes import GenesInStore
 from atlas.workflows.rows import Rows, mask_of
 from loaders import SequentialLoader
 
@@ -58,8 +59,9 @@ class CellStream:
     Parameters
     ----------
     model
-        A trained model; all its genes must be in the store, and all batches of the cells in it if
-        its encoder sees the batch.
+        A trained model; all its genes must be in the store, but for those that the cells' studies
+        lacked when they were added to it by surgery; and all batches of the cells in it if its
+        encoder sees the batch.
     store
         An open store, or files as they are.
     rows
@@ -102,8 +104,12 @@ class CellStream:
         minibatch_size: int = MINIBATCH,
         own_batch: bool = False,
     ) -> None:
-        _check_genes(model, store)
         mask = mask_of(store, rows)
+        genes = GenesInStore.of(model, store)
+        met = np.unique(store.obs_codes["study"][mask])
+        added = {study for one in model.surgery for study in one.studies}
+        if genes.absent and not added.issuperset(store.studies[i] for i in met):
+            raise genes.missing(model, store)
         self.chosen = np.flatnonzero(mask)
         if rows is not None and not len(self.chosen):
             raise ConfigError(
@@ -114,9 +120,11 @@ class CellStream:
             )
         self._mask = mask
         self._batch_of = _batch_codes(model, store, mask, model.encodes_batch or own_batch)
-        self.columns = cell_columns(store, model.columns, None)
-        self._view = store.select(model.genes)
-        self._presence = torch.from_numpy(self._view.presence)
+        self.columns = cell_columns(store, model.columns, None, mask)
+        self._view = genes.select(store)
+        presence = self._view.presence
+        presence[[name in model.zero_filled for name in store.studies]] = True
+        self._presence = torch.from_numpy(presence)
         self._progress = progress
         self._size = minibatch_size
         self.device = resolve_device(device)
@@ -165,16 +173,6 @@ class CellStream:
         return torch.from_numpy(out).to(self.device)
 
 
-def _check_genes(model: TrainedModel, store: CountStore | FilesSource) -> None:
-    if missing := sorted(set(model.genes) - set(store.gene_table.names)):
-        raise ModelError(
-            "The model was trained on genes that the store does not have",
-            found=f"{len(missing)} of {len(model.genes)} missing, e.g. {', '.join(missing[:5])}",
-            expected="a store with all genes of the model",
-            path=store.path,
-        )
-
-
 def _batch_codes(
     model: TrainedModel,
     store: CountStore | FilesSource,
@@ -192,7 +190,7 @@ def _batch_codes(
             "The store has batches that the model was not trained on",
             found=", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else ""),
             expected=f"some of {', '.join(model.batches[:8])}",
-            do="train a model on all studies of the store",
+            do="add their studies to the model with `atlas extend`, or train one on all",
             path=store.path,
         )
     return np.maximum(codes, 0)

@@ -120,8 +120,8 @@ def _edit(folder: Path, **values: object) -> None:
 
 
 def test_a_later_version_is_not_guessed_at(folder: Path) -> None:
-    _edit(folder, version=3, novelty=True)
-    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 3[\s\S]*at most 2"):
+    _edit(folder, version=4, novelty=True)
+    with pytest.raises(CheckpointError, match=r"later version[\s\S]*version 4[\s\S]*at most 3"):
         load_model(folder)
 
 
@@ -149,6 +149,23 @@ def test_a_config_value_that_is_not_offered(folder: Path) -> None:
     config = json.loads((folder / "model.json").read_text())["config"]
     _edit(folder, config={**config, "norm": "none"})
     with pytest.raises(CheckpointError, match="norm has a value that is not offered"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_hidden": 10**9}, r"shapes of the model[\s\S]*1000000000"),
+        ({"n_latent": 10**8}, "shapes of the model"),
+        ({"n_layers": 10**9}, "too few for the layers"),
+    ],
+)
+def test_a_model_of_any_size_takes_no_memory_before_its_weights_are_looked_at(
+    folder: Path, values: dict[str, int], message: str
+) -> None:
+    config = json.loads((folder / "model.json").read_text())["config"]
+    _edit(folder, config={**config, **values})
+    with pytest.raises(CheckpointError, match=message):
         load_model(folder)
 
 

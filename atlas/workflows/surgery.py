@@ -1,0 +1,427 @@
+"""From a trained reference and new studies to a model of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from atlas.config import Initialisation, LibraryKind, MissingGenes, Strategy, TrainConfig
+from atlas.errors import ConfigError, MissingColumnError, ModelError
+from atlas.models import LabelTree, TrainedModel, load_model
+from atlas.models.apart import KeepApart, principal_components
+from atlas.models.base import evaluating
+from atlas.models.columns import ObsColumns
+from atlas.models.lineage import Surgery
+from atlas.models.surgery import (
+    Growth,
+    Reference,
+    check_reference,
+    graft,
+    merged,
+    n_trainable,
+)
+from atlas.provenance import command, versions
+from atlas.store import CountStore, CountView
+from atlas.store.split import ranges_of
+from atlas.training.environment import resolve_device
+from atlas.training.inputs import CellColumns, InputsBuilder
+from atlas.training.loop import fit
+from atlas.training.run import check_run_folder
+from atlas.workflows.columns import cell_columns, label_codes, label_names
+from atlas.workflows.genes import GenesInStore
+from atlas.workflows.modelling import library_prior, weights_digest
+from atlas.workflows.rows import texts_of
+from loaders import SequentialLoader
+
+Codes = npt.NDArray[np.int32]
+
+FEW_GENES = 0.8
+"""Share of the model's genes below which a study is warned of."""
+
+TOO_FEW_GENES = 0.5
+"""Share below which it is refused."""
+
+LR = 0.01
+"""Few parameters are trained, in few steps: ten times the learning rate of a whole model."""
+
+_COMPONENTS = 20
+"""Principal components by which batches are kept apart."""
+
+_TRIED = 1000
+"""Cells of a new batch by which its nearest one is chosen."""
+
+
+def extend_reference(
+    model: TrainedModel | str | PathLike[str],
+    store: CountStore,
+    studies: Sequence[str] | None = None,
+    *,
+    out: str | PathLike[str],
+    strategy: Strategy = "conditions",
+    initialisation: Initialisation = "nearest",
+    label_key: str | None = None,
+    missing: MissingGenes = "mask",
+    keep_apart: float = 0.7,
+    force: bool = False,
+    max_epochs: int = 5,
+    seed: int = 0,
+    resume: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> TrainedModel:
+    """Add studies to a trained reference by architectural surgery; the reference is untouched.
+
+    Each batch of the studies gets a row of weights of its own in every layer that sees the batch,
+    and only these rows are trained, on the studies' cells alone (scArches, Lotfollahi et al. 2022,
+    Methods). With the default strategy the embedding of the reference's cells by the new model is
+    what it was, bit for bit on the same processor.
+
+    Parameters
+    ----------
+    model
+        The reference, or its run folder.
+    store
+        A store that has the studies; it need not have the reference's.
+    studies
+        Which; all that the model does not know when None.
+    out
+        The run folder of the new model.
+    strategy
+        ``"conditions"`` trains the new rows only; ``"input_layers"`` the first layers of encoder
+        and decoder too, ``"all"`` everything: with these two the reference moves.
+    initialisation
+        Of the new rows; see :func:`atlas.models.surgery.graft`.
+    label_key
+        For scANVI: the obs column of the studies' labels; the reference's when None. Labels that
+        the reference does not have become classes.
+    missing
+        What to do with genes of the model that a study lacks: ``"mask"`` leaves them out of
+        likelihood and softmax, as in training; ``"zero"`` takes them as measured and zero.
+    keep_apart
+        Weight of the penalty on batches of the studies that come nearer to each other than their
+        expression is (:class:`atlas.models.apart.KeepApart`), so that a stimulation is not taken
+        for a batch effect; 0 is the paper's form. Without effect on a single batch.
+    force
+        Go on with a study that has less than half of the model's genes.
+    max_epochs
+        Passes over the studies' cells.
+    seed
+        Of new rows, noise and order.
+    resume
+        Go on with the run in ``out``; start it where there is none.
+    progress
+        Show loss, cells/s and the time left on stderr.
+    **options
+        Fields of :class:`atlas.config.TrainConfig`; by default the learning rate is 0.01 here, and
+        weight decay 0.
+
+    Returns
+    -------
+    TrainedModel
+        Of reference and studies, also kept in ``out``; ``surgery`` has what was added and how many
+        parameters were trained.
+
+    Raises
+    ------
+    ModelError
+        The encoder of the reference does not see the batch, a study is in the model already, or
+        has too few of its genes.
+    ConfigError
+        There is no such study or option.
+    CheckpointError
+        ``out`` holds another run, or one and ``resume`` is False.
+    """
+    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    folder = Path(out)
+    config = _training_config({"lr": LR, "weight_decay": 0.0, **options}, max_epochs, seed)
+    check_reference(trained.module)
+    names = _new_studies(trained, store, studies)
+    check_run_folder(folder, resume=resume)
+    genes = GenesInStore.of(trained, store)
+    view = genes.select(store)
+    assert isinstance(view, CountView)
+    study_codes = store.obs_codes["study"]
+    chosen = np.isin(study_codes, [store.studies.index(name) for name in names])
+    presence = view.presence
+    shares = {name: float(presence[store.studies.index(name)].mean()) for name in names}
+    _check_overlap(shares, len(trained.genes), store, force)
+    if missing == "zero":
+        presence[:] = True
+
+    batches, codes = _batch_codes(trained, store, chosen)
+    columns = _grown_columns(trained, store, chosen, label_key)
+    labels = _grown_labels(trained, store, columns, chosen)
+    values = cell_columns(store, columns, labels, chosen)
+    values = dataclasses.replace(values, batch=codes)
+    if values.label is not None:
+        values.label[~chosen] = -1
+    growth = Growth(
+        batches=batches,
+        categories=tuple(
+            grown[len(own) :]
+            for (_, own), (_, grown) in zip(
+                trained.columns.categorical, columns.categorical, strict=True
+            )
+        ),
+        labels=labels,
+        library_prior=_new_prior(trained, view, codes, chosen, len(batches)),
+    )
+    added = sum(len(one.batches) for one in trained.surgery)
+    reference = Reference(
+        trained.module,
+        len(trained.batches),
+        trained.columns.sizes,
+        trained.labels,
+        len(trained.batches) - added,
+    )
+    to_inputs = InputsBuilder(
+        resolve_device(config.device), None if presence.all() else presence, values
+    )
+    nearest = None
+    if initialisation == "nearest":
+        nearest = _nearest(trained, reference, view, values, to_inputs, chosen, len(batches))
+    tuned = graft(
+        reference,
+        growth,
+        strategy=strategy,
+        initialisation=initialisation,
+        nearest=nearest,
+        seed=seed,
+    )
+    n_trained = n_trainable(tuned)
+    penalty = None
+    if keep_apart > 0 and len(batches) > 1:
+        cells = (to_inputs(minibatch) for minibatch in SequentialLoader(view, 4096, rows=chosen))
+        penalty = KeepApart(*principal_components(cells, _COMPONENTS), keep_apart)
+    split = store.split(config.validation_share)
+    held_out = np.zeros(store.n_obs, bool)
+    for start, stop in split.validation:
+        held_out[start:stop] = True
+    record = fit(
+        tuned,
+        view,
+        train_rows=ranges_of(chosen & ~held_out),
+        validation_rows=ranges_of(chosen & held_out),
+        presence=None if presence.all() else presence,
+        config=config,
+        out=folder,
+        resume=resume,
+        describe={
+            "reference": weights_digest(trained.module),
+            "genes": list(trained.genes),
+            "batches": list(batches),
+            "strategy": strategy,
+            "initialisation": initialisation,
+            "keep_apart": keep_apart,
+            "labels": None if labels is None else labels.to_json(),
+            "start": weights_digest(tuned),
+        },
+        columns=values,
+        penalty=penalty,
+        progress=progress,
+    )
+    rows = presence[[store.studies.index(name) for name in names]]
+    old = () if trained.labels is None else trained.labels.names
+    surgery = Surgery(
+        studies=names,
+        batches=batches,
+        labels=() if labels is None else labels.names[len(old) :],
+        strategy=strategy,
+        initialisation=initialisation,
+        keep_apart=keep_apart,
+        zero_filled=missing == "zero",
+        n_trained=n_trained,
+    )
+    extended = TrainedModel(
+        module=merged(tuned.cpu(), reference, growth),
+        genes=trained.genes,
+        batches=(*trained.batches, *batches),
+        studies=(*trained.studies, *names),
+        presence=np.concatenate([trained.presence, rows]),
+        gene_ids=trained.gene_ids,
+        labels=labels,
+        columns=columns,
+        surgery=(*trained.surgery, surgery),
+        training={
+            "config": config.to_json(),
+            "history": record.to_json(),
+            "reference": trained.training,
+            "reference_weights": weights_digest(trained.module),
+            "store": str(store.path),
+            "manifest": store.number,
+            "versions": versions(),
+            "command": command(),
+        },
+    )
+    extended.save(folder)
+    return extended
+
+
+def _training_config(options: dict[str, Any], max_epochs: int, seed: int) -> TrainConfig:
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(
+            "Surgery has no such options",
+            found=", ".join(unknown),
+            expected="some of " + ", ".join(sorted(known)),
+        )
+    return TrainConfig(**{**options, "max_epochs": max_epochs, "seed": seed})
+
+
+def _new_studies(
+    model: TrainedModel, store: CountStore, studies: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names of the studies to add."""
+    known = set(model.studies)
+    if studies is None:
+        names = tuple(name for name in store.studies if name not in known)
+    else:
+        names = tuple(dict.fromkeys([studies] if isinstance(studies, str) else studies))
+    if unknown := [name for name in names if name not in store.studies]:
+        raise ConfigError(
+            "The store has no such study",
+            found=", ".join(unknown),
+            expected="some of " + ", ".join(store.studies),
+            do="ingest it first",
+            path=store.path,
+        )
+    taken = [name for name in names if name in known]
+    if taken or not names:
+        raise ModelError(
+            "There is no study to add",
+            found=(", ".join(taken) if taken else "only studies")
+            + " that the model was trained on or extended by",
+            expected="studies that are new to it",
+            do="embed them with the model as it is; a study's new cells need a study of their own",
+            path=store.path,
+        )
+    return names
+
+
+def _check_overlap(shares: dict[str, float], n_genes: int, store: CountStore, force: bool) -> None:
+    """Warn of, or refuse, studies that lack genes of the model."""
+    said = {name: f"{name} has {share:.0%} of {n_genes:,}" for name, share in shares.items()}
+    if not force and (few := [said[n] for n, share in shares.items() if share < TOO_FEW_GENES]):
+        raise ModelError(
+            "A study has too few of the model's genes",
+            found="; ".join(few),
+            expected=f"{TOO_FEW_GENES:.0%} at least",
+            do="ingest it with gene names or accessions of the reference's kind (of its species: "
+            "--orthologs), or add it all the same with force (--force)",
+            path=store.path,
+        )
+    if some := [said[n] for n, share in shares.items() if share < FEW_GENES]:
+        warnings.warn(
+            f"Genes of the model are missing: {'; '.join(some)}", UserWarning, stacklevel=3
+        )
+
+
+def _batch_codes(
+    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_]
+) -> tuple[tuple[str, ...], Codes]:
+    """The new batches, and the code of each row's batch in the new model; 0 for rows not chosen."""
+    own = store.obs_codes["batch"]
+    met = np.unique(own[chosen])
+    code_of = np.zeros(len(store.batches), np.int32)
+    code_of[met] = len(model.batches) + np.arange(len(met))
+    codes = np.where(chosen, code_of[own], 0).astype(np.int32)
+    return tuple(store.batches[i] for i in met), codes
+
+
+def _grown_columns(
+    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_], label_key: str | None
+) -> ObsColumns:
+    """The model's columns, with the categories that only the new studies have after its own."""
+    grown = []
+    for name, known in model.columns.categorical:
+        found = set(texts_of(store, name)[chosen].dropna())
+        grown.append((name, (*known, *sorted(found - set(known)))))
+    if label_key is not None and model.labels is None:
+        raise ConfigError(
+            "The model has no classes, so it takes no labels",
+            found=f"label_key={label_key!r} with a {model.name}",
+            do="leave it out, or train a scanvi as reference",
+        )
+    label = model.columns.label if label_key is None else label_key
+    return dataclasses.replace(model.columns, categorical=tuple(grown), label=label)
+
+
+def _grown_labels(
+    model: TrainedModel, store: CountStore, columns: ObsColumns, chosen: npt.NDArray[np.bool_]
+) -> LabelTree | None:
+    """The model's labels, with those that only the new studies have after them, at the root."""
+    tree = model.labels
+    if tree is None:
+        return None
+    try:
+        names = label_names(store, columns.label)
+    except MissingColumnError:
+        return tree  # none of the studies has labels
+    every = LabelTree(tuple(names), (-1,) * len(names)) if names else None
+    if every is None:
+        return tree
+    met = np.unique(label_codes(store, columns.label, every)[chosen])
+    new = [names[i] for i in met if i >= 0 and names[i] not in tree.names]
+    return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
+
+
+def _new_prior(
+    model: TrainedModel,
+    view: CountView,
+    codes: Codes,
+    chosen: npt.NDArray[np.bool_],
+    n_batches: int,
+) -> torch.Tensor | None:
+    """Mean and variance of the log library size in each new batch, for a latent library."""
+    kind: LibraryKind | None = getattr(model.config, "library", None)
+    if kind != "latent":
+        return None
+    first = len(model.batches)
+    return library_prior(view, codes - first, n_batches, chosen)
+
+
+def _nearest(
+    model: TrainedModel,
+    reference: Reference,
+    view: CountView,
+    values: CellColumns,
+    to_inputs: InputsBuilder,
+    chosen: npt.NDArray[np.bool_],
+    n_batches: int,
+) -> list[int]:
+    """For each new batch, the reference's one by whose weights its cells are most likely.
+
+    By the bound of at most a thousand cells, with z and library at their posterior means. Cells of
+    a category that the reference does not know are taken for such of the first one.
+    """
+    sizes = torch.tensor(reference.covariates.n_categories)
+    assert values.batch is not None
+    first = len(model.batches)
+    best = []
+    device = resolve_device("cpu")
+    module = model.module.to(device)
+    for code in range(first, first + n_batches):
+        rows = np.flatnonzero(chosen & (values.batch == code))
+        mask = np.zeros(len(chosen), bool)
+        mask[rows[:: max(1, len(rows) // _TRIED)]] = True
+        sums = np.zeros(reference.n_original)
+        for minibatch in SequentialLoader(view, 512, rows=mask):
+            inputs = dataclasses.replace(to_inputs(minibatch).to(device), label=None)
+            if (categories := inputs.categories) is not None:
+                known = categories.where(categories < sizes, 0)
+                inputs = dataclasses.replace(inputs, categories=known)
+            for candidate in range(reference.n_original):
+                batch = torch.full_like(inputs.batch, candidate)
+                with evaluating(module):
+                    losses = module.loss(dataclasses.replace(inputs, batch=batch))
+                sums[candidate] += float(losses.negative_bound.sum())
+        best.append(int(sums.argmin()))
+    return best
