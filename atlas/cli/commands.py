@@ -340,6 +340,7 @@ def simulate(options: argparse.Namespace) -> None:
         batches=options.batches,
         library=options.library,
         missing_genes=options.missing_genes,
+        varying_genes=options.varying_genes,
         process=options.process,
         tree=options.tree,
     )

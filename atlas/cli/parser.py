@@ -295,6 +295,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
     )
     sub.add_argument(
+        "--varying-genes",
+        type=float,
+        help="share that differs between states; .2 by default, .98 with --tree",
+    )
+    sub.add_argument(
         "--process",
         choices=("zinb", "umi", "reads"),
         default="zinb",

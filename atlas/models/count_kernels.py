@@ -13,9 +13,6 @@ which overflows nowhere. A pass over all genes of a cell takes them for zeros, w
 those that were counted set to 0: their terms and gradients then vanish. The few that were counted
 follow, packed side by side, in double precision.
 
-For a count :math:`x \le 8`, :math:`\Gamma(x+\theta)/\Gamma(\theta)` is the product of
-:math:`\theta + k` over :math:`k < x`; for others see :func:`_log_rising`.
-
 Loops hold few arrays each, because LLVM gives up on a loop with more than a handful of pointers
 that might overlap. What they write lies in rows of a few thousand genes, which stay in the cache:
 the means of a minibatch are never in memory together.
@@ -30,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from atlas.models.gamma_kernels import rises
 from atlas.models.vectors import (
     exp32,
     exp64,
@@ -37,25 +35,21 @@ from atlas.models.vectors import (
     log1p32,
     log1p64,
     log32,
-    log64,
     narrow,
     widen,
 )
 
 Array = npt.NDArray[Any]
+Scalar = Any
+"""float32 or float64, as the caller has it: numba compiles for either."""
 
 _SUM = {"reassoc", "contract", "nsz"}
 _F32 = np.float32
 _ZERO, _ONE = _F32(0.0), _F32(1.0)
 _MOST, _ABSENT, _FLOOR, _UNDERFLOW = _F32(1e30), _F32(-3e38), _F32(-1e30), _F32(-80.0)
 
-_SMALL = 8
-"""Counts to here are done by products, all factors for all counts, side by side."""
 _APART = 256
 """Elements between arrays; a round of a vectorised loop is 128 at most."""
-_SHIFT = 8
-"""Stirling's series from here on is exact to 1e-11."""
-
 LOG_THETA = (-80.0, 40.0)
 """Log inverse dispersions are held in this range. Above it the distribution is a Poisson."""
 
@@ -171,7 +165,7 @@ def negative_binomial(
             x, d, counted_theta, counted_delta = all_x[:n], all_d[:n], all_theta[:n], all_delta[:n]
             counted_by_mean, counted_by_theta = all_by_mean[:n], all_by_theta[:n]
             log_rise, rise = all_log_rise[:n], all_rise[:n]
-            _rises(x, counted_theta, log_rise, rise)
+            rises(x, counted_theta, log_rise, rise)
             cell_loss += _counted(
                 x, d, counted_theta, log_rise, rise, counted_by_mean, counted_by_theta
             )
@@ -214,7 +208,7 @@ def _scratch64(n: int) -> Array:
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _load(source: Array, out: Array) -> float:
+def _load(source: Array, out: Array) -> Scalar:
     """Widen a row; returns a sum that is finite if, barring overflow, all of the row is."""
     total = _ZERO
     for j in range(len(out)):
@@ -232,7 +226,7 @@ def _hide_absent(present: Array, logit: Array) -> None:
 
 
 @njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _largest(x: Array) -> float:
+def _largest(x: Array) -> Scalar:
     largest = _ABSENT
     for j in range(len(x)):
         largest = larger(x[j], largest)
@@ -240,7 +234,7 @@ def _largest(x: Array) -> float:
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _exponentials(logit: Array, top: float, shares: Array) -> float:
+def _exponentials(logit: Array, top: Scalar, shares: Array) -> Scalar:
     """``exp(logit - top)``, 0 where that is below exp(-80); returns their sum."""
     total = _ZERO
     for j in range(len(logit)):
@@ -254,7 +248,7 @@ def _exponentials(logit: Array, top: float, shares: Array) -> float:
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _zeros(
-    shares: Array, scale: float, theta: Array, inverse: Array, softplus: Array, by_mean: Array
+    shares: Array, scale: Scalar, theta: Array, inverse: Array, softplus: Array, by_mean: Array
 ) -> None:
     """Of zeros under the NB: ``θ log(1 + μ/θ)``, and its derivative by the log of the mean."""
     for j in range(len(shares)):
@@ -267,7 +261,9 @@ def _zeros(
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _plain(softplus: Array, weight: float, by_mean: Array, by_theta: Array) -> tuple[float, float]:
+def _plain(
+    softplus: Array, weight: Scalar, by_mean: Array, by_theta: Array
+) -> tuple[Scalar, Scalar]:
     """Sums of loss and derivative by the mean of zeros under the NB; adds to ``by_theta``."""
     loss = _ZERO
     total = _ZERO
@@ -280,8 +276,8 @@ def _plain(softplus: Array, weight: float, by_mean: Array, by_theta: Array) -> t
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
 def _inflated(
-    softplus: Array, weight: float, delta: Array, by_mean: Array, by_theta: Array
-) -> tuple[float, float]:
+    softplus: Array, weight: Scalar, delta: Array, by_mean: Array, by_theta: Array
+) -> tuple[Scalar, Scalar]:
     """As :func:`_plain`, under the ZINB; ``delta`` becomes the derivative by it."""
     loss = _ZERO
     total = _ZERO
@@ -315,10 +311,10 @@ def _counted(
     rise: Array,
     by_mean: Array,
     by_theta: Array,
-) -> float:
+) -> Scalar:
     """Sum of the losses under the NB of counts x above zero, and derivatives by log μ and log θ.
 
-    ``d`` is log(μ/θ); for the others see :func:`_rises`.
+    ``d`` is log(μ/θ); for the others see :func:`rises`.
     """
     softplus = by_theta
     for k in range(len(x)):
@@ -334,7 +330,7 @@ def _counted(
 
 
 @njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _not_dropped(delta: Array) -> float:
+def _not_dropped(delta: Array) -> Scalar:
     """Sum of softplus(δ) of the counts above zero; ``delta`` becomes the derivative, σ(δ)."""
     loss = 0.0
     for k in range(len(delta)):
@@ -346,77 +342,9 @@ def _not_dropped(delta: Array) -> float:
     return loss
 
 
-@njit(fastmath=_SUM, error_model="numpy")  # type: ignore[untyped-decorator]
-def _rises(x: Array, theta: Array, log_rise: Array, rise: Array) -> None:
-    """``log Γ(x+θ) - log Γ(θ) - log Γ(x+1)``, and ``ψ(x+θ) - ψ(θ)``."""
-    for k in range(len(x)):
-        factor = theta[k]
-        product, slope, factorial = factor, 1.0, 1.0
-        for step in range(1, _SMALL):
-            # The derivative of a product, before the product takes in the factor.
-            more = x[k] > step
-            factor = theta[k] + step
-            slope = slope * factor + product if more else slope
-            product = product * factor if more else product
-            factorial = factorial * (step + 1.0) if more else factorial
-        log_rise[k] = log64(product / factorial)
-        rise[k] = slope / product
-    for k in range(len(x)):
-        if x[k] > _SMALL or x[k] != math.floor(x[k]):
-            log_rise[k] = _log_rising(theta[k], x[k]) - _log_rising(1.0, x[k])
-            rise[k] = _digamma_rise(theta[k], x[k])
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _log_rising(theta: float, x: float) -> float:
-    r"""``log Γ(θ+x) - log Γ(θ)`` without the cancellation of the two at large θ.
-
-    Of :math:`y = \theta + 8` it is the difference of two of Stirling's series, taken term by term;
-    the recurrence leads from there to θ.
-    """
-    ratio = 1.0
-    for step in range(_SHIFT):
-        ratio *= (theta + step) / (theta + x + step)
-    y = theta + _SHIFT
-    z = y + x
-    return (
-        math.log(ratio)
-        + (y - 0.5) * math.log1p(x / y)
-        + x * math.log(z)
-        - x
-        + _stirling(1.0 / z)
-        - _stirling(1.0 / y)
-    )
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _stirling(w: float) -> float:
-    """What Stirling's formula lacks of ``log Γ(1/w)``."""
-    s = w * w
-    return w * (1 / 12 - s * (1 / 360 - s * (1 / 1260 - s * (1 / 1680 - s / 1188))))
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _digamma_rise(theta: float, x: float) -> float:
-    """``ψ(θ+x) - ψ(θ)``, as :func:`_log_rising`."""
-    rise = 0.0
-    for step in range(_SHIFT):
-        rise += x / ((theta + step) * (theta + x + step))
-    y = theta + _SHIFT
-    z = y + x
-    return rise + math.log1p(x / y) + _digamma_rest(1.0 / z) - _digamma_rest(1.0 / y)
-
-
-@njit(error_model="numpy")  # type: ignore[untyped-decorator]
-def _digamma_rest(w: float) -> float:
-    """``ψ(1/w)`` less its logarithm."""
-    s = w * w
-    return -0.5 * w - s * (1 / 12 - s * (1 / 120 - s * (1 / 252 - s * (1 / 240 - s / 132))))
-
-
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _store_difference(
-    by_mean: Array, shares: Array, share: float, weight: float, out: Array
+    by_mean: Array, shares: Array, share: Scalar, weight: Scalar, out: Array
 ) -> None:
     """The derivative by the logits: through a softmax it is less the share of that of the sum."""
     for j in range(len(out)):
@@ -424,6 +352,6 @@ def _store_difference(
 
 
 @njit(fastmath={"contract", "nsz"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _store(values: Array, weight: float, out: Array) -> None:
+def _store(values: Array, weight: Scalar, out: Array) -> None:
     for j in range(len(out)):
         out[j] = narrow(weight * values[j], out[j])

@@ -83,16 +83,18 @@ class _FusedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *saved, weight = ctx.saved_tensors
-        gradients = _Gradients(*saved[-len(_Gradients._fields) :])
+        n = len(Arguments._fields) - 1
+        given, found = saved[:n], saved[n:]
         if not torch.equal(grad_output, weight):
-            ratio = grad_output[0] / weight[0]
-            if torch.equal(grad_output, grad_output[0].expand_as(grad_output)):
-                scaled = [None if of is None else of * ratio for of in gradients]
+            if torch.equal(grad_output, grad_output[:1].expand_as(grad_output)):
+                ratio = grad_output[0] / weight[0]
+                found = [None if gradient is None else gradient * ratio for gradient in found]
             else:
-                arguments = Arguments(*saved[: -len(_Gradients._fields)], ctx.softmax)
-                scaled = list(_run(arguments, grad_output.contiguous(), True)[1] or ())
-            gradients = _Gradients(*scaled)
-        return (None, *gradients, None, None)
+                arguments = Arguments._make([*given, ctx.softmax])
+                _, again = _run(arguments, grad_output.contiguous(), True)
+                assert again is not None
+                found = list(again)
+        return (None, *found, None, None)
 
 
 def _run(

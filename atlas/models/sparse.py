@@ -137,7 +137,8 @@ def _add_rows(
 ) -> None:
     """Rows of the product; four at a time, so that the result is read and written less often."""
     for i in range(begin, end):
-        k, stop = np.int64(indptr[i]), np.int64(indptr[i + 1])
+        k: Any = np.int64(indptr[i])
+        stop = np.int64(indptr[i + 1])
         row = out[i]
         while k + 4 <= stop:
             _add_four(
@@ -162,7 +163,7 @@ def _add_four(x: Array, a: Array, b: Array, c: Array, d: Array, row: Array) -> N
 
 
 @njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_one(x: float, a: Array, row: Array) -> None:
+def _add_one(x: Any, a: Array, row: Array) -> None:
     for j in range(len(row)):
         row[j] = row[j] + x * a[j]
 
@@ -181,10 +182,10 @@ def transposed(
     rows, moved = np.empty(len(indices), np.int32), np.empty(len(indices), np.float32)
     for i in range(len(indptr) - 1):
         for k in range(indptr[i], indptr[i + 1]):
-            j = np.int64(indices[k])
-            rows[at[j]] = i
-            moved[at[j]] = values[k]
-            at[j] += 1
+            column = np.int64(indices[k])
+            rows[at[column]] = i
+            moved[at[column]] = values[k]
+            at[column] += 1
     return begin, rows, moved
 
 

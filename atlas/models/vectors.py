@@ -19,6 +19,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+Scalar = Any
+"""float32 or float64; numba knows which."""
+
 _CONTRACT = {"contract", "nsz"}
 
 _F32, _F64 = np.float32, np.float64
@@ -146,7 +149,7 @@ def larger(typing: Any, x: Any, y: Any) -> Any:
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def exp32(x: float) -> float:
+def exp32(x: Scalar) -> Scalar:
     """``exp(x)`` in float32, of x between -80 and 80; beyond, that of the nearer end."""
     x = x if x > _LOWEST32 else _LOWEST32
     x = x if x < _HIGHEST32 else _HIGHEST32
@@ -158,7 +161,7 @@ def exp32(x: float) -> float:
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def log32(x: float) -> float:
+def log32(x: Scalar) -> Scalar:
     """``log(x)`` in float32, of normal positive numbers."""
     n = _exponent(x)
     f = _fraction(x) - _ONE32
@@ -171,14 +174,14 @@ def log32(x: float) -> float:
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def log1p32(x: float, one_over: float) -> float:
+def log1p32(x: Scalar, one_over: Scalar) -> Scalar:
     """``log(1 + x)`` in float32, of x from 0 to 1e37; ``one_over`` is ``1 / (1 + x)``."""
     u = _ONE32 + x
     return log32(u) + (x - (u - _ONE32)) * one_over
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def exp64(x: float) -> float:
+def exp64(x: Scalar) -> Scalar:
     """``exp(x)`` in float64, of x between -700 and 700; beyond, that of the nearer end."""
     x = x if x > _LOWEST64 else _LOWEST64
     x = x if x < _HIGHEST64 else _HIGHEST64
@@ -200,7 +203,7 @@ def exp64(x: float) -> float:
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def log64(x: float) -> float:
+def log64(x: Scalar) -> Scalar:
     """``log(x)`` in float64, of normal positive numbers."""
     n = _exponent(x)
     f = _fraction(x) - 1.0
@@ -214,7 +217,7 @@ def log64(x: float) -> float:
 
 
 @njit(fastmath=_CONTRACT, error_model="numpy")  # type: ignore[untyped-decorator]
-def log1p64(x: float) -> float:
+def log1p64(x: Scalar) -> Scalar:
     """``log(1 + x)`` in float64, of x from 0."""
     u = 1.0 + x
     return log64(u) + (x - (u - 1.0)) / u

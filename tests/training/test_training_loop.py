@@ -108,8 +108,8 @@ class Hooked(Model):
             self.before(self.calls)
         return self.inner.loss(inputs, kl_weight, generator)
 
-    def posterior(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.inner.posterior(inputs)
+    def encode(self, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.inner.encode(inputs)
 
     def decode(self, z: torch.Tensor, conditions: Conditions) -> torch.Tensor:
         return self.inner.decode(z, conditions)
