@@ -264,8 +264,8 @@ def test_folders_that_are_no_stores(tmp_path: Path, store: CountStore) -> None:
         open_store(tmp_path / "empty")
     newest = manifests.manifest_path(store.path, 2)
     values = json.loads(newest.read_text())
-    newest.write_text(json.dumps({**values, "version": 2, "shape": "new"}))
-    with pytest.raises(FormatError, match=r"newer format\n  found: format version 2"):
+    newest.write_text(json.dumps({**values, "version": 3, "shape": "new"}))
+    with pytest.raises(FormatError, match=r"newer format\n  found: format version 3"):
         open_store(store.path)
     newest.write_text(json.dumps({**values, "studies": [{"name": 3}]}))
     with pytest.raises(CorruptStoreError, match=r"schema\n  found: \$\.studies\[0\]"):
