@@ -28,7 +28,6 @@ from atlas.store import CountStore, open_store
 from atlas.store import manifest as manifests
 from atlas.store.fork import fork, publish
 from atlas.store.options import check_name
-from atlas.store.schema import Manifest
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
 from atlas.workflows.keeping import record_of, stored_model
@@ -133,14 +132,13 @@ def update(
         store = CountStore(root, newest)
         asked = _request(source, model, appending, {**options, "device": device})
         notes = []
-        if study in store.studies and not fresh and _recorded(work) == _at(asked, None, work):
+        if _recorded(work) == {**asked, "manifest": newest.number - 1} and study in store.studies:
             notes.append("the update was whole already")  # killed after the last step
             state, version = newest, newest.models[model].version
         else:
             _check(store, study, model)
-            asked = _at(asked, newest, work)
             with _clean_when_refused(work):
-                notes += _begin(root, work, asked, fresh=fresh)
+                notes += _begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
                 forked = open_store(work / "store")
                 _ingest(forked, source, appending, progress)
                 before = newest.models[model].version
@@ -213,12 +211,6 @@ def _request(
         found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
     asked = {"source": found, "model": model, "append": appending, "options": options}
     return dict(json.loads(json.dumps(asked, default=str)))
-
-
-def _at(asked: Mapping[str, Any], newest: Manifest | None, work: Path) -> dict[str, Any]:
-    """The request at a state of the store; at the one that was recorded when None."""
-    number = (_recorded(work) or {}).get("manifest") if newest is None else newest.number
-    return {**asked, "manifest": number}
 
 
 def _recorded(work: Path) -> dict[str, Any] | None:

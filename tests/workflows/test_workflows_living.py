@@ -340,6 +340,16 @@ def test_another_request_or_state_starts_anew(
     assert (opened.number, opened.models["scvi"]) == (6, 2)
 
 
+def test_the_counts_of_the_reference_are_not_needed(made: Path, updated: Path, store: Path) -> None:
+    for array in ("data", "indices"):
+        for i in (1, 2):
+            shutil.rmtree(store / f"studies/reference_{i}/X/{array}/c")
+    _update(store, made / "q.h5ad")
+    one, other = (atlas.open_store(path) for path in (store, updated))
+    np.testing.assert_array_equal(one.embedding("scvi"), other.embedding("scvi"))
+    assert one.obs().equals(other.obs())
+
+
 def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Path) -> None:
     store = updated.with_name("more.atlas")
     shutil.copytree(updated, store)
