@@ -7,8 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas.evaluation.metrics import Metrics
-    from atlas.hub import export_scvi, import_scvi
+    from atlas.evaluation.index import NeighborIndex
+    from atlas.evaluation.metrics import Comparison, Metrics
+    from atlas.hub import Package, export_scvi, fetch, import_scvi, load_package
     from atlas.hub.scvi_data import ScviDataModule
     from atlas.models import TrainedModel, load_model
     from atlas.store import (
@@ -20,12 +21,17 @@ if TYPE_CHECKING:
         to_anndata,
     )
     from atlas.workflows import (
+        baseline,
+        checkout,
+        compare,
         differential_expression,
         dropout_probability,
         embed,
         evaluate,
         extend_reference,
+        history,
         impute,
+        keep,
         label,
         label_probabilities,
         latent_posterior,
@@ -37,8 +43,11 @@ if TYPE_CHECKING:
         report,
         seed_labels,
         select_genes,
+        share,
+        stored_model,
         train,
         transfer_labels,
+        update,
         verify,
     )
 
@@ -48,10 +57,16 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _HOME = {
+    "Comparison": "atlas.evaluation.metrics",
     "CountStore": "atlas.store",
     "Metrics": "atlas.evaluation.metrics",
+    "NeighborIndex": "atlas.evaluation.index",
+    "Package": "atlas.hub",
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
+    "baseline": "atlas.workflows",
+    "checkout": "atlas.workflows",
+    "compare": "atlas.workflows",
     "convert_store": "atlas.store",
     "create_store": "atlas.store",
     "differential_expression": "atlas.workflows",
@@ -60,14 +75,18 @@ _HOME = {
     "evaluate": "atlas.workflows",
     "export_scvi": "atlas.hub",
     "extend_reference": "atlas.workflows",
+    "fetch": "atlas.hub",
+    "history": "atlas.workflows",
     "import_scvi": "atlas.hub",
     "impute": "atlas.workflows",
+    "keep": "atlas.workflows",
     "label": "atlas.workflows",
     "label_probabilities": "atlas.workflows",
     "latent_posterior": "atlas.workflows",
     "library_posterior": "atlas.workflows",
     "likelihood": "atlas.workflows",
     "load_model": "atlas.models",
+    "load_package": "atlas.hub",
     "normalized": "atlas.workflows",
     "open_files": "atlas.store",
     "open_store": "atlas.store",
@@ -76,17 +95,26 @@ _HOME = {
     "report": "atlas.workflows",
     "seed_labels": "atlas.workflows",
     "select_genes": "atlas.workflows",
+    "share": "atlas.workflows",
+    "stored_model": "atlas.workflows",
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
     "transfer_labels": "atlas.workflows",
+    "update": "atlas.workflows",
     "verify": "atlas.workflows",
 }
 
 __all__ = [
+    "Comparison",
     "CountStore",
     "Metrics",
+    "NeighborIndex",
+    "Package",
     "ScviDataModule",
     "TrainedModel",
+    "baseline",
+    "checkout",
+    "compare",
     "convert_store",
     "create_store",
     "differential_expression",
@@ -95,14 +123,18 @@ __all__ = [
     "evaluate",
     "export_scvi",
     "extend_reference",
+    "fetch",
+    "history",
     "import_scvi",
     "impute",
+    "keep",
     "label",
     "label_probabilities",
     "latent_posterior",
     "library_posterior",
     "likelihood",
     "load_model",
+    "load_package",
     "normalized",
     "open_files",
     "open_store",
@@ -111,9 +143,12 @@ __all__ = [
     "report",
     "seed_labels",
     "select_genes",
+    "share",
+    "stored_model",
     "to_anndata",
     "train",
     "transfer_labels",
+    "update",
     "verify",
 ]
 

@@ -15,6 +15,7 @@
     │   └── RemoteError            an object store that gives no answer or no leave
     ├── ModelError                 a model that does not fit the store or the request
     ├── CheckpointError            a run folder that cannot be resumed or loaded
+    ├── PackageError               a shared reference that is refused
     ├── TrainingError              a training that cannot go on
     ├── OutputError                a file asked for that cannot be written
     └── ConfigError                an option out of range, or options that contradict
@@ -116,6 +117,10 @@ class ModelError(AtlasError):
 
 class CheckpointError(AtlasError):
     """A run folder that cannot be resumed or loaded."""
+
+
+class PackageError(AtlasError):
+    """A shared reference that is damaged, of a newer version, or not what it declares."""
 
 
 class TrainingError(AtlasError):

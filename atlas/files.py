@@ -25,6 +25,15 @@ def write_bytes(path: Path, data: bytes | memoryview, *, exclusive: bool = False
         os.close(descriptor)
 
 
+def write_pieces(descriptor: int, pieces: Iterable[bytes | memoryview]) -> None:
+    """Write to an open file what is too long to be held at once, and sync it."""
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view):
+            view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)
+
+
 def write_scratch(path: Path, parts: Sequence[memoryview]) -> None:
     """Write a file that need not outlive a crash of the machine, so it is not synced."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -105,6 +105,7 @@ SIDES: dict[str, list[Side]] = {
     "seeds": [
         SCVI,
         Side("scANVI", "ours", {"model": "scanvi", **ONE}),
+        Side("scANVI, from scVI", "ours", {"model": "scanvi", "pretrained": True}),
         Side("scANVI, joint", "ours", {"model": "scanvi", "training": "joint"}),
         Side("scvi-tools SCANVI", "scvi_tools", {"model": "scanvi"}),
     ],
@@ -112,12 +113,19 @@ SIDES: dict[str, list[Side]] = {
         SCVI,
         Side("scANVI, flat", "ours", {"model": "scanvi", **ONE}),
         Side("scANVI, hierarchical", "ours", {"model": "scanvi", **ONE, "tree": True}),
+        Side("scANVI, flat, from scVI", "ours", {"model": "scanvi", "pretrained": True}),
+        Side(
+            "scANVI, hierarchical, from scVI",
+            "ours",
+            {"model": "scanvi", "pretrained": True, "tree": True},
+        ),
         Side("scANVI, flat, joint", "ours", {"model": "scanvi", "training": "joint"}),
         Side(
             "scANVI, hierarchical, joint",
             "ours",
             {"model": "scanvi", "training": "joint", "tree": True},
         ),
+        Side("scvi-tools SCANVI", "scvi_tools", {"model": "scanvi"}),
     ],
 }
 FILES = {
@@ -192,7 +200,10 @@ def prepare(arguments: Json, phases: Phases) -> Json:
 
 
 def ours(arguments: Json, phases: Phases) -> Json:
-    """Train with Atlas; embed, and label by the classifier where the model has one."""
+    """Train with Atlas; embed, and label by the classifier where the model has one.
+
+    A model that is ``pretrained`` goes on from a scVI for a fifth as long, as scvi-tools' does.
+    """
     import atlas
 
     folder, options = Path(arguments["folder"]), dict(arguments["options"])
@@ -204,22 +215,27 @@ def ours(arguments: Json, phases: Phases) -> Json:
             options["hierarchy"] = LINEAGES
     if name != "davae":
         options["n_hidden"] = arguments["n_hidden"]
+    epochs = arguments["epochs"]
+    common = {"seed": arguments["seed"], "device": "cpu"}
     phases.begin("train")
+    if options.pop("pretrained", False):
+        hidden, begun = options["n_hidden"], folder / f"{arguments['out']}-scvi"
+        options["start_from"] = atlas.train(
+            store, "scvi", out=begun, max_epochs=epochs, n_hidden=hidden, **common
+        )
+        epochs = max(1, epochs // 5)
     model = atlas.train(
-        store,
-        name,
-        out=folder / arguments["out"],
-        max_epochs=arguments["epochs"],
-        seed=arguments["seed"],
-        device="cpu",
-        **options,
+        store, name, out=folder / arguments["out"], max_epochs=epochs, **common, **options
     )
     phases.begin("embed")
     z = atlas.embed(model, store, name=None, device="cpu")
     found = np.full(store.n_obs, "", object)
+    more = {}
     if model.labels is not None:
         found = atlas.label(model, store, name=None, device="cpu").table["scanvi"].to_numpy(object)
-    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str))
+        p = atlas.label_probabilities(model, store, device="cpu")
+        more = {"p": p.to_numpy(np.float32), "classes": p.columns.to_numpy(str)}
+    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str), **more)
     return {}
 
 
@@ -259,13 +275,16 @@ def scvi_tools(arguments: Json, phases: Phases) -> Json:
     plan = {"lr": 1e-3, "eps": 0.01, "weight_decay": 1e-6, "n_epochs_kl_warmup": epochs // 2}
     model.train(max_epochs=epochs, plan_kwargs=plan, **quiet)
     found = np.full(len(position), "", object)
+    more = {}
     if arguments["options"]["model"] == "scanvi":
         model = scvi.model.SCANVI.from_scvi_model(model, "Unknown")
         model.train(max_epochs=max(1, epochs // 5), **quiet)
         found = np.asarray(model.predict(), object)[position]
+        p = model.predict(soft=True)
+        more = {"p": p.to_numpy(np.float32)[position], "classes": p.columns.to_numpy(str)}
     phases.begin("embed")
     z = model.get_latent_representation()[position].astype(np.float32)
-    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str))
+    np.savez(folder / f"{arguments['out']}.npz", z=z, found=found.astype(str), **more)
     return {}
 
 

@@ -46,6 +46,10 @@ _PEERS = (
     "zarr",
     "scanpy",
     "scvi-tools",
+    "faiss-cpu",
+    "faiss-gpu",
+    "scikit-learn",
+    "pynndescent",
 )
 
 Json = dict[str, Any]

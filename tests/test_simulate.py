@@ -194,6 +194,7 @@ def test_few_cells_leave_no_study_empty(tmp_path, cells, studies):
         ("batches", 0),
         ("library", 0.0),
         ("missing_genes", 1.0),
+        ("varying_genes", 1.1),
         ("threads", 0),
     ],
 )

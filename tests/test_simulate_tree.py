@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
+from scipy.spatial import cKDTree
 
 from atlas.cli import main
 from atlas.errors import ConfigError
@@ -78,6 +79,37 @@ def test_expression_differs_more_the_further_apart_along_the_tree():
         apart = np.sqrt(np.maximum(square[:, None] + square - 2 * log_rho @ log_rho.T, 0))
         pairs = np.triu_indices(len(along), 1)
         assert stats.spearmanr(along[pairs], apart[pairs]).statistic > 0.75
+
+
+@pytest.mark.parametrize(("given", "share"), [(None, 0.98), (0.2, 0.2), (1.0, 1.0), (0.0, 0.0)])
+def test_the_share_of_genes_that_vary_along_a_tree(given, share):
+    rho = draw_truth(1, 0, genes=3000, varying_genes=given, tree=draw_tree(5, 0)).rho
+    # Genes that do not vary all change by the same factor, that of the softmax.
+    change = np.sort(np.log(rho[-1]) - np.log(rho[0]))
+    alike = (np.searchsorted(change, change + 1e-5) - np.arange(3000)).max()
+    spread = np.sqrt(share * (1 - share) / 3000)
+    # some genes are at the cap in both states
+    assert abs(1 - alike / 3000 - share) <= 4 * spread + 0.005
+
+
+def test_pca_finds_the_tree_if_almost_all_genes_vary(tmp_path):
+    """And does not at the settings of types, where one gene in five does."""
+    nearest = []
+    for given in (None, 0.2):
+        (path,) = simulate(tmp_path / str(given), seed=0, tree=True, varying_genes=given, **SMALL)
+        a = ad.read_h5ad(path)
+        x = a.X.toarray()
+        x = np.log1p(1e3 * x / np.maximum(x.sum(axis=1, keepdims=True), 1))
+        u, s, _ = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)
+        z = u[:, :10] * s[:10]
+        distance = a.obs.filter(like="distance_").to_numpy()
+        near = cKDTree(z).query(z, 16)[1][:, 1:]
+        # Along a tree two points are as far apart as their distances to some end point.
+        found = np.abs(distance[:, None] - distance[near]).max(axis=2).mean()
+        other = np.random.default_rng(0).permutation(len(z))
+        nearest.append(found / np.abs(distance - distance[other]).max(axis=1).mean())
+    assert nearest[0] < 0.35
+    assert nearest[1] > 0.55
 
 
 @pytest.fixture(scope="module", params=["zinb", "umi"])

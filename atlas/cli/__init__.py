@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from atlas.cli.parser import build_parser
+from atlas.cli.text import printable
 from atlas.errors import AtlasError
 
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\natlas: interrupted {interrupt}".rstrip(), file=sys.stderr)
         return 130
     except AtlasError as error:
-        print(f"atlas: {error}", file=sys.stderr)
+        print(f"atlas: {printable(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         sys.stderr.close()
@@ -33,9 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         if not isinstance(error, OSError | LoaderError):
             raise
-        print(f"atlas: {error}", file=sys.stderr)
+        print(f"atlas: {printable(error)}", file=sys.stderr)
         return 2
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print(f"warning: {printable(message)}", file=sys.stderr)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from atlas.config import ARCHITECTURES, TrainConfig
 from atlas.errors import OutputError
@@ -78,6 +77,8 @@ def info(options: argparse.Namespace) -> None:
     print(f"\ngenes chosen: {info.genes_chosen or 'none yet (atlas genes)'}")
     names = [f"{e['name']} ({e['n_latent']} dimensions)" for e in info.embeddings]
     print(f"embeddings: {', '.join(names) or 'none yet (atlas embed)'}")
+    models = [f"{m['name']} {m['version']}" for m in info.models]
+    print(f"models: {', '.join(models) or 'none yet (atlas keep)'}")
     print("\nhistory")
     for line in info.history:
         print(f"  {line}")
@@ -137,6 +138,10 @@ def drop(options: argparse.Namespace) -> None:
             f"older states hold it still ({kept}), so {report.kept_bytes / 1e6:,.1f} MB of its "
             "files stay; --purge removes both"
         )
+    if report.models:
+        print(f"models that know it, and stay as they are: {', '.join(report.models)}")
+    if report.embeddings:
+        print(f"embeddings, now without its cells: {', '.join(report.embeddings)}")
     if report.genes_without_study:
         print(
             f"{report.genes_without_study:,} of the chosen genes were measured in no study that is "
@@ -206,6 +211,7 @@ def extend(options: argparse.Namespace) -> None:
         initialisation=options.initialisation,
         label_key=options.label_key,
         missing=options.missing,
+        keep_apart=options.keep_apart,
         force=options.force,
         resume=options.resume,
         progress=True,
@@ -233,30 +239,6 @@ def embed(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
     print(f"embedding {options.name or model.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
-
-
-def _measuring(options: argparse.Namespace) -> dict[str, Any]:
-    """What `evaluate` and `report` measure."""
-    return {name: getattr(options, name) for name in ("embedding", "reference", "query", "seed")}
-
-
-def evaluate(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
-
-    metrics = workflows.evaluate(open_store(options.store), **_measuring(options))
-    for measure in metrics.measures:
-        error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
-        value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
-        print(f"{measure.title:<48} {value}{f'  ({measure.skipped})' if measure.skipped else ''}")
-    if options.json:
-        workflows.write_json(options.json, metrics.to_json())
-
-
-def report(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
-
-    store = open_store(options.store)
-    print(workflows.report(store, out=options.out, **_measuring(options)))
 
 
 def seed_labels(options: argparse.Namespace) -> None:
@@ -358,6 +340,7 @@ def simulate(options: argparse.Namespace) -> None:
         batches=options.batches,
         library=options.library,
         missing_genes=options.missing_genes,
+        varying_genes=options.varying_genes,
         process=options.process,
         tree=options.tree,
     )

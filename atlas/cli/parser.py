@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands, transfer
+from atlas.cli import applied, commands, living, measuring, sharing, transfer
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -189,8 +189,15 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--initialisation",
         choices=get_args(Initialisation),
-        default="random",
+        default="nearest",
         help="of the new rows",
+    )
+    sub.add_argument(
+        "--keep-apart",
+        type=float,
+        default=0.7,
+        help="weight of a penalty on batches that come nearer to each other than their expression "
+        "is; 0: none, as in the paper",
     )
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")
     sub.add_argument(
@@ -200,8 +207,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave genes that a study lacks out, or take them as zero",
     )
     sub.add_argument("--force", action="store_true", help="with less than half of the genes too")
-    sub.add_argument("--max-epochs", type=int, default=50, help="passes over the studies' cells")
-    _add_fields(sub, TrainConfig, {"max_epochs", "weight_decay", "project"})
+    sub.add_argument("--max-epochs", type=int, default=5, help="passes over the studies' cells")
+    sub.add_argument("--lr", type=float, default=0.01, help="of Adam")
+    _add_fields(sub, TrainConfig, {"max_epochs", "weight_decay", "lr", "project"})
     sub.add_argument("--weight-decay", type=float, default=0.0, help="of Adam")
 
     sub = command("embed", commands.embed, "embed all cells of a store")
@@ -214,14 +222,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     applied.add_commands(command)
     transfer.add_command(command)
+    living.add_commands(command)
 
-    sub = command("evaluate", commands.evaluate, "measure an embedding")
-    _add_measuring(sub)
-    sub.add_argument("--json", metavar="FILE", help="write the measures as JSON")
-
-    sub = command("report", commands.report, "write a self-contained HTML report")
-    _add_measuring(sub)
-    sub.add_argument("--out", required=True, metavar="FILE")
+    measuring.add_commands(command)
 
     sub = command(
         "seed-labels", commands.seed_labels, "label the cells that fit signatures of types best"
@@ -262,6 +265,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, help="folder for scvi.model.SCVI.load")
     sub.add_argument("--batch-key", default="batch", help="obs column of the batch there")
 
+    sharing.add_commands(command)
+
     sub = command("convert", commands.convert, "write a store in another format or compression")
     sub.add_argument("store")
     sub.add_argument("out", help="a new store; or OUT.h5ad, as export writes it")
@@ -288,6 +293,11 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--library", type=float, default=2000.0, help="median counts of a cell")
     sub.add_argument(
         "--missing-genes", type=float, default=0.0, help="share not measured in the last study"
+    )
+    sub.add_argument(
+        "--varying-genes",
+        type=float,
+        help="share that differs between states; .2 by default, .98 with --tree",
     )
     sub.add_argument(
         "--process",
@@ -357,11 +367,3 @@ def _field_help(kind: type[Any]) -> dict[str, str]:
         for name in names.split(", "):
             out[name] = " ".join(text.replace("``", "").replace("%", "%%").split())
     return out
-
-
-def _add_measuring(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("store")
-    sub.add_argument("--embedding", required=True)
-    sub.add_argument("--reference", help="cells whose labels are carried over: column=value,value")
-    sub.add_argument("--query", help="cells that get labels: column=value,value")
-    sub.add_argument("--seed", type=int, default=0)

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
-from atlas.evaluation.codes import UNLABELED, Categories, sample_rows
+from atlas.evaluation.codes import UNLABELED, Categories
+from atlas.evaluation.estimates import Sample, draw
 from atlas.evaluation.kernels import kernel_weights
-from atlas.evaluation.neighbours import Backend, Embedding, nearest
+from atlas.evaluation.neighbours import Backend, Embedding, Neighbours, nearest
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -157,6 +158,10 @@ class LabelTransfer:
         Query cells, labeled reference cells, neighbours of each.
     leave_one_out
         Whether reference and query are the same cells, each one's own label kept from it.
+    sample
+        The query cells.
+    truth, predicted, predicted_weighted
+        Their label, and what both votes say, -1 for Unknown: int64, (n_cells,).
     backend
         What searched.
     """
@@ -170,6 +175,10 @@ class LabelTransfer:
     n_reference: int
     k: int
     leave_one_out: bool
+    sample: Sample
+    truth: Codes
+    predicted: Codes
+    predicted_weighted: Codes
     backend: str
 
 
@@ -214,6 +223,8 @@ def label_accuracy(
     k: int = 50,
     max_queries: int = 20_000,
     seed: int = 0,
+    strata: Codes | None = None,
+    found: Neighbours | None = None,
     backend: Backend = "auto",
 ) -> LabelTransfer:
     """Carry labels from reference to query cells by their k nearest neighbours, and score them.
@@ -235,6 +246,12 @@ def label_accuracy(
         Query cells above this number are sampled; the reference never is.
     seed
         Of the sample.
+    strata
+        Stratum of every cell, from which query cells are drawn in proportion: int64, (n_cells,);
+        all are one without.
+    found
+        Their neighbours among all cells, where all are labeled and both reference and query, and
+        they were searched before for the same draw.
     backend
         Of :func:`atlas.evaluation.neighbours.nearest`.
 
@@ -255,14 +272,20 @@ def label_accuracy(
         _check_masks(labeled, reference, query)
         voting = np.flatnonzero(labeled & reference).astype(np.int64)
         asked = np.flatnonzero(labeled & query).astype(np.int64)
-    asked = sample_rows(asked, max_queries, seed)
-    found = nearest(
-        embedding[voting],
-        embedding[asked],
-        k,
-        np.searchsorted(voting, asked) if leave_one_out else None,
-        backend=backend,
+    sample = draw(
+        asked, np.zeros_like(asked) if strata is None else strata[asked], max_queries, seed
     )
+    asked = sample.rows
+    if found is not None and leave_one_out and len(voting) == len(labels):
+        found = found.first(k)
+    else:
+        found = nearest(
+            embedding[voting],
+            embedding[asked],
+            k,
+            np.searchsorted(voting, asked) if leave_one_out else None,
+            backend=backend,
+        )
     truth = labels.codes[asked]
     votes = labels.codes[voting][found.indices]
     plain = majority_vote(votes, len(labels.names))
@@ -278,6 +301,10 @@ def label_accuracy(
         n_reference=len(voting),
         k=k,
         leave_one_out=leave_one_out,
+        sample=sample,
+        truth=truth,
+        predicted=plain.codes,
+        predicted_weighted=weighted.codes,
         backend=found.backend,
     )
 

@@ -1,4 +1,4 @@
-"""All measures of one embedding, with their errors, in one pass.
+"""All measures of one embedding, or of several on the same cells, with their errors.
 
 A measure that the data cannot give (no labels, one batch, fewer cells than neighbours) is listed
 without a value and with the reason; it is not an error.
@@ -6,18 +6,56 @@ without a value and with the reason; it is not an error.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation.codes import UNLABELED, Categories, sample_rows
-from atlas.evaluation.labels import Accuracy, LabelTransfer, Mask, label_accuracy
-from atlas.evaluation.metrics import Measure, Metrics
-from atlas.evaluation.mixing import batch_mixing
-from atlas.evaluation.neighbours import Backend, Embedding, nearest
-from atlas.evaluation.silhouette import Silhouette, batch_silhouette, label_silhouette
+from atlas.evaluation import suite
+from atlas.evaluation.catalogue import Result
+from atlas.evaluation.cells import Cells
+from atlas.evaluation.codes import UNLABELED, Categories
+from atlas.evaluation.index import NeighborIndex
+from atlas.evaluation.labels import LabelTransfer, Mask
+from atlas.evaluation.metrics import Comparison, Metrics
+from atlas.evaluation.neighbours import Backend
+from atlas.evaluation.transfer import protocol, transfer_results
+from atlas.evaluation.vectors import Embedding, check_values
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is measured, and on how many cells.
+
+    Attributes
+    ----------
+    mixing_k
+        Neighbours for the entropy of batch mixing (scVI and scANVI 50, scArches 15).
+    label_k
+        Neighbours that vote on a label.
+    purity_k
+        Neighbours for kNN purity.
+    seed
+        Of the samples.
+    max_queries
+        Cells above this number are sampled, in proportion to batches and labels; they are searched
+        among all cells, so a sample changes the error and not what is measured. 5,000 leave a
+        standard error of some .004 nats.
+    graph_cells
+        Most cells of which all neighbours are searched, for graph connectivity.
+    backend
+        Of :func:`atlas.evaluation.neighbours.nearest`.
+    """
+
+    mixing_k: Sequence[int] = (50, 15)
+    label_k: int = 50
+    purity_k: int = 15
+    seed: int = 0
+    max_queries: int = 5000
+    graph_cells: int = 50_000
+    backend: Backend = "auto"
 
 
 def evaluate_embedding(
@@ -27,11 +65,15 @@ def evaluate_embedding(
     *,
     reference: Mask | None = None,
     query: Mask | None = None,
+    individual: Embedding | None = None,
+    before: Embedding | None = None,
+    index: NeighborIndex | None = None,
     mixing_k: Sequence[int] = (50, 15),
     label_k: int = 50,
+    purity_k: int = 15,
     seed: int = 0,
-    max_queries: int = 20_000,
-    silhouette_cells: int = 10_000,
+    max_queries: int = 5000,
+    graph_cells: int = 50_000,
     backend: Backend = "auto",
 ) -> Metrics:
     """Measure how well an embedding mixes batches and keeps labels apart.
@@ -39,7 +81,7 @@ def evaluate_embedding(
     Parameters
     ----------
     embedding
-        float32, (n_cells, d).
+        float32, (n_cells, d); a memory-mapped array will do.
     batches
         Batch of every cell.
     labels
@@ -48,56 +90,145 @@ def evaluate_embedding(
         Cells whose labels are carried over, and cells they are carried to: bool, (n_cells,). With
         neither, each labeled cell is predicted from all the others; with one of them, the other
         is the remaining cells.
-    mixing_k
-        Neighbours for the entropy of batch mixing (scVI and scANVI 50, scArches 15).
-    label_k
-        Neighbours that vote on a label.
-    seed
-        Of the samples.
-    max_queries
-        Cells above this number are sampled as queries; they are searched among all cells.
-    silhouette_cells
-        Cells above this number are sampled for the silhouettes.
-    backend
-        Of :func:`atlas.evaluation.neighbours.nearest`.
+    individual
+        Embeddings of the batches on their own, all in one array: float32, (n_cells, e). Gives kNN
+        purity and k-means conservation.
+    before
+        An embedding before integration, as PCA: float32, (n_cells, p). Gives the PCR comparison.
+    index
+        An index of the embedding to search, in place of exact search; its recall is told.
+    mixing_k, label_k, purity_k, seed, max_queries, graph_cells, backend
+        As in :class:`Options`.
 
     Raises
     ------
     ConfigError
-        Arrays of different lengths, a cell without a batch, or reference and query that overlap.
+        Arrays of different lengths, a cell without a batch, reference and query that overlap, or
+        an index of another embedding.
     ModelError
         An embedding that is not finite.
     """
-    embedding = np.ascontiguousarray(embedding, dtype=np.float32)
-    _check_lengths(embedding, batches, labels, reference, query)
-    mixing = _mixing(embedding, batches, mixing_k, seed, max_queries, backend)
-    measures = list(mixing)
-    transfer = None
-    reason = _no_transfer(labels, reference, query, label_k)
-    if labels is not None and reason is None:
-        transfer = label_accuracy(
-            embedding,
-            labels,
-            reference,
-            query,
-            k=label_k,
-            max_queries=max_queries,
-            seed=seed,
-            backend=backend,
+    options = Options(mixing_k, label_k, purity_k, seed, max_queries, graph_cells, backend)
+    measured = _measure(
+        embedding, batches, labels, reference, query, individual, before, index, options
+    )
+    return measured.metrics(options.seed)
+
+
+def compare_embeddings(
+    embeddings: Mapping[str, Embedding],
+    batches: Categories,
+    labels: Categories | None = None,
+    *,
+    reference: Mask | None = None,
+    query: Mask | None = None,
+    individual: Embedding | None = None,
+    before: Embedding | None = None,
+    options: Options | None = None,
+) -> Comparison:
+    """Measure several embeddings on the same cells, and the differences between them.
+
+    Parameters
+    ----------
+    embeddings
+        By name: float32, (n_cells, d) each.
+    batches, labels, reference, query, individual, before
+        As in :func:`evaluate_embedding`.
+    options
+        What is measured; the defaults without.
+
+    Raises
+    ------
+    ConfigError, ModelError
+        As :func:`evaluate_embedding`; and fewer than two embeddings.
+    """
+    options = options or Options()
+    if len(embeddings) < 2:
+        raise ConfigError(
+            "a comparison needs two embeddings or more", found=", ".join(embeddings) or "none"
         )
-    measures += _label_measures(transfer, label_k, reason)
-    measures += _silhouettes(embedding, batches, labels, silhouette_cells, seed)
-    return Metrics(
-        n_cells=len(embedding),
-        n_dimensions=embedding.shape[1],
-        seed=seed,
-        measures=tuple(measures),
-        confusion=transfer.confusion if transfer else None,
-        label_protocol=_protocol(transfer) if transfer else None,
+    measured = {
+        name: _measure(z, batches, labels, reference, query, individual, before, None, options)
+        for name, z in embeddings.items()
+    }
+    differences = []
+    for first, second in combinations(measured, 2):
+        theirs = {result.kind.name: result for result in measured[second].results}
+        for result in measured[first].results:
+            found = result.minus(theirs[result.kind.name], first, second)
+            if found is not None:
+                differences.append(found)
+    return Comparison(
+        {name: each.metrics(options.seed) for name, each in measured.items()}, tuple(differences)
     )
 
 
-def _check_lengths(
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    n_cells: int
+    n_dimensions: int
+    results: list[Result]
+    groups: list[Result]
+    transfer: LabelTransfer | None
+
+    def metrics(self, seed: int) -> Metrics:
+        return Metrics(
+            n_cells=self.n_cells,
+            n_dimensions=self.n_dimensions,
+            seed=seed,
+            measures=tuple(result.measure() for result in self.results),
+            groups=tuple(result.measure() for result in self.groups),
+            confusion=self.transfer.confusion if self.transfer else None,
+            label_protocol=protocol(self.transfer) if self.transfer else None,
+        )
+
+
+def _measure(
+    embedding: Embedding,
+    batches: Categories,
+    labels: Categories | None,
+    reference: Mask | None,
+    query: Mask | None,
+    individual: Embedding | None,
+    before: Embedding | None,
+    index: NeighborIndex | None,
+    options: Options,
+) -> _Measured:
+    embedding = np.ascontiguousarray(embedding, dtype=np.float32)
+    _check(embedding, batches, labels, reference, query)
+    for name, other in (("individual", individual), ("before", before)):
+        if other is not None:
+            _check_same_cells(name, len(other), embedding)
+            check_values(other, name)
+    if index is not None:
+        index.check_embedding(embedding)
+    cells = Cells(
+        embedding,
+        batches,
+        labels,
+        options.seed,
+        options.max_queries,
+        (*options.mixing_k, options.label_k),
+        options.backend,
+        index,
+        options.graph_cells,
+    )
+    results, groups = suite.mixing_results(cells, options.mixing_k)
+    transfer, found, more = transfer_results(cells, reference, query, options.label_k)
+    results, groups = results + found, groups + more
+    for family in (suite.silhouette_results, suite.kbet_results, suite.graph_results):
+        found, more = family(cells)
+        results, groups = results + found, groups + more
+    results += suite.lisi_results(cells)
+    results += suite.variance_results(cells, before)
+    results += suite.cluster_results(cells)
+    if individual is not None:
+        found, more = suite.purity_results(cells, individual, options.purity_k)
+        results, groups = results + found, groups + more
+    return _Measured(len(embedding), embedding.shape[1], results, groups, transfer)
+
+
+def _check(
     embedding: Embedding,
     batches: Categories,
     labels: Categories | None,
@@ -112,272 +243,21 @@ def _check_lengths(
         )
     given = {"batches": batches, "labels": labels, "reference": reference, "query": query}
     for name, values in given.items():
-        if values is not None and len(values) != len(embedding):
-            raise ConfigError(
-                f"{name} and embedding have different numbers of cells",
-                found=f"{len(values)} and {len(embedding)}",
-                expected="one entry per cell, in the same order",
-            )
+        if values is not None:
+            _check_same_cells(name, len(values), embedding)
     if np.any(batches.codes == UNLABELED):
         raise ConfigError(
             "some cells have no batch",
             found=f"{int((batches.codes == UNLABELED).sum())} cells with code -1",
             expected="a batch for every cell",
         )
+    check_values(embedding, "embedding")
 
 
-def _mixing(
-    embedding: Embedding,
-    batches: Categories,
-    ks: Sequence[int],
-    seed: int,
-    max_queries: int,
-    backend: Backend,
-) -> Iterator[Measure]:
-    if len(batches.present()) < 2:
-        for k in ks:
-            yield from _mixing_measures(k, skipped="there is only one batch")
-        return
-    possible = [k for k in ks if k < len(embedding)]
-    found = None
-    if possible:
-        rows = sample_rows(np.arange(len(embedding), dtype=np.int64), max_queries, seed)
-        found = nearest(embedding, embedding[rows], max(possible), rows, backend=backend)
-    for k in ks:
-        if found is None or k not in possible:
-            reason = f"{k} neighbours need at least {k + 1} cells, and there are {len(embedding)}"
-            yield from _mixing_measures(k, skipped=reason)
-            continue
-        mixing = batch_mixing(found.first(k), batches)
-        error = None if math.isnan(mixing.standard_error) else mixing.standard_error
-        yield from _mixing_measures(
-            k,
-            values=(
-                mixing.entropy,
-                mixing.bits,
-                mixing.entropy / mixing.log_batches,
-                mixing.entropy / mixing.ceiling if mixing.ceiling else None,
-            ),
-            errors=(
-                error,
-                error and error / math.log(2),
-                error and error / mixing.log_batches,
-                error and mixing.ceiling and error / mixing.ceiling,
-            ),
-            n=mixing.n_cells,
-            backend=found.backend,
+def _check_same_cells(name: str, n: int, embedding: Embedding) -> None:
+    if n != len(embedding):
+        raise ConfigError(
+            f"{name} and embedding have different numbers of cells",
+            found=f"{n} and {len(embedding)}",
+            expected="one entry per cell, in the same order",
         )
-
-
-def _mixing_measures(
-    k: int,
-    *,
-    values: Sequence[float | None] = (None,) * 4,
-    errors: Sequence[float | None] = (None,) * 4,
-    n: int | None = None,
-    backend: str | None = None,
-    skipped: str | None = None,
-) -> Iterator[Measure]:
-    entropy = f"How evenly the batches are found among the {k} nearest neighbours of a cell"
-    kinds = (
-        ("mixing_entropy", "Batch mixing, entropy", "nats", f"{entropy}; 0 is one batch only."),
-        ("mixing_entropy_bits", "Batch mixing, entropy", "bits", "The same in bits."),
-        (
-            "mixing_share_of_log_b",
-            "Batch mixing, share of ln B",
-            "share",
-            "The entropy as a share of that of all batches in equal parts.",
-        ),
-        (
-            "mixing_share_of_ceiling",
-            "Batch mixing, share of the ceiling",
-            "share",
-            "The entropy as a share of what cells dealt out to batches at random would give; "
-            "1 is perfect mixing. Cell types that only some batches have keep it below 1.",
-        ),
-    )
-    for (name, title, unit, meaning), value, error in zip(kinds, values, errors, strict=True):
-        yield Measure(
-            name=f"{name}_k{k}",
-            title=title,
-            meaning=meaning,
-            unit=unit,
-            value=value,
-            standard_error=error,
-            n=n,
-            k=k,
-            backend=backend,
-            skipped=skipped or ("batches are too small to mix" if value is None else None),
-        )
-
-
-def _no_transfer(
-    labels: Categories | None, reference: Mask | None, query: Mask | None, k: int
-) -> str | None:
-    """Why labels cannot be transferred; None where they can."""
-    if labels is None or not np.any(labels.codes != UNLABELED):
-        return "no cell has a label"
-    labeled = labels.codes != UNLABELED
-    n_labeled = int(labeled.sum())
-    if reference is None and query is None:
-        if n_labeled <= k:
-            return f"{k} neighbours need at least {k + 1} labeled cells, and there are {n_labeled}"
-        return None
-    if reference is None:
-        reference = ~np.asarray(query)
-    voting = int((labeled & reference).sum())
-    asked = int((labeled & (~reference if query is None else query)).sum())
-    if not asked:
-        return "no query cell has a label to compare with"
-    if voting < k:
-        return f"{k} neighbours need at least {k} labeled reference cells, and there are {voting}"
-    return None
-
-
-def _label_measures(
-    transfer: LabelTransfer | None, k: int, reason: str | None
-) -> Iterator[Measure]:
-    plain = (
-        f"Share of cells whose label is the most frequent among their {k} nearest labeled "
-        "neighbours."
-    )
-    weighted = "The same share within each label, averaged over labels, so that rare labels count."
-    unsure = (
-        "As above with scArches' vote, in which near neighbours count more and an unsure answer "
-        "is Unknown, which counts as wrong."
-    )
-    majority = transfer.majority if transfer else None
-    kernel = transfer.weighted if transfer else None
-    kinds: tuple[tuple[str, str, str, Accuracy | None, str], ...] = (
-        ("label_accuracy", "Label accuracy", plain, majority, "accuracy"),
-        (
-            "label_weighted_accuracy",
-            "Label accuracy, mean over labels",
-            weighted,
-            majority,
-            "weighted_accuracy",
-        ),
-        ("label_accuracy_kernel", "Label accuracy, weighted vote", unsure, kernel, "accuracy"),
-        (
-            "label_weighted_accuracy_kernel",
-            "Label accuracy, weighted vote, mean over labels",
-            "The weighted vote's share within each label, averaged over labels.",
-            kernel,
-            "weighted_accuracy",
-        ),
-    )
-    n = transfer.n_cells if transfer else None
-    backend = transfer.backend if transfer else None
-    for name, title, meaning, accuracy, field in kinds:
-        yield Measure(
-            name=f"{name}_k{k}",
-            title=title,
-            meaning=meaning,
-            unit="share",
-            value=getattr(accuracy, field) if accuracy else None,
-            standard_error=getattr(accuracy, f"{field}_error") if accuracy else None,
-            n=n,
-            k=k,
-            backend=backend,
-            skipped=reason,
-        )
-    yield Measure(
-        name=f"label_unknown_share_k{k}",
-        title="Answered Unknown by the weighted vote",
-        meaning="Share of cells for which no label reaches half of the weighted vote.",
-        unit="share",
-        better="neither",
-        value=kernel.unknown_share if kernel else None,
-        standard_error=_binomial(kernel.unknown_share, n) if kernel and n else None,
-        n=n,
-        k=k,
-        backend=backend,
-        skipped=reason,
-    )
-    yield Measure(
-        name="label_query_only_share",
-        title="Labels that the reference does not have",
-        meaning="Share of query cells whose label no reference cell has; none can be right.",
-        unit="share",
-        better="neither",
-        value=transfer.query_only_share if transfer else None,
-        standard_error=_binomial(transfer.query_only_share, transfer.n_cells) if transfer else None,
-        n=n,
-        skipped=reason,
-    )
-
-
-def _binomial(share: float, n: int) -> float:
-    return math.sqrt(share * (1 - share) / n)
-
-
-def _silhouettes(
-    embedding: Embedding,
-    batches: Categories,
-    labels: Categories | None,
-    max_cells: int,
-    seed: int,
-) -> Iterator[Measure]:
-    label: Silhouette | str = "no cell has a label"
-    batch: Silhouette | str = label
-    if labels is not None and len(labels.present()):
-        try:
-            label = label_silhouette(embedding, labels, max_cells=max_cells, seed=seed)
-        except ConfigError:
-            label = "it needs two labels or more, with several cells each"
-        try:
-            batch = batch_silhouette(embedding, labels, batches, max_cells=max_cells, seed=seed)
-        except ConfigError:
-            batch = "no label has several cells in two batches or more"
-    kinds = (
-        (
-            "silhouette_label",
-            "Label silhouette",
-            "How compact and apart the labels lie: 1 is far apart, .5 is overlapping.",
-            label,
-        ),
-        (
-            "silhouette_batch",
-            "Batch silhouette within labels",
-            "How little the batches lie apart within one label: 1 is fully mixed.",
-            batch,
-        ),
-    )
-    for name, title, meaning, result in kinds:
-        if isinstance(result, str):
-            yield Measure(name, title, meaning, "score", skipped=result)
-            continue
-        error = result.standard_error
-        yield Measure(
-            name,
-            title,
-            meaning,
-            "score",
-            value=result.value,
-            standard_error=None if math.isnan(error) else error,
-            n=result.n_cells,
-            backend="scikit-learn",
-        )
-
-
-def _protocol(transfer: LabelTransfer) -> str:
-    if transfer.leave_one_out:
-        text = (
-            f"Each of {transfer.n_cells:,} labeled cells was predicted from the other "
-            f"{transfer.n_reference - 1:,} labeled cells."
-        )
-    else:
-        text = (
-            f"{transfer.n_cells:,} labeled query cells were predicted from "
-            f"{transfer.n_reference:,} labeled reference cells."
-        )
-    text += (
-        " Unlabeled cells neither vote nor count. Of equally frequent labels the nearest "
-        "neighbour's wins; Unknown counts as wrong."
-    )
-    if transfer.query_only_labels:
-        text += (
-            " Labels that only the query has count as wrong too: "
-            f"{', '.join(transfer.query_only_labels)}."
-        )
-    return text

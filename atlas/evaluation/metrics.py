@@ -1,17 +1,23 @@
-"""What the measures of an embedding come out as: figures with errors, to JSON and back."""
+"""What the measures of an embedding come out as: figures with errors, to JSON, CSV and pandas."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import csv
+import io
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from atlas.errors import FormatError
 from atlas.evaluation.labels import Confusion
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 SCHEMA = "atlas.metrics"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,13 @@ class Measure:
         What searched the neighbours, or computed it.
     skipped
         Why it has no value; None where it has one.
+    low, high
+        Ends of the 95 % interval; None where there is no value.
+    recall
+        Share of the true neighbours that the search finds; None where none are searched, or nobody
+        measured it.
+    of
+        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all.
     """
 
     name: str
@@ -49,6 +62,10 @@ class Measure:
     k: int | None = None
     backend: str | None = None
     skipped: str | None = None
+    low: float | None = None
+    high: float | None = None
+    recall: float | None = None
+    of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +84,8 @@ class Metrics:
         Query cells by label and predicted label; None without label transfer.
     label_protocol
         How labels were transferred, and what counts as an error, in words; None without it.
+    groups
+        Measures of single batches and labels.
     """
 
     n_cells: int
@@ -75,6 +94,7 @@ class Metrics:
     measures: tuple[Measure, ...]
     confusion: Confusion | None
     label_protocol: str | None
+    groups: tuple[Measure, ...] = ()
 
     def __getitem__(self, name: str) -> Measure:
         """The measure of that name."""
@@ -82,6 +102,19 @@ class Metrics:
             if measure.name == name:
                 return measure
         raise KeyError(name)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each measure, those of batches and labels last, a column for each field."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [asdict(measure) for measure in (*self.measures, *self.groups)],
+            columns=[field.name for field in fields(Measure)],
+        )
+
+    def to_csv(self) -> str:
+        """The same rows as text, with empty fields where there is no value."""
+        return _csv(Measure, [asdict(measure) for measure in (*self.measures, *self.groups)])
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with schema name and version; read again by :meth:`from_json`."""
@@ -97,24 +130,25 @@ class Metrics:
             "n_dimensions": self.n_dimensions,
             "seed": self.seed,
             "measures": [asdict(measure) for measure in self.measures],
+            "groups": [asdict(measure) for measure in self.groups],
             "confusion": confusion,
             "label_protocol": self.label_protocol,
         }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metrics:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups.
 
         Raises
         ------
         FormatError
             Another schema, or a version that is not read.
         """
-        if (values.get("schema"), values.get("version")) != (SCHEMA, VERSION):
+        if values.get("schema") != SCHEMA or values.get("version") not in READABLE:
             raise FormatError(
                 "these are no measures of an embedding that this version reads",
                 found=f"schema {values.get('schema')!r}, version {values.get('version')!r}",
-                expected=f"schema {SCHEMA!r}, version {VERSION}",
+                expected=f"schema {SCHEMA!r}, version {' or '.join(map(str, READABLE))}",
             )
         stored = values["confusion"]
         return cls(
@@ -122,6 +156,7 @@ class Metrics:
             n_dimensions=values["n_dimensions"],
             seed=values["seed"],
             measures=tuple(Measure(**measure) for measure in values["measures"]),
+            groups=tuple(Measure(**measure) for measure in values.get("groups", ())),
             confusion=stored
             and Confusion(
                 tuple(stored["truth"]),
@@ -130,3 +165,87 @@ class Metrics:
             ),
             label_protocol=values["label_protocol"],
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How much a measure differs between two embeddings, on the same cells.
+
+    Attributes
+    ----------
+    name, title, unit, better
+        As in :class:`Measure`.
+    first, second
+        Names of the embeddings.
+    value, standard_error, low, high
+        The measure of the first less that of the second, its standard error and 95 % interval; the
+        error is paired by cell, so it is far below those of the two figures where they go together.
+    n, k
+        Cells and neighbours.
+    """
+
+    name: str
+    title: str
+    unit: str
+    better: Literal["higher", "lower", "neither"]
+    first: str
+    second: str
+    value: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+    k: int | None
+
+    @property
+    def favours(self) -> str | None:
+        """The embedding that the interval says is better; None where it holds 0, or neither is."""
+        if self.better == "neither" or self.low <= 0 <= self.high:
+            return None
+        return self.first if (self.value > 0) == (self.better == "higher") else self.second
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Several embeddings of the same cells.
+
+    Attributes
+    ----------
+    metrics
+        Measures of each, by name.
+    differences
+        Of each pair, in the order of the names.
+    """
+
+    metrics: dict[str, Metrics]
+    differences: tuple[Difference, ...]
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row for each difference."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [asdict(difference) for difference in self.differences],
+            columns=[field.name for field in fields(Difference)],
+        )
+
+    def to_csv(self) -> str:
+        """The differences as text."""
+        return _csv(Difference, [asdict(difference) for difference in self.differences])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values with schema name and version."""
+        return {
+            "schema": "atlas.comparison",
+            "version": 1,
+            "metrics": {name: metrics.to_json() for name, metrics in self.metrics.items()},
+            "differences": [asdict(difference) for difference in self.differences],
+        }
+
+
+def _csv(kind: type[Measure] | type[Difference], rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

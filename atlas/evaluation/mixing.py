@@ -78,6 +78,40 @@ def batch_entropies(
     return entropies
 
 
+def reweighted_entropies(
+    indices: Indices, batches: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Entropy among each query's neighbours as if all batches were equally large.
+
+    The neighbours of each batch are counted relative to its cells, so that even mixing gives ln B
+    whatever the sizes.
+
+    Parameters
+    ----------
+    indices
+        Neighbours of each query: int64, (n_queries, k).
+    batches
+        Batch of every cell: int64, (n_cells,).
+    sizes
+        Cells of each batch: int64, (B,).
+
+    Returns
+    -------
+    Nats: float64, (n_queries,).
+    """
+    n_queries, n_batches = len(indices), len(sizes)
+    entropies = np.empty(n_queries)
+    tile = max(1, 2**22 // n_batches)
+    for start in range(0, n_queries, tile):
+        codes = batches[indices[start : start + tile]]
+        codes += np.arange(len(codes))[:, None] * n_batches
+        counts = np.bincount(codes.ravel(), minlength=len(codes) * n_batches)
+        weights = counts.reshape(len(codes), n_batches) / np.maximum(sizes, 1)
+        shares = weights / weights.sum(axis=1, keepdims=True)
+        entropies[start : start + tile] = -xlogy(shares, shares).sum(axis=1)
+    return entropies
+
+
 def permutation_ceiling(batch_sizes: npt.NDArray[np.int64], k: int) -> float:
     """Expected entropy among k neighbours after a random permutation of the batches, nats.
 

@@ -16,7 +16,7 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.figures import LossRecord, Map, draw_losses, draw_map
 from atlas.evaluation.labels import Confusion
-from atlas.evaluation.metrics import Measure, Metrics
+from atlas.evaluation.metrics import Difference, Measure, Metrics
 from atlas.evaluation.neighbours import Embedding
 from atlas.evaluation.projection import Projection, project
 from atlas.files import replace_bytes
@@ -40,6 +40,8 @@ class ReportInputs:
         Genes that each study measured, in the order of ``studies.names``.
     metrics
         From :func:`atlas.evaluation.measures.evaluate_embedding`.
+    differences
+        To other embeddings of the same cells, this one first.
     history
         Losses by epoch; empty where no training is known.
     commands
@@ -60,6 +62,7 @@ class ReportInputs:
     n_modelled_genes: int
     study_genes: tuple[int, ...]
     metrics: Metrics
+    differences: tuple[Difference, ...] = ()
     history: tuple[LossRecord, ...] = ()
     commands: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)

@@ -1,126 +1,165 @@
-"""Silhouettes of labels and of batches within labels, as scib-metrics 0.6 defines them.
+"""Silhouettes of labels, of isolated labels, and of batches within labels; and BRAS.
 
-``silhouette_label`` and ``silhouette_batch`` there, Euclidean, rescaled (Luecken et al. 2022,
-Methods, "Cell type ASW" and "Batch ASW"); the silhouettes themselves are scikit-learn's.
+As scib-metrics 0.6 defines them: ``silhouette_label`` and ``silhouette_batch`` (Luecken et al.
+2022, Methods, "Cell type ASW" and "Batch ASW"), ``isolated_labels``, and ``bras`` (Rautenstrauch
+and Ohler 2025). Each sampled cell is measured against all cells, so no sample of pairs is drawn;
+BRAS needs no pairs, as the mean cosine distance to a set is that to the mean of its unit vectors.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
-from sklearn.metrics import silhouette_samples
 
 from atlas.errors import ConfigError
-from atlas.evaluation.codes import UNLABELED, Categories, sample_rows
-from atlas.evaluation.mixing import standard_error
-from atlas.evaluation.neighbours import Embedding
+from atlas.evaluation.codes import UNLABELED, Categories
+from atlas.evaluation.distances import summed_distances
+from atlas.evaluation.estimates import Sample
+from atlas.evaluation.vectors import Embedding, tiles
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class Silhouette:
-    """A rescaled mean silhouette.
-
-    Attributes
-    ----------
-    value
-        In [0, 1], higher is better.
-    standard_error
-        Of ``value``, as of a sample from many more cells.
-    n_cells
-        Cells averaged over.
-    """
-
-    value: float
-    standard_error: float
-    n_cells: int
-
-
-def label_silhouette(
-    embedding: Embedding, labels: Categories, *, max_cells: int = 10_000, seed: int = 0
-) -> Silhouette:
-    """How well labels are apart: (s + 1) / 2, s averaged over the labeled cells.
+def label_silhouettes(embedding: Embedding, labels: Categories, sample: Sample) -> Floats:
+    """Silhouette of each sampled cell's label among all labeled cells.
 
     Parameters
     ----------
     embedding
-        float32, (n_cells, d).
+        float32, (N, d).
     labels
         Label of every cell, -1 for none.
-    max_cells, seed
-        Labeled cells above this number are sampled, as time and pairs grow with their square.
+    sample
+        Labeled cells.
+
+    Returns
+    -------
+    In [-1, 1], and 0 for the only cell of its label: float64, (n,).
 
     Raises
     ------
     ConfigError
-        Fewer than two labels, or a label for every cell, in the sample.
+        Fewer than two labels, or a label for every cell.
     """
-    rows = _labeled_sample(labels, max_cells, seed)
-    codes = labels.codes[rows]
-    if not 2 <= len(np.unique(codes)) < len(codes):
+    counts = labels.counts()
+    present = labels.present()
+    if not 2 <= len(present) < counts.sum():
         raise ConfigError(
             "labels have no silhouette",
-            found=f"{len(np.unique(codes))} labels on {len(codes)} cells",
+            found=f"{len(present)} labels on {counts.sum()} cells",
             expected="at least two labels, and fewer than cells",
         )
-    values = (_silhouettes(embedding[rows], codes) + 1) / 2
-    return Silhouette(float(values.mean()), standard_error(values), len(values))
+    rows = np.flatnonzero(labels.codes != UNLABELED).astype(np.int64)
+    group = np.searchsorted(present, labels.codes)
+    sums = summed_distances(embedding, rows, group[rows], len(present), sample.rows)
+    return silhouettes(sums, counts[present], group[sample.rows])
 
 
-def batch_silhouette(
-    embedding: Embedding,
-    labels: Categories,
-    batches: Categories,
-    *,
-    max_cells: int = 10_000,
-    seed: int = 0,
-) -> Silhouette:
-    """How well batches are mixed within labels: 1 - |s|, averaged by label, then over labels.
-
-    s is the silhouette of batches among the cells of one label. Labels that lie in one batch, or
-    have each cell in another batch, are left out.
+def silhouettes(sums: Floats, sizes: Indices, own: Indices) -> Floats:
+    """Silhouettes from summed distances to each group (Rousseeuw 1987; as scikit-learn).
 
     Parameters
     ----------
-    embedding
-        float32, (n_cells, d).
-    labels, batches
-        Label (-1 for none) and batch of every cell.
-    max_cells, seed
-        Labeled cells above this number are sampled.
-
-    Raises
-    ------
-    ConfigError
-        No label lies in several batches in the sample.
+    sums
+        Summed distances to each group: float64, (n, G).
+    sizes
+        Cells of each group: int64, (G,).
+    own
+        Group of each cell: int64, (n,).
     """
-    rows = _labeled_sample(labels, max_cells, seed)
-    means, errors, n_cells = [], [], 0
-    for label in np.unique(labels.codes[rows]):
-        cells = rows[labels.codes[rows] == label]
-        codes = batches.codes[cells]
-        if not 2 <= len(np.unique(codes)) < len(codes):
-            continue
-        values = 1 - np.abs(_silhouettes(embedding[cells], codes))
-        means.append(values.mean())
-        errors.append(standard_error(values))
-        n_cells += len(values)
-    if not means:
-        raise ConfigError(
-            "batches have no silhouette within labels", expected="a label in at least two batches"
+    cells = np.arange(len(sums))
+    within = sums[cells, own] / np.maximum(sizes[own] - 1, 1)
+    others = sums / sizes
+    others[cells, own] = np.inf
+    return _silhouette(within, others.min(axis=1), sizes[own] > 1)
+
+
+def _silhouette(within: Floats, between: Floats, has_company: npt.NDArray[np.bool_]) -> Floats:
+    largest = np.maximum(within, between)
+    defined = has_company & (largest > 0)
+    return np.where(defined, (between - within) / np.where(largest > 0, largest, 1), 0.0)
+
+
+def batch_silhouettes(
+    embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
+) -> Floats:
+    """1 - \\|silhouette\\| of each sampled cell's batch among the cells of its label.
+
+    Returns
+    -------
+    In [0, 1], NaN for cells whose label lies in one batch or has each cell in another:
+    float64, (n,).
+    """
+    values = np.full(len(sample), np.nan)
+    for label in labels.present():
+        asked = np.flatnonzero(labels.codes[sample.rows] == label)
+        rows = np.flatnonzero(labels.codes == label).astype(np.int64)
+        names, group, sizes = np.unique(
+            batches.codes[rows], return_inverse=True, return_counts=True
         )
-    error = math.sqrt(sum(e**2 for e in errors)) / len(errors)
-    return Silhouette(float(np.mean(means)), error, n_cells)
+        if not len(asked) or not 2 <= len(names) < len(rows):
+            continue
+        queries = sample.rows[asked]
+        sums = summed_distances(embedding, rows, group, len(names), queries)
+        own = np.searchsorted(names, batches.codes[queries])
+        values[asked] = 1 - np.abs(silhouettes(sums, sizes, own))
+    return values
 
 
-def _labeled_sample(labels: Categories, max_cells: int, seed: int) -> npt.NDArray[np.int64]:
-    rows = np.flatnonzero(labels.codes != UNLABELED).astype(np.int64)
-    return sample_rows(rows, max_cells, seed)
+def bras_scores(
+    embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
+) -> Floats:
+    """1 - \\|silhouette\\| by cosine distance, all other batches of the label taken together.
+
+    The unit vectors of each label and batch are added up in one pass over all cells; the mean
+    cosine distance of a cell to n others is 1 less the product of its unit vector with their mean.
+
+    Returns
+    -------
+    In [0, 1], NaN for cells whose label lies in one batch or has each cell in another:
+    float64, (n,).
+    """
+    n_batches = len(batches.names)
+    n_groups = len(labels.names) * n_batches
+    sums = np.zeros((n_groups, embedding.shape[1]))
+    sizes = np.zeros(n_groups, dtype=np.int64)
+    for part in tiles(len(embedding)):
+        labeled = labels.codes[part] != UNLABELED
+        group = (labels.codes[part] * n_batches + batches.codes[part])[labeled]
+        unit = _unit(embedding[part][labeled])
+        for column in range(unit.shape[1]):
+            sums[:, column] += np.bincount(group, unit[:, column], minlength=n_groups)
+        sizes += np.bincount(group, minlength=n_groups)
+    label, batch = labels.codes[sample.rows], batches.codes[sample.rows]
+    group = label * n_batches + batch
+    label_sums = sums.reshape(-1, n_batches, embedding.shape[1]).sum(axis=1)
+    label_sizes = sizes.reshape(-1, n_batches).sum(axis=1)
+    in_batches = (sizes.reshape(-1, n_batches) > 0).sum(axis=1)
+    unit = _unit(embedding[sample.rows])
+    n_own, n_others = sizes[group], label_sizes[label] - sizes[group]
+    own_product = np.einsum("nd,nd->n", unit, sums[group])
+    other_product = np.einsum("nd,nd->n", unit, label_sums[label]) - own_product
+    itself = np.einsum("nd,nd->n", unit, unit)
+    # A cell at the origin is at distance 1 from all, itself included, as scikit-learn has it;
+    # scib-metrics gives NaN there.
+    within = (n_own - own_product - (1 - itself)) / np.maximum(n_own - 1, 1)
+    between = (n_others - other_product) / np.maximum(n_others, 1)
+    scores = 1 - np.abs(_silhouette(within, between, n_own > 1))
+    defined = (in_batches[label] >= 2) & (in_batches[label] < label_sizes[label])
+    return np.where(defined, scores, np.nan)
 
 
-def _silhouettes(values: Embedding, codes: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+def _unit(values: Embedding) -> Floats:
     exact = values.astype(np.float64)
-    exact -= exact.mean(axis=0)  # distances by matrix products lose digits far from the origin
-    return np.asarray(silhouette_samples(exact, codes), dtype=np.float64)
+    length = np.linalg.norm(exact, axis=1, keepdims=True)
+    unit: Floats = exact / np.where(length > 0, length, 1)
+    return unit
+
+
+def isolated_labels(labels: Categories, batches: Categories) -> Indices:
+    """Labels that lie in as few batches as any: rising codes (scib-metrics' default rule)."""
+    labeled = labels.codes != UNLABELED
+    pairs = np.unique(np.stack([labels.codes[labeled], batches.codes[labeled]]), axis=1)
+    codes, in_batches = np.unique(pairs[0], return_counts=True)
+    return codes[in_batches == in_batches.min()].astype(np.int64) if len(codes) else codes

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from atlas.config import Architecture
 from atlas.errors import ModelError
+from atlas.models.sparse import masked
 
 Held = TypeVar("Held", "Conditions", "Inputs")
 
@@ -65,7 +66,9 @@ class Inputs:
     Attributes
     ----------
     counts
-        Raw counts of the modelled genes: float32, (n_cells, n_genes).
+        Raw counts of the modelled genes: float32, (n_cells, n_genes). In ``torch.sparse_csr``
+        layout they are taken by the loss and the posterior of a model that says so
+        (:attr:`Model.takes_sparse`).
     batch
         Code of the experimental batch of each cell: int64, (n_cells,).
     present
@@ -100,10 +103,8 @@ class Inputs:
 
     @property
     def measured(self) -> Tensor:
-        """The counts, 0 where a gene was not measured: (n_cells, n_genes)."""
-        if self.present is None:
-            return self.counts
-        return self.counts.masked_fill(~self.present, 0.0)
+        """The counts, 0 where a gene was not measured: (n_cells, n_genes), sparse as they are."""
+        return self.counts if self.present is None else masked(self.counts, self.present)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +180,14 @@ class Model(nn.Module, ABC):
 
     No method draws from torch's global generator: noise and dropout masks come from the generator
     that is passed, which must be on the model's device.
+
+    Attributes
+    ----------
+    takes_sparse
+        Whether :meth:`loss` and :meth:`posterior` take counts in ``torch.sparse_csr`` layout.
     """
+
+    takes_sparse: ClassVar[bool] = False
 
     config: Architecture
     n_genes: int
@@ -211,15 +219,21 @@ class Model(nn.Module, ABC):
         """
 
     @abstractmethod
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """Mean and variance of q(z | x), in evaluation mode, without gradient.
-
-        The training flags of the module are as before afterwards.
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Mean and variance of q(z | x), with gradient; nothing is dropped.
 
         Returns
         -------
         Each float32, (n_cells, n_latent).
         """
+
+    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """As :meth:`encode`, in evaluation mode, without gradient.
+
+        The training flags of the module are as before afterwards.
+        """
+        with evaluating(self):
+            return self.encode(inputs)
 
     @abstractmethod
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:

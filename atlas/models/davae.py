@@ -176,10 +176,9 @@ class DAVAE(Model):
         share = (1 / self.n_minibatches).clamp(min=VARIANCE_SHARE)
         self.residual_variance.lerp_(optimum, share).clamp_(min=VARIANCE_FLOOR)
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        with evaluating(self):
-            mean, variance = self.encoder(log_normalized(inputs), inputs.conditions)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        mean, variance = self.encoder(log_normalized(inputs), inputs.conditions)
         return mean, variance
 
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from atlas.models.base import Inputs
 from atlas.models.likelihood import at_least_float32
+from atlas.models.sparse import is_sparse
 
 TARGET_SUM = 1e4
 
@@ -21,6 +22,8 @@ def log_normalized(inputs: Inputs) -> Tensor:
     float32, (n_cells, n_genes).
     """
     counts = inputs.measured
+    if is_sparse(counts):
+        counts = counts.to_dense()
     total = counts.sum(dim=-1, keepdim=True).clamp(min=1.0)
     return (counts * (TARGET_SUM / total)).log1p_()
 

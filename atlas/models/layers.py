@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atlas.config import Norm
 from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
+from atlas.models.sparse import row_sums, times_weight
 
 NO_COVARIATES = CovariateSizes()
 
@@ -49,6 +50,8 @@ class ConditionalLinear(nn.Module):
             return nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
 
         self.weight = draw(n_out, n_in)
+        # Sparse counts pick columns of it: they lie contiguous in memory, in any layout of counts.
+        self.weight.data = self.weight.data.t().contiguous().t()
         self.bias = draw(n_out)
         self.sees_batch = n_batch > 0
         if self.sees_batch:
@@ -59,8 +62,8 @@ class ConditionalLinear(nn.Module):
             self.continuous_weight = draw(n_out, covariates.n_continuous)
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """Map (n_cells, n_in) to (n_cells, n_out)."""
-        out = F.linear(x, self.weight, self.bias)
+        """Map (n_cells, n_in), dense or in ``torch.sparse_csr`` layout, to (n_cells, n_out)."""
+        out = times_weight(x, self.weight, self.bias)
         if self.sees_batch:
             out = out + F.embedding(conditions.batch, self.batch_weight)
         if len(self.category_weights):
@@ -224,10 +227,14 @@ def dropout(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """Set a share ``rate`` of ``x`` to zero and scale the rest by ``1 / (1 - rate)``.
 
     ``torch.nn.functional.dropout`` knows the global generator only, which cannot be saved and
-    restored beside others.
+    restored beside others. The share is rounded to a multiple of 2⁻³²: one draw of 64 bits then
+    serves two elements, where one an element took longer than the product of a layer.
     """
-    kept = torch.empty_like(x).bernoulli_(1 - rate, generator=generator)
-    return x * kept.div_(1 - rate)
+    draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64, device=x.device)
+    bits = draws.random_(-(2**63), None, generator=generator).view(torch.int32)
+    dropped = min(round(rate * 2**32), 2**32 - 1)
+    kept = (bits[: x.numel()] >= dropped - 2**31).view(x.shape)
+    return x * kept.to(x.dtype).mul_(2**32 / (2**32 - dropped))
 
 
 def sample_normal(mean: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -264,4 +271,4 @@ def log_library(counts: Tensor) -> Tensor:
     An empty cell counts as one of a single count: its logarithm must be finite, and a mean of one
     count over all genes explains zeros as well as any.
     """
-    return counts.sum(dim=-1, keepdim=True).clamp_(min=1.0).log_()
+    return row_sums(counts).clamp_(min=1.0).log_()

@@ -16,6 +16,9 @@ float32 are 1 apart.
 
 One autograd function holds softmax and likelihood together. It takes the gradients along in the
 forward pass, where their parts are at hand, and keeps nothing else for the backward pass.
+
+This is the reference, and what runs in float64 and on other devices than the CPU; in float32 there,
+:mod:`atlas.models.fused` does the same in one compiled pass.
 """
 
 from __future__ import annotations
@@ -27,6 +30,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from atlas.models.fused import Arguments, can_fuse, fused_loss
+from atlas.models.sparse import is_sparse
 
 Link = Literal["softmax", "log"]
 
@@ -94,6 +100,7 @@ def poisson_loss(
 ) -> Tensor:
     """Negative log-likelihood under a Poisson, summed over genes; arguments as :func:`nb_loss`."""
     log_mean = log_means(scale_logits, log_library, present, link)
+    counts = counts.to_dense()
     counts = counts if present is None else counts.masked_fill(~present, 0.0)
     # Both terms are about x·log x, and nearly cancel: in double precision.
     x = counts.double()
@@ -163,6 +170,12 @@ def _call(
     present: Tensor | None,
     link: Link,
 ) -> Tensor:
+    others = (scale_logits, log_library, log_inverse_dispersion, dropout_logits)
+    if can_fuse(counts, *others):
+        softmax = link == "softmax"
+        return fused_loss(Arguments(counts, *others, present, softmax))
+    if is_sparse(counts):
+        counts = counts.to_dense()
     loss: Tensor = _CountLoss.apply(  # type: ignore[no-untyped-call]
         counts,
         at_least_float32(scale_logits),

@@ -18,6 +18,8 @@ class Surgery:
         What was added; labels only where a scANVI got new classes.
     strategy, initialisation
         See :func:`atlas.models.surgery.graft`.
+    keep_apart
+        See :func:`atlas.extend_reference`.
     zero_filled
         Whether genes that a study lacks were taken as measured and zero, instead of left out.
     n_trained
@@ -29,6 +31,7 @@ class Surgery:
     labels: tuple[str, ...]
     strategy: str
     initialisation: str
+    keep_apart: float
     zero_filled: bool
     n_trained: int
 
@@ -56,6 +59,7 @@ SCHEMA: dict[str, Any] = {
             **dict.fromkeys(("studies", "batches", "labels"), _TEXTS),
             "strategy": {"type": "string"},
             "initialisation": {"type": "string"},
+            "keep_apart": {"type": "number", "minimum": 0},
             "zero_filled": {"type": "boolean"},
             "n_trained": {"type": "integer", "minimum": 1},
         },

@@ -84,6 +84,8 @@ class SCANVI(Model):
         There are fewer than two classes.
     """
 
+    takes_sparse = True
+
     config: ScanviConfig
     below: Tensor
 
@@ -116,7 +118,7 @@ class SCANVI(Model):
         # Alternating training has an optimiser of its own for them (atlas.training.alternation).
         self.classifier.requires_grad_(config.training != "alternating")
         # Row -1, of cells without a label, allows all classes.
-        allowed = torch.from_numpy(labels.below)
+        allowed = torch.tensor(labels.below)
         every = torch.ones(1, n_classes, dtype=torch.bool)
         self.register_buffer("below", torch.cat([allowed, every]), persistent=False)
 
@@ -233,9 +235,9 @@ class SCANVI(Model):
             mean, variance = self.u_encoder(z, Conditions(classes))
             return mean, variance
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        return self.scvi.posterior(inputs)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        return self.scvi.encode(inputs)
 
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
         """See :meth:`Model.decode`."""

@@ -38,6 +38,7 @@ from atlas.models.likelihood import (
     poisson_loss,
     zinb_loss,
 )
+from atlas.models.sparse import log1p
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,8 @@ class SCVI(Model):
         A prior is missing, not asked for, or of another shape.
     """
 
+    takes_sparse = True
+
     config: ScviConfig
     library_prior: Tensor | None
 
@@ -166,7 +169,7 @@ class SCVI(Model):
         """Encode, sample and decode a minibatch; see :meth:`Model.loss` for the generator."""
         conditions = inputs.conditions
         counts = inputs.measured
-        features = counts.log1p()
+        features = log1p(counts)
 
         z_mean, z_variance = self.encoder(features, conditions, generator)
         z = sample_normal(z_mean, z_variance, generator)
@@ -255,10 +258,9 @@ class SCVI(Model):
         mean, variance = F.embedding(batch, self.library_prior).unsqueeze(-1).unbind(dim=1)
         return mean, variance
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        with evaluating(self):
-            mean, variance = self.encoder(inputs.measured.log1p(), inputs.conditions)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        mean, variance = self.encoder(log1p(inputs.measured), inputs.conditions)
         return mean, variance
 
     def library_posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -268,7 +270,7 @@ class SCVI(Model):
         """
         with evaluating(self):
             if self.config.library == "latent":
-                mean, variance = self.library_encoder(inputs.measured.log1p(), inputs.conditions)
+                mean, variance = self.library_encoder(log1p(inputs.measured), inputs.conditions)
                 return mean, variance
             known = self._known_library(inputs.measured, inputs)
             return known, torch.zeros_like(known)

@@ -323,16 +323,22 @@ def _restore(
 ) -> Model:
     """Build the module that the metadata describe and give it its weights."""
     priors = [value for name, value in state.items() if name.endswith("library_prior")]
-    module = build_model(
-        ARCHITECTURES[metadata["model"]].from_json(metadata["config"]),
-        len(metadata["genes"]),
-        len(metadata["batches"]),
-        seed=0,
-        library_prior=priors[0] if priors else None,
-        covariates=columns.sizes,
-        labels=labels,
-    )
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+    def build() -> Model:
+        return build_model(
+            ARCHITECTURES[metadata["model"]].from_json(metadata["config"]),
+            len(metadata["genes"]),
+            len(metadata["batches"]),
+            seed=0,
+            library_prior=priors[0] if priors else None,
+            covariates=columns.sizes,
+            labels=labels,
+        )
+
+    _check_depth(metadata["config"], columns, labels, len(state), path)
+    # Shapes first, without memory for them: a file may claim a model of any size.
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build().state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected:
         differing = sorted(set(found.items()) ^ set(expected.items()))
@@ -343,8 +349,24 @@ def _restore(
             expected=", ".join(f"{name} {expected.get(name, 'absent')}" for name in names),
             path=path,
         )
+    module = build()
     module.load_state_dict(state)
     return module
+
+
+def _check_depth(
+    config: dict[str, Any], columns: ObsColumns, labels: LabelTree | None, n: int, path: Path
+) -> None:
+    """Refuse more layers than there are tensors, before time is taken to build them."""
+    layers = [value for name, value in config.items() if name.endswith("_layers")]
+    counts = [*layers, len(columns.categorical), 0 if labels is None else labels.n_levels]
+    if most := [count for count in counts if not isinstance(count, int) or count > n]:
+        raise CheckpointError(
+            "the weights are too few for the layers of the model",
+            found=f"{n} tensors",
+            expected=f"those of {most[0]!r} layers, covariates or levels of labels",
+            path=path,
+        )
 
 
 def _read_metadata(folder: Path) -> dict[str, Any]:

@@ -187,10 +187,9 @@ class TRVAE(Model):
             reconstruction_loss=reconstruction_loss, kl=kl, objective=objective, penalty=penalty
         )
 
-    def posterior(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
-        """See :meth:`Model.posterior`."""
-        with evaluating(self):
-            mean, variance = self.encoder(self._features(inputs), inputs.conditions)
+    def encode(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """See :meth:`Model.encode`."""
+        mean, variance = self.encoder(self._features(inputs), inputs.conditions)
         return mean, variance
 
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:

@@ -6,7 +6,7 @@ The truth, in the order in which it is drawn:
    one of 16 points spread evenly along it. A cell is in one state of its type, each as likely. On a
    tree (:mod:`atlas.simulate.tree`) the states lie along its branches.
 2. Gene g has log expression ``min(baseline_g + loadings_g · z, 5.5)``. One gene in five has
-   loadings. The softmax over all genes is the state's ``rho``.
+   loadings, on a tree almost all. The softmax over all genes is the state's ``rho``.
 3. A batch multiplies rho by a log-normal factor per gene (the study's times the batch's own) and
    rho is normalised again. A cell's library is log-normal around its batch's location.
 4. The count of gene g is zero with probability ``1 / (1 + exp(-dropout_logit_g))`` and otherwise

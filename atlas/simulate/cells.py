@@ -92,6 +92,7 @@ class Recipe:
         batches: int,
         library: float,
         missing_genes: float,
+        varying_genes: float | None,
         process: Process,
         capture: Capture | None,
         tree: bool,
@@ -100,7 +101,8 @@ class Recipe:
         drawn = draw_tree(types, seed, N_LATENT) if tree else None
         truth = draw_truth(
             studies, seed, genes=genes, types=types, batches=batches, library=library,
-            missing_genes=missing_genes, tree=drawn, zinb=process == "zinb",
+            missing_genes=missing_genes, varying_genes=varying_genes, tree=drawn,
+            zinb=process == "zinb",
         )  # fmt: skip
         settings = capture or Capture()
         capture_genes = None if process == "zinb" else draw_capture_genes(genes, settings, seed)

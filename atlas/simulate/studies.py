@@ -38,6 +38,7 @@ def simulate(
     batches: int = 2,
     library: float = 2000.0,
     missing_genes: float = 0.0,
+    varying_genes: float | None = None,
     process: Process = "zinb",
     capture: Capture | None = None,
     tree: bool = False,
@@ -78,6 +79,10 @@ def simulate(
         400 of 2,000, are not zero.
     missing_genes
         Share of the genes that the last study has not measured.
+    varying_genes
+        Share of the genes that differ between the states, .2 by default. On a tree .98, as in
+        SymSim: with .2 and a few hundred genes neither PCA nor scVI finds the tree
+        (``benchmarks/LOG.md``).
     process
         ``"zinb"``; or bursts of transcription, capture, PCR and sequencing, counted as ``"umi"`` or
         as ``"reads"`` (:mod:`atlas.simulate.capture`). A cell then takes some 2 ms of a core at
@@ -113,6 +118,7 @@ def simulate(
         ("batches", batches, batches >= 1, "at least 1"),
         ("library", library, 1 <= library <= most, f"in [1, {most:g}]"),
         ("missing_genes", missing_genes, 0 <= missing_genes < 1, "in [0, 1)"),
+        ("varying_genes", varying_genes, 0 <= (varying_genes or 0) <= 1, "in [0, 1]"),
         ("process", process, process in get_args(Process), "zinb, umi or reads"),
         ("threads", threads, threads is None or threads >= 1, "at least 1"),
     ):
@@ -134,7 +140,8 @@ def simulate(
         )
     recipe = Recipe.draw(
         studies, seed, genes=genes, types=types, batches=batches, library=library,
-        missing_genes=missing_genes, process=process, capture=capture, tree=tree,
+        missing_genes=missing_genes, varying_genes=varying_genes, process=process,
+        capture=capture, tree=tree,
     )  # fmt: skip
     weights = 2 * studies - np.arange(studies)
     bounds = np.cumsum(weights) * (cells - studies) // weights.sum()

@@ -14,6 +14,10 @@ from atlas.simulate.tree import Tree
 
 N_LATENT = 10
 STATES_PER_TYPE = 16
+_VARYING_OF_TYPES = 0.2
+# SymSim's tutorial has 12 factors that vary along the tree, each of which acts on a gene with
+# probability .3 (n_de_evf, gene_effect_prob): on all genes but .7¹², 1.4 %.
+_VARYING_OF_TREE = 0.98
 _TYPE_SHARE_RATIO = 0.75  # of one type's share to that of the type before it
 
 
@@ -96,6 +100,7 @@ def draw_truth(
     batches: int = 2,
     library: float = 2000.0,
     missing_genes: float = 0.0,
+    varying_genes: float | None = None,
     tree: Tree | None = None,
     zinb: bool = True,
 ) -> Truth:
@@ -106,7 +111,9 @@ def draw_truth(
     """
     rng = np.random.default_rng([seed, 0])
     baseline = rng.normal(0.0, 2.2, genes)
-    loaded = rng.random(genes) < 0.2
+    if varying_genes is None:
+        varying_genes = _VARYING_OF_TYPES if tree is None else _VARYING_OF_TREE
+    loaded = rng.random(genes) < varying_genes
     loadings = loaded[:, None] * rng.normal(0.0, 1.0 / np.sqrt(N_LATENT), (genes, N_LATENT))
     if tree is None:
         names = [f"type_{t + 1}" for t in range(types)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 
 from atlas.config import Profile
 from atlas.errors import StoreError
-from atlas.store import annotate, embeddings
+from atlas.store import annotate, embeddings, models
 from atlas.store import manifest as manifests
 from atlas.store.append import (
     DEFAULT_MEMORY,
@@ -53,6 +54,89 @@ class CountStore(StoreState):
             How it was made, plain JSON.
         """
         self.see(embeddings.write(self.path, self.manifest, name, z, details))
+
+    def extend_embedding(
+        self, name: str, study: str, z: npt.NDArray[np.float32], details: Mapping[str, Any]
+    ) -> None:
+        """Give an embedding the rows of one study; those of the others stay, byte for byte.
+
+        Parameters
+        ----------
+        name, study
+            Of an embedding kept with the store, and of the study.
+        z
+            float32, (n_obs of the study, n_latent).
+        details
+            How it was made, plain JSON.
+        """
+        self.embedding_details(name)  # there is one
+        n_obs = self.study(study).entry.n_obs
+        if len(z) != n_obs:
+            raise StoreError(
+                "The embedding does not fit the study",
+                found=f"shape {z.shape}",
+                expected=f"({n_obs}, n_latent)",
+                path=self.path,
+            )
+        action = f"embed {name} of {study}"
+        with manifests.writer(self.path, action) as newest:
+            changes = embeddings.put(self.path, newest, name, {study: z}, details, keep=True)
+            state = manifests.commit(self.path, newest, action, **changes)
+        self.see(state)
+
+    def write_model(
+        self,
+        name: str,
+        folder: str | PathLike[str],
+        record: Mapping[str, Any],
+        *,
+        after: int | None,
+        embedding: Mapping[str, npt.NDArray[np.float32]] | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> int:
+        """Keep a trained model as the next version of a name, and its embedding in the same step.
+
+        Parameters
+        ----------
+        name
+            Letters, digits, ``._-``; of the embedding too.
+        folder
+            Holds ``model.json`` and ``weights.safetensors``, which are copied.
+        record
+            Where it came from, plain JSON.
+        after
+            The newest version there is, or None: another one since is an error.
+        embedding
+            Rows of some studies, float32 (n_obs, n_latent) each; other studies keep theirs.
+        details
+            How the embedding was made, plain JSON.
+
+        Returns
+        -------
+        int
+            The version.
+        """
+        action = f"keep {name} {1 if after is None else after + 1}"
+        with manifests.writer(self.path, action) as newest:
+            there = newest.models[name].version if name in newest.models else None
+            if there != after:
+                raise StoreError(
+                    "Another version of the model was kept meanwhile",
+                    found=f"{name} {there}",
+                    expected=f"{name} {after}",
+                    do="run the command again",
+                    path=self.path,
+                )
+            files = {file: Path(folder) / file for file in models.FILES}
+            entry = models.write(self.path, newest, name, files, record)
+            changes: dict[str, Any] = {"models": {**newest.models, name: entry}}
+            if embedding is not None:
+                changes |= embeddings.put(
+                    self.path, newest, name, embedding, details or {}, keep=True
+                )
+            state = manifests.commit(self.path, newest, action, **changes)
+        self.see(state)
+        return entry.version
 
     def record_genes(self, genes: Iterable[str], flavour: str, n: int) -> None:
         """Record which genes are to be modelled."""

@@ -150,10 +150,7 @@ def _write(
     source = store.manifest
     for folder in ("manifests", "studies"):
         (target / folder).mkdir(exist_ok=True)
-    paths = {source.genes.path}
-    paths |= {part.path for study in source.studies for part in study.parts.values()}
-    paths |= {entry.details.path for entry in source.embeddings.values()}
-    for path in sorted(paths):
+    for path in sorted(source.paths - {study.path for study in source.studies}):
         _copied(store.path / path, target / path)
     studies = []
     nnz = sum(study.nnz for study in source.studies)

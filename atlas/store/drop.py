@@ -10,6 +10,7 @@ import numpy as np
 from atlas import files
 from atlas.errors import StoreError
 from atlas.store import manifest as manifests
+from atlas.store import models
 from atlas.store.arrays import read_array
 from atlas.store.schema import Manifest
 
@@ -34,6 +35,9 @@ class DropReport:
         Size of its files that stay for them, and of what was deleted.
     genes_without_study
         Genes chosen to be modelled that no study measured that is left.
+    models, embeddings
+        Versions of kept models that know the study, such as ``scvi 2``, and embeddings that had its
+        cells. They stay, the embeddings without these cells.
     """
 
     study: str
@@ -44,6 +48,8 @@ class DropReport:
     kept_bytes: int
     freed_bytes: int
     genes_without_study: int
+    models: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
 
 
 def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropReport]:
@@ -65,6 +71,12 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
                 do=f"states {holding} hold it still: --purge removes them" if holding else None,
                 path=root,
             )
+        knowing = tuple(
+            f"{name} {version}"
+            for name in newest.models
+            for version, entry in models.versions(root, newest, name).items()
+            if study in models.record(root, entry).get("studies", ())
+        )
         folders = {
             folder
             for state in history
@@ -98,6 +110,12 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
         kept_bytes=0 if purge else size,
         freed_bytes=size if purge else 0,
         genes_without_study=_without_study(root, state),
+        models=knowing,
+        embeddings=tuple(
+            name
+            for name in newest.embeddings
+            if any(f"embedding:{name}" in entry.parts for entry in dropped)
+        ),
     )
 
 

@@ -73,25 +73,56 @@ def write(
             path=root,
         )
     bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
-    mine = {s.name: rows for s, rows in zip(seen.studies, pairwise(bounds), strict=True)}
+    rows = pairwise(bounds)
+    mine = {s.name: z[a:b] for s, (a, b) in zip(seen.studies, rows, strict=True)}
     with manifests.writer(root, f"embed {name}") as newest:
-        number = newest.number + 1
-        studies = []
-        for study in newest.studies:
-            parts = {k: v for k, v in study.parts.items() if k != f"embedding:{name}"}
-            if study.name in mine:
-                a, b = mine[study.name]
-                parts[f"embedding:{name}"] = write_part(
-                    root,
-                    f"parts/{study.name}/embedding-{name}-{number:06d}",
-                    {"z": np.ascontiguousarray(z[a:b], np.float32)},
-                )
-            studies.append(replace(study, parts=parts))
-        about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
-        return manifests.commit(
-            root,
-            newest,
-            f"embed {name}",
-            studies=tuple(studies),
-            embeddings={**newest.embeddings, name: EmbeddingEntry(z.shape[1], about)},
+        changes = put(root, newest, name, mine, how)
+        return manifests.commit(root, newest, f"embed {name}", **changes)
+
+
+def put(
+    root: Path,
+    newest: Manifest,
+    name: str,
+    rows: Mapping[str, npt.NDArray[np.float32]],
+    how: Mapping[str, Any],
+    *,
+    keep: bool = False,
+) -> dict[str, Any]:
+    """Write rows of an embedding; the caller, who holds the lock, commits what is returned.
+
+    Parameters
+    ----------
+    root, newest
+        The store and its newest state.
+    name
+        Of the embedding.
+    rows
+        By study: float32, (n_obs, n_latent).
+    how
+        How it was made, plain JSON.
+    keep
+        Other studies keep the rows they have; otherwise they are left without.
+    """
+    number = newest.number + 1
+    part, studies, widths = f"embedding:{name}", [], set()
+    for study in newest.studies:
+        parts = {k: v for k, v in study.parts.items() if keep or k != part}
+        if study.name in rows:
+            z = np.ascontiguousarray(rows[study.name], np.float32)
+            widths.add(z.shape[1])
+            path = f"parts/{study.name}/embedding-{name}-{number:06d}"
+            parts[part] = write_part(root, path, {"z": z})
+        studies.append(replace(study, parts=parts))
+    if keep and name in newest.embeddings:
+        widths.add(newest.embeddings[name].n_latent)
+    if len(widths) > 1:
+        raise StoreError(
+            f"The rows do not fit the embedding {name!r}",
+            found=" and ".join(map(str, sorted(widths))) + " dimensions",
+            expected="the same number for all cells",
+            path=root,
         )
+    about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
+    entry = EmbeddingEntry(widths.pop() if widths else 0, about)
+    return {"studies": tuple(studies), "embeddings": {**newest.embeddings, name: entry}}

@@ -6,6 +6,7 @@
     STORE/genes/000001.json …       gene tables, each as of the manifest of that number
     STORE/studies/NAME/             one AnnData group per study (NAME@000007 where NAME was dropped)
     STORE/parts/NAME/…              what lies beside a study: index, statistics, embeddings
+    STORE/models/NAME/VERSION/      trained models, with a record of where each came from
     STORE/writer.lock, writer.json  who is writing
 
 A writer puts everything in place first, synced; then the next manifest appears in one step. What no
@@ -292,19 +293,14 @@ def remove_leftovers(root: Path) -> list[Path]:
 
     An ingest that can go on stays, until a commit changes the store.
     """
-    studies: set[str] = set()
-    parts: set[str] = set()
-    genes: set[str] = set()
-    for manifest in history(root):
-        genes.add(manifest.genes.path)
-        parts.update(entry.details.path for entry in manifest.embeddings.values())
-        for study in manifest.studies:
-            studies.add(study.path)
-            parts.update(part.path for part in study.parts.values())
+    named = {path for manifest in history(root) for path in manifest.paths}
+    held = (
+        path
+        for pattern in ("studies/*", "parts/*/*", "models/*/*", "genes/*")
+        for path in root.glob(pattern)
+    )
     candidates = [
-        *(p for p in root.glob("studies/*") if p.relative_to(root).as_posix() not in studies),
-        *(p for p in root.glob("parts/*/*") if p.relative_to(root).as_posix() not in parts),
-        *(p for p in root.glob("genes/*") if p.relative_to(root).as_posix() not in genes),
+        *(path for path in held if path.relative_to(root).as_posix() not in named),
         *root.glob("manifests/.*.partial"),
         *(
             (p for p in root.glob(f"{SCRATCH}/*") if p.name != INGEST)
@@ -317,7 +313,7 @@ def remove_leftovers(root: Path) -> list[Path]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    for folder in root.glob("parts/*"):
+    for folder in (*root.glob("parts/*"), *root.glob("models/*")):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     return candidates

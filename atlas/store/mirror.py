@@ -90,7 +90,7 @@ def _copy(remote: Remote, there: Mapping[str, _There]) -> None:
         copied = json.loads((root / _COPIED).read_bytes())
     except (OSError, ValueError):
         copied = {}
-    for folder in ("manifests", "genes", "studies", "parts"):
+    for folder in ("manifests", "genes", "studies", "parts", "models"):
         (root / folder).mkdir(exist_ok=True)
         for path in [p for p in (root / folder).rglob("*") if p.is_file()]:
             if path.relative_to(root).as_posix() not in there:

@@ -15,7 +15,8 @@ from jsonschema.exceptions import best_match
 from atlas.errors import CorruptStoreError, FormatError
 
 FORMAT = "atlas-store"
-VERSION = 1
+VERSION = 2
+"""2 since stores keep models; those of version 1 are read as they are."""
 
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _COUNT = {"type": "integer", "minimum": 0}
@@ -51,7 +52,7 @@ SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         "format": {"const": FORMAT},
-        "version": {"const": VERSION},
+        "version": {"enum": [1, VERSION]},
         "number": {"type": "integer", "minimum": 1},
         "created": {"type": "string"},
         "written_by": {"type": "string"},
@@ -105,6 +106,15 @@ SCHEMA: dict[str, Any] = {
                 "required": ["n_latent", "details"],
                 "additionalProperties": False,
                 "properties": {"n_latent": _COUNT, "details": _PART},
+            },
+        },
+        "models": {
+            "type": "object",
+            "additionalProperties": {
+                "type": "object",
+                "required": ["version", "part"],
+                "additionalProperties": False,
+                "properties": {"version": {"type": "integer", "minimum": 1}, "part": _PART},
             },
         },
         "gene_selection": {
@@ -184,6 +194,18 @@ class EmbeddingEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """The newest version of a model kept with the store: its number, and its files.
+
+    ``details.json`` among them is its record: which version it came from, by which studies and
+    settings. Older versions are named by older manifests.
+    """
+
+    version: int
+    part: Part
+
+
+@dataclass(frozen=True, slots=True)
 class GeneSelection:
     """The genes chosen to be modelled, in the order of the gene table."""
 
@@ -210,7 +232,7 @@ class Manifest:
         ``"zarr"``.
     gene_mode
         ``"union"``: new genes are added; ``"first"``, ``"given"``: the table is fixed.
-    genes, studies, embeddings, gene_selection
+    genes, studies, embeddings, models, gene_selection
         See their classes.
     batches, labels
         Names of the training codes 0, 1, …; append-only. A batch is named ``study/batch``.
@@ -229,11 +251,21 @@ class Manifest:
     labels: tuple[str, ...] = ()
     embeddings: Mapping[str, EmbeddingEntry] = field(default_factory=dict)
     gene_selection: GeneSelection | None = None
+    models: Mapping[str, ModelEntry] = field(default_factory=dict)
 
     @property
     def n_obs(self) -> int:
         """Rows of all studies."""
         return sum(study.n_obs for study in self.studies)
+
+    @property
+    def paths(self) -> set[str]:
+        """All folders and files that belong to it, relative to the store."""
+        parts = [part for study in self.studies for part in study.parts.values()]
+        parts += [embedding.details for embedding in self.embeddings.values()]
+        parts += [model.part for model in self.models.values()]
+        studies = {study.path for study in self.studies}
+        return {self.genes.path} | studies | {part.path for part in parts}
 
     def to_bytes(self) -> bytes:
         """JSON, as written to ``manifests/NNNNNN.json``."""
@@ -288,6 +320,10 @@ class Manifest:
         values["embeddings"] = {
             name: EmbeddingEntry(e["n_latent"], Part(**e["details"]))
             for name, e in values["embeddings"].items()
+        }
+        values["models"] = {
+            name: ModelEntry(e["version"], Part(**e["part"]))
+            for name, e in values.get("models", {}).items()
         }
         if values["gene_selection"] is not None:
             chosen = values["gene_selection"]

@@ -15,7 +15,7 @@ import pandas as pd
 from atlas.codecs.remote import remote_of
 from atlas.errors import StoreError
 from atlas.ingest.genes import GeneTable
-from atlas.store import embeddings
+from atlas.store import embeddings, models
 from atlas.store import manifest as manifests
 from atlas.store.arrays import read_array
 from atlas.store.schema import Manifest, StudyEntry
@@ -291,6 +291,27 @@ class StoreState:
     def embedding_details(self, name: str) -> dict[str, Any]:
         """How an embedding was made, as given to :meth:`atlas.store.CountStore.write_embedding`."""
         return embeddings.details(self.path, self.manifest, name)
+
+    @property
+    def models(self) -> Mapping[str, int]:
+        """Names of the models kept with the store, and the newest version of each."""
+        return {name: entry.version for name, entry in self.manifest.models.items()}
+
+    def model_folder(self, name: str, version: int | None = None) -> Path:
+        """Folder of a model, checked against its digests; of its newest version when None.
+
+        :func:`atlas.load_model` loads it, and every command takes it for a run folder.
+        """
+        entry = models.entry_of(self.path, self.manifest, name, version)
+        return models.folder_of(self.path, name, entry)
+
+    def model_record(self, name: str, version: int | None = None) -> dict[str, Any]:
+        """Where a version of a model came from: ``parent``, ``studies``, ``settings`` …"""
+        return models.record(self.path, models.entry_of(self.path, self.manifest, name, version))
+
+    def model_versions(self, name: str) -> tuple[int, ...]:
+        """Versions of a model up to this state, rising."""
+        return tuple(models.versions(self.path, self.manifest, name))
 
     @property
     def genes(self) -> tuple[str, ...] | None:

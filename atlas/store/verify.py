@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from atlas.errors import AtlasError, NotAStoreError
 from atlas.store import manifest as manifests
+from atlas.store import models
 from atlas.store.arrays import DETAILS, read_array, read_details
 from atlas.store.findings import Finding, Findings, VerifyReport, ingest_again, only_old
 from atlas.store.parallel import ordered_map, resolve_threads
-from atlas.store.schema import Manifest, Part, StudyEntry
+from atlas.store.schema import Manifest, ModelEntry, Part, StudyEntry
 from atlas.store.verify_matrix import MatrixCheck, Task, caught, fault
 from atlas.store.zarr_study import ZarrStudy
 
@@ -153,7 +154,7 @@ def _checks(root: Path, states: Sequence[Manifest]) -> Iterator[_Check]:
                 do = _advice(
                     root,
                     states,
-                    lambda s, path=entry.path: path in _paths(s),  # type: ignore[misc]
+                    lambda s, path=entry.path: path in s.paths,  # type: ignore[misc]
                     ingest_again(root, entry, states),
                 )
                 size = sum(p.stat().st_size for p in _shards(root / entry.path))
@@ -175,7 +176,7 @@ def _checks(root: Path, states: Sequence[Manifest]) -> Iterator[_Check]:
                     do = _advice(
                         root,
                         states,
-                        lambda s, path=part.path: path in _paths(s),  # type: ignore[misc]
+                        lambda s, path=part.path: path in s.paths,  # type: ignore[misc]
                         do,
                     )
                     tasks = partial(_part, root, state, entry, part)
@@ -185,13 +186,17 @@ def _checks(root: Path, states: Sequence[Manifest]) -> Iterator[_Check]:
                 done.add(embedding.details.path)
                 do = _embed_again(root, states, state, name, embedding.details.path)
                 yield _Check(None, do, partial(_details, root, embedding.details), 0)
-
-
-def _paths(state: Manifest) -> set[str]:
-    """Folders of studies and parts that a state names."""
-    out = {study.path for study in state.studies}
-    out |= {part.path for study in state.studies for part in study.parts.values()}
-    return out | {embedding.details.path for embedding in state.embeddings.values()}
+        for name, model in state.models.items():
+            if model.part.path not in done:
+                done.add(model.part.path)
+                do = _advice(
+                    root,
+                    states,
+                    lambda s, path=model.part.path: path in s.paths,  # type: ignore[misc]
+                    f"restore it from a copy, or keep the model again: atlas keep {root} RUN "
+                    f"--name {name}",
+                )
+                yield _Check(None, do, partial(_model, root, name, model), 0)
 
 
 def _advice(
@@ -208,7 +213,7 @@ def _embed_again(
     do = (
         f"restore it from a copy, or make the embedding again: atlas embed RUN {root} --name {name}"
     )
-    return _advice(root, states, lambda s: path in _paths(s), do)
+    return _advice(root, states, lambda s: path in s.paths, do)
 
 
 def _shards(folder: Path) -> Iterator[Path]:
@@ -233,6 +238,10 @@ def _gene_table(root: Path, state: Manifest) -> Iterator[Task]:
 
 def _details(root: Path, part: Part) -> Iterator[Task]:
     yield Task(lambda: caught(lambda: read_details(root, part)))
+
+
+def _model(root: Path, name: str, entry: ModelEntry) -> Iterator[Task]:
+    yield Task(lambda: caught(lambda: models.folder_of(root, name, entry)))
 
 
 def _embedding(

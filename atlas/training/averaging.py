@@ -34,11 +34,12 @@ class WeightAverage:
     def update(self, model: Model, step: int) -> None:
         """Take in the weights after ``step`` steps; nothing here waits for the device."""
         share = max(1 / self._steps, 9 / (step + 10))
-        for name, value in model.state_dict().items():
-            if value.is_floating_point():
-                self.weights[name].lerp_(value, share)
-            else:  # BatchNorm counts its minibatches
-                self.weights[name].copy_(value)
+        own = model.state_dict()
+        moving = [name for name, value in own.items() if value.is_floating_point()]
+        averages, values = [self.weights[name] for name in moving], [own[name] for name in moving]
+        torch._foreach_lerp_(averages, values, share)
+        for name in own.keys() - set(moving):  # BatchNorm counts its minibatches
+            self.weights[name].copy_(own[name])
 
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Become what a checkpoint holds."""

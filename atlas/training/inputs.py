@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from atlas.models.base import Inputs
+from atlas.models.sparse import csr, with_sorted_columns
 from loaders import DeviceFeed, Minibatch
 
 
@@ -49,7 +50,7 @@ class CellColumns:
 
 
 class InputsBuilder:
-    """Densify a minibatch on a device and add what the model must know of each cell.
+    """Take a minibatch to a device and add what the model must know of each cell.
 
     Parameters
     ----------
@@ -59,6 +60,8 @@ class InputsBuilder:
         Which study measured which modelled gene: bool, (n_studies, n_genes). None where all did.
     columns
         What the model is told of each row besides.
+    sparse
+        Leave the counts in ``torch.sparse_csr`` layout, for a model that takes them so.
     """
 
     def __init__(
@@ -66,8 +69,10 @@ class InputsBuilder:
         device: torch.device,
         presence: npt.NDArray[np.bool_] | None,
         columns: CellColumns | None = None,
+        sparse: bool = False,
     ) -> None:
         self._device = device
+        self._sparse = sparse
         self._feed = DeviceFeed(device)
         self._columns = CellColumns() if columns is None else columns
         complete = presence is None or bool(presence.all())
@@ -77,7 +82,7 @@ class InputsBuilder:
         """The inputs; on CUDA every copy is from pinned memory and none waits for the device."""
         columns, rows = self._columns, minibatch.rows
         return Inputs(
-            counts=self._feed(minibatch),
+            counts=_csr(minibatch) if self._sparse else self._feed(minibatch),
             batch=self._codes(
                 minibatch.obs["batch"] if columns.batch is None else columns.batch[rows]
             ),
@@ -103,3 +108,16 @@ class InputsBuilder:
         if self._device.type == "cuda":
             host = host.pin_memory()
         return host.to(self._device, non_blocking=True)
+
+
+def _csr(minibatch: Minibatch) -> Tensor:
+    """The counts in ``torch.sparse_csr`` layout, whose columns rise."""
+    indptr, indices, values = with_sorted_columns(
+        minibatch.indptr, minibatch.indices, minibatch.data, minibatch.n_vars
+    )
+    return csr(
+        torch.from_numpy(indptr.astype(np.int32)),
+        torch.from_numpy(indices.astype(np.int32, copy=False)),
+        torch.from_numpy(values.astype(np.float32, copy=False)),
+        torch.Size((minibatch.n_rows, minibatch.n_vars)),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch import Tensor
 from atlas.config import TrainConfig
 from atlas.errors import ConfigError, TrainingError
 from atlas.models import SCANVI
-from atlas.models.base import Model, evaluating
+from atlas.models.base import Inputs, Losses, Model, evaluating
 from atlas.training.alternation import Alternation
 from atlas.training.checkpoint import load_checkpoint, save_checkpoint
 from atlas.training.environment import (
@@ -35,6 +36,9 @@ from atlas.training.schedule import KlSchedule, epochs_without_improvement
 from atlas.training.state import TrainingState, seeded_generator
 from loaders import Minibatch, SequentialLoader
 from loaders.source import RowSource
+
+Penalty = Callable[[Model, Inputs], Tensor | None]
+"""A scalar to add to the objective of a minibatch; None for nothing."""
 
 _READ_SECONDS = 1.0
 """How often losses are read from the device, to show them and to see that they are finite."""
@@ -54,6 +58,7 @@ def fit(
     progress: bool = True,
     reading: Callable[[RowSource], RowSource] | None = None,
     columns: CellColumns | None = None,
+    penalty: Penalty | None = None,
 ) -> History:
     """Train a model, with a log and checkpoints in a run folder.
 
@@ -90,6 +95,8 @@ def fit(
         when the run folder is held, and only if there is something left to train.
     columns
         What the model is told of each row besides counts and batch.
+    penalty
+        What to add to the objective of each training step; ``describe`` is to identify it.
 
     Returns
     -------
@@ -141,11 +148,12 @@ def fit(
                     rows=validation_rows,
                     narrow=device.type == "cuda",
                 )
-            to_inputs = InputsBuilder(device, presence, columns)
+            sparse = model.takes_sparse and device.type == "cpu"
+            to_inputs = InputsBuilder(device, presence, columns, sparse)
             alternation = None
             if isinstance(model, SCANVI) and model.config.training == "alternating":
                 alternation = Alternation(model, source, train_rows, to_inputs, columns, config)
-            trainer = _Trainer(state, validation, to_inputs, config, alternation, run, out)
+            trainer = _Trainer(state, validation, to_inputs, config, alternation, penalty, run, out)
             epoch_cells = n_rows(train_rows)
             done = epoch_cells * len(state.history.records) + state.epoch_cells
             with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
@@ -167,10 +175,12 @@ class _Trainer:
         to_inputs: InputsBuilder,
         config: TrainConfig,
         alternation: Alternation | None,
+        penalty: Penalty | None,
         run: Mapping[str, Any],
         out: Path,
     ) -> None:
         self.alternation = alternation
+        self.penalty = penalty
         self.state = state
         self.validation = validation
         self.to_inputs = to_inputs
@@ -222,6 +232,7 @@ class _Trainer:
                 state.generator,
                 state.step / self.schedule.total_steps,
             )
+            losses = self.penalised(losses, inputs)
         state.optimizer.zero_grad()
         losses.objective.backward()  # type: ignore[no-untyped-call]
         state.optimizer.step()
@@ -244,6 +255,14 @@ class _Trainer:
         now = time.monotonic()
         state.epoch_seconds += now - self.ticked_at
         self.ticked_at = now
+
+    def penalised(self, losses: Losses, inputs: Inputs) -> Losses:
+        """The losses with the penalty of the training added, if there is one."""
+        added = None if self.penalty is None else self.penalty(self.state.model, inputs)
+        if added is None:
+            return losses
+        penalty = added if losses.penalty is None else losses.penalty + added
+        return dataclasses.replace(losses, objective=losses.objective + added, penalty=penalty)
 
     def end_epoch(self) -> None:
         """Validate, record, decide whether to go on, save."""

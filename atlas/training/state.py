@@ -164,12 +164,15 @@ class TrainingState:
         }
 
     def _restore_adam(self, tensors: Mapping[str, Tensor]) -> None:
-        number = {name: i for i, (name, _) in enumerate(self._trainable())}
+        numbered = {name: (i, p) for i, (name, p) in enumerate(self._trainable())}
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             moment, name = key.split("/", maxsplit=1)
-            # A copy, because Adam writes in place, and what was read from a file shares a buffer.
-            state.setdefault(number[name], {})[moment] = value.clone()
+            number, parameter = numbered[name]
+            # A copy, because Adam writes in place, and what was read from a file shares a buffer;
+            # laid out as the parameter is, because fused Adam goes through both side by side.
+            like = parameter.detach() if value.shape == parameter.shape else value
+            state.setdefault(number, {})[moment] = torch.empty_like(like).copy_(value)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
 

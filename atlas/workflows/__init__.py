@@ -3,6 +3,7 @@
 This is the only place where stores, models, training and evaluation are wired together.
 """
 
+from atlas.workflows.baselines import baseline
 from atlas.workflows.data import StoreInfo, export, info, ingest, select_genes
 from atlas.workflows.differential import differential_expression
 from atlas.workflows.embedding import embed
@@ -12,14 +13,17 @@ from atlas.workflows.expression import (
     normalized,
     posterior_predictive,
 )
+from atlas.workflows.keeping import checkout, history, keep, named, stored_model
 from atlas.workflows.labelling import label, label_probabilities
+from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
-from atlas.workflows.output import write_json
+from atlas.workflows.output import write_json, write_text
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
-from atlas.workflows.results import evaluate, report
+from atlas.workflows.results import compare, evaluate, report
 from atlas.workflows.seeding import SeedLabels, seed_labels
+from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
 from atlas.workflows.transfer_result import TransferredLabels
 from atlas.workflows.transferring import transfer_labels
@@ -28,28 +32,40 @@ __all__ = [
     "SeedLabels",
     "StoreInfo",
     "TransferredLabels",
+    "baseline",
+    "check_target",
+    "checkout",
+    "compare",
     "differential_expression",
     "dropout_probability",
     "embed",
     "evaluate",
     "export",
     "extend_reference",
+    "history",
     "impute",
     "info",
     "ingest",
+    "keep",
     "label",
     "label_probabilities",
     "latent_posterior",
     "library_posterior",
     "likelihood",
+    "named",
     "normalized",
     "posterior_predictive",
+    "prepare_share",
     "project",
     "report",
     "seed_labels",
     "select_genes",
+    "share",
+    "stored_model",
     "train",
     "transfer_labels",
+    "update",
     "verify",
     "write_json",
+    "write_text",
 ]

@@ -181,6 +181,7 @@ class StoreInfo:
     unlabeled: int
     genes_chosen: int | None
     embeddings: list[dict[str, Any]]
+    models: list[dict[str, Any]]
     history: list[str]
 
 
@@ -226,5 +227,6 @@ def info(store: CountStore) -> StoreInfo:
             {"name": name, "n_latent": entry.n_latent}
             for name, entry in store.manifest.embeddings.items()
         ],
+        models=[{"name": name, "version": n} for name, n in store.models.items()],
         history=[f"{s.number} {s.created} {s.action}" for s in manifests.history(store.path)],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -59,14 +61,41 @@ def embed(
     for cells in stream:
         out[cells.rows] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
     if name is not None and isinstance(store, CountStore):
-        how = {
-            "model": {"name": model.name, **model.config.to_json()},
-            "genes": list(model.genes),
-            "training": model.training,
-            "versions": versions(),
-            "command": command(),
-        }
-        store.write_embedding(name, out, how)
+        store.write_embedding(name, out, how_made(model))
+    return out
+
+
+def how_made(model: TrainedModel) -> dict[str, Any]:
+    """What is kept with an embedding of how it was made."""
+    return {
+        "model": {"name": model.name, **model.config.to_json()},
+        "genes": list(model.genes),
+        "training": model.training,
+        "versions": versions(),
+        "command": command(),
+    }
+
+
+def embed_study(
+    model: TrainedModel,
+    store: CountStore,
+    study: str,
+    *,
+    device: str = "auto",
+    progress: bool = False,
+) -> npt.NDArray[np.float32]:
+    """Embed the cells of one study: the rows that :func:`embed` gives them, bit for bit.
+
+    Returns
+    -------
+    float32, (n_obs of the study, n_latent).
+    """
+    mine = store.obs_codes["study"] == store.studies.index(study)
+    progressing = f"embedding {study}" if progress else None
+    stream = CellStream(model, store, rows=mine, device=device, progress=progressing)
+    out = np.empty((len(stream.chosen), model.config.n_latent), np.float32)
+    for cells in stream:
+        out[cells.place] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,11 +27,12 @@ class Labelling:
     ----------
     table
         By row name, in the order of the store: ``NAME`` (categories), ``NAME_probability``,
-        ``NAME_entropy`` and, with a hierarchy, ``NAME_level_0`` (coarsest) and so on.
+        ``NAME_entropy`` and, with a hierarchy, ``NAME_level_0`` (coarsest),
+        ``NAME_level_0_probability`` and so on.
     counts
         Cells of each class, classes without any included.
     mean_probability, mean_entropy
-        Of the most probable class, and of all of a cell's classes in nats, over cells.
+        Of the class given, and of all of a cell's classes in nats, over cells.
     """
 
     table: pd.DataFrame
@@ -50,8 +52,12 @@ def label(
 ) -> Labelling:
     """Label cells with the classes of a scANVI: posterior q(c | x) at the posterior mean of z.
 
-    At each level of a hierarchy the most probable node is taken, a class itself where its branch
-    ends above; with soft posteriors the levels may disagree. ``unobserved …`` is a label too.
+    With a hierarchy the labels of all levels lie on one path, from the most probable root on to the
+    most probable child (:meth:`atlas.models.LabelTree.paths`); a class stands at the levels below
+    it too. The coarsest label is the most probable of its level. A finer one is so among its
+    siblings: where no group is certain, a class of another group can be more probable
+    (:func:`label_probabilities` has all). Probabilities are marginal ones, not shares of the
+    parent's, so they fall from level to level. ``unobserved …`` is a label too.
 
     Parameters
     ----------
@@ -149,21 +155,33 @@ def _log_probabilities(
 
 
 def _table(tree: LabelTree, log_p: npt.NDArray[np.float32], name: str) -> pd.DataFrame:
+    paths = tree.paths(log_p)
     log_q = log_p[:, list(tree.leaves)].astype(np.float64)
-    q = np.exp(log_q)
-    best = log_q.argmax(axis=1)
     columns = {
-        name: pd.Categorical.from_codes(best, pd.Index(tree.classes)),
-        f"{name}_probability": q[np.arange(len(q)), best],
+        **_labels(tree, log_p, paths[:, -1], np.array(tree.leaves), name),
         # where q is 0 to the last bit its logarithm is finite: 0, not NaN
-        f"{name}_entropy": np.maximum(-(q * log_q).sum(axis=1), 0.0),
+        f"{name}_entropy": np.maximum(-(np.exp(log_q) * log_q).sum(axis=1), 0.0),
     }
     for level in range(tree.n_levels if tree.n_levels > 1 else 0):
-        nodes = np.unique(tree.at_level(level))
-        best = log_p[:, nodes].argmax(axis=1)
-        names = pd.Index([tree.names[i] for i in nodes])
-        columns[f"{name}_level_{level}"] = pd.Categorical.from_codes(best, names)
+        offered = np.unique(tree.at_level(level))
+        columns |= _labels(tree, log_p, paths[:, level], offered, f"{name}_level_{level}")
     return pd.DataFrame(columns)
+
+
+def _labels(
+    tree: LabelTree,
+    log_p: npt.NDArray[np.float32],
+    nodes: npt.NDArray[np.int64],
+    offered: npt.NDArray[np.int64],
+    name: str,
+) -> dict[str, Any]:
+    """Two columns: the node given to each cell, of those offered, and its probability."""
+    names = pd.Index([tree.names[node] for node in offered])
+    p = np.exp(log_p[np.arange(len(nodes)), nodes].astype(np.float64))
+    return {
+        name: pd.Categorical.from_codes(np.searchsorted(offered, nodes), names),
+        f"{name}_probability": p,
+    }
 
 
 def _check_free(store: CountStore | FilesSource, name: str) -> None:

@@ -22,6 +22,12 @@ def write_json(path: str | PathLike[str], values: Mapping[str, Any]) -> None:
         files.write_bytes(partial, json.dumps(values, indent=1, allow_nan=False).encode())
 
 
+def write_text(path: str | PathLike[str], text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(Path(path)) as partial:
+        files.write_bytes(partial, text.encode())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a file beside ``path`` to write to, and move it there when all went well."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
+from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.figures import LossRecord
-from atlas.evaluation.measures import evaluate_embedding
-from atlas.evaluation.metrics import Metrics
+from atlas.evaluation.measures import Options, compare_embeddings, evaluate_embedding
+from atlas.evaluation.metrics import Comparison, Difference, Metrics
 from atlas.evaluation.report import ReportInputs, write_report
 from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
 from atlas.workflows.rows import Rows, rows_where
+
+QUERIES = 5000
 
 
 def evaluate(
@@ -22,9 +27,12 @@ def evaluate(
     embedding: str,
     reference: Rows | None = None,
     query: Rows | None = None,
+    individual: str | None = None,
+    before: str | None = None,
+    queries: int = QUERIES,
     seed: int = 0,
 ) -> Metrics:
-    """Measure an embedding: mixing of batches, label transfer, silhouettes.
+    """Measure an embedding: mixing of batches, label transfer, silhouettes, and more.
 
     Parameters
     ----------
@@ -35,17 +43,67 @@ def evaluate(
     reference, query
         Cells whose labels are carried over, and to which, by an obs column; without them each
         labeled cell is predicted from all others.
+    individual
+        Name of an embedding of each batch on its own, for kNN purity: ``"pca_batch"`` of
+        :func:`atlas.baseline`.
+    before
+        Name of an embedding before integration, for the PCR comparison: ``"pca"``.
+    queries
+        Cells above this number are sampled; they are searched among all.
     seed
         Of the samples.
     """
     return evaluate_embedding(
         store.embedding(embedding),
-        Categories(store.obs_codes["batch"], store.batches),
-        Categories(store.obs_codes["label"], store.labels) if store.labels else None,
-        reference=None if reference is None else rows_where(store, reference),
-        query=None if query is None else rows_where(store, query),
+        **_categories(store, reference, query),
+        individual=None if individual is None else store.embedding(individual),
+        before=None if before is None else store.embedding(before),
+        max_queries=queries,
         seed=seed,
     )
+
+
+def compare(
+    store: CountStore,
+    embeddings: Sequence[str],
+    *,
+    reference: Rows | None = None,
+    query: Rows | None = None,
+    individual: str | None = None,
+    before: str | None = None,
+    queries: int = QUERIES,
+    seed: int = 0,
+) -> Comparison:
+    """Measure several embeddings on the same cells, and their differences with paired errors.
+
+    Parameters
+    ----------
+    store
+        An open store.
+    embeddings
+        Names of embeddings kept with it.
+    reference, query, individual, before, queries, seed
+        As in :func:`evaluate`.
+    """
+    if len(set(embeddings)) < len(embeddings):
+        raise ConfigError("an embedding is named twice", found=", ".join(embeddings))
+    return compare_embeddings(
+        {name: store.embedding(name) for name in embeddings},
+        **_categories(store, reference, query),
+        individual=None if individual is None else store.embedding(individual),
+        before=None if before is None else store.embedding(before),
+        options=Options(max_queries=queries, seed=seed),
+    )
+
+
+def _categories(store: CountStore, reference: Rows | None, query: Rows | None) -> dict[str, Any]:
+    """Batches, labels and masks of all cells of a store."""
+    return {
+        "batches": Categories(store.obs_codes["batch"], store.batches),
+        "labels": Categories(store.obs_codes["label"], store.labels) if store.labels else None,
+        "reference": None if reference is None else rows_where(store, reference),
+        "query": None if query is None else rows_where(store, query),
+    }
 
 
 def report(
@@ -55,11 +113,16 @@ def report(
     out: str | PathLike[str],
     reference: Rows | None = None,
     query: Rows | None = None,
+    individual: str | None = None,
+    before: str | None = None,
+    queries: int = QUERIES,
+    beside: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """Write the report of an embedding: one self-contained HTML file.
 
-    Parameters are those of :func:`evaluate`; ``out`` is the file. The losses, options and versions
+    Parameters are those of :func:`evaluate`; ``out`` is the file, and ``beside`` names embeddings
+    whose differences to this one are told. The losses, options and versions
     are those kept with the embedding, the commands those that made the store.
     """
     how = store.embedding_details(embedding)
@@ -68,6 +131,21 @@ def report(
     settings = {**model, **training.get("config", {})}
     commands = [state.command for state in history(store.path)]
     commands += [training["command"]] if training.get("command") else []
+    options: dict[str, Any] = {
+        "reference": reference,
+        "query": query,
+        "individual": individual,
+        "before": before,
+        "queries": queries,
+        "seed": seed,
+    }
+    differences: tuple[Difference, ...] = ()
+    if beside:
+        compared = compare(store, [embedding, *beside], **options)
+        metrics = compared.metrics[embedding]
+        differences = tuple(d for d in compared.differences if d.first == embedding)
+    else:
+        metrics = evaluate(store, embedding=embedding, **options)
     inputs = ReportInputs(
         title=store.path.name,
         embedding_name=embedding,
@@ -78,7 +156,8 @@ def report(
         n_genes=store.n_vars,
         n_modelled_genes=len(how.get("genes", [])),
         study_genes=tuple(int(n) for n in store.presence().sum(axis=1)),
-        metrics=evaluate(store, embedding=embedding, reference=reference, query=query, seed=seed),
+        metrics=metrics,
+        differences=differences,
         history=tuple(
             LossRecord(r["epoch"], r["train_loss"], r["validation_bound"])
             for r in training.get("history", [])

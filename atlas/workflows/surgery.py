@@ -16,6 +16,7 @@ import torch
 from atlas.config import Initialisation, LibraryKind, MissingGenes, Strategy, TrainConfig
 from atlas.errors import ConfigError, MissingColumnError, ModelError
 from atlas.models import LabelTree, TrainedModel, load_model
+from atlas.models.apart import KeepApart, principal_components
 from atlas.models.base import evaluating
 from atlas.models.columns import ObsColumns
 from atlas.models.lineage import Surgery
@@ -48,6 +49,12 @@ FEW_GENES = 0.8
 TOO_FEW_GENES = 0.5
 """Share below which it is refused."""
 
+LR = 0.01
+"""Few parameters are trained, in few steps: ten times the learning rate of a whole model."""
+
+_COMPONENTS = 20
+"""Principal components by which batches are kept apart."""
+
 _TRIED = 1000
 """Cells of a new batch by which its nearest one is chosen."""
 
@@ -59,11 +66,12 @@ def extend_reference(
     *,
     out: str | PathLike[str],
     strategy: Strategy = "conditions",
-    initialisation: Initialisation = "random",
+    initialisation: Initialisation = "nearest",
     label_key: str | None = None,
     missing: MissingGenes = "mask",
+    keep_apart: float = 0.7,
     force: bool = False,
-    max_epochs: int = 50,
+    max_epochs: int = 5,
     seed: int = 0,
     resume: bool = False,
     progress: bool = False,
@@ -97,6 +105,10 @@ def extend_reference(
     missing
         What to do with genes of the model that a study lacks: ``"mask"`` leaves them out of
         likelihood and softmax, as in training; ``"zero"`` takes them as measured and zero.
+    keep_apart
+        Weight of the penalty on batches of the studies that come nearer to each other than their
+        expression is (:class:`atlas.models.apart.KeepApart`), so that a stimulation is not taken
+        for a batch effect; 0 is the paper's form. Without effect on a single batch.
     force
         Go on with a study that has less than half of the model's genes.
     max_epochs
@@ -108,7 +120,8 @@ def extend_reference(
     progress
         Show loss, cells/s and the time left on stderr.
     **options
-        Fields of :class:`atlas.config.TrainConfig`; weight decay is 0 here by default.
+        Fields of :class:`atlas.config.TrainConfig`; by default the learning rate is 0.01 here, and
+        weight decay 0.
 
     Returns
     -------
@@ -128,7 +141,7 @@ def extend_reference(
     """
     trained = model if isinstance(model, TrainedModel) else load_model(model)
     folder = Path(out)
-    config = _training_config({"weight_decay": 0.0, **options}, max_epochs, seed)
+    config = _training_config({"lr": LR, "weight_decay": 0.0, **options}, max_epochs, seed)
     check_reference(trained.module)
     names = _new_studies(trained, store, studies)
     check_run_folder(folder, resume=resume)
@@ -174,12 +187,6 @@ def extend_reference(
     )
     nearest = None
     if initialisation == "nearest":
-        if any(growth.categories):
-            raise ConfigError(
-                "The nearest batch cannot be found for cells of a new category",
-                found="; ".join(", ".join(new) for new in growth.categories if new),
-                do="take another initialisation, such as mean",
-            )
         nearest = _nearest(trained, reference, view, values, to_inputs, chosen, len(batches))
     tuned = graft(
         reference,
@@ -190,6 +197,10 @@ def extend_reference(
         seed=seed,
     )
     n_trained = n_trainable(tuned)
+    penalty = None
+    if keep_apart > 0 and len(batches) > 1:
+        cells = (to_inputs(minibatch) for minibatch in SequentialLoader(view, 4096, rows=chosen))
+        penalty = KeepApart(*principal_components(cells, _COMPONENTS), keep_apart)
     split = store.split(config.validation_share)
     held_out = np.zeros(store.n_obs, bool)
     for start, stop in split.validation:
@@ -209,10 +220,12 @@ def extend_reference(
             "batches": list(batches),
             "strategy": strategy,
             "initialisation": initialisation,
+            "keep_apart": keep_apart,
             "labels": None if labels is None else labels.to_json(),
             "start": weights_digest(tuned),
         },
         columns=values,
+        penalty=penalty,
         progress=progress,
     )
     rows = presence[[store.studies.index(name) for name in names]]
@@ -223,6 +236,7 @@ def extend_reference(
         labels=() if labels is None else labels.names[len(old) :],
         strategy=strategy,
         initialisation=initialisation,
+        keep_apart=keep_apart,
         zero_filled=missing == "zero",
         n_trained=n_trained,
     )
@@ -240,6 +254,7 @@ def extend_reference(
             "config": config.to_json(),
             "history": record.to_json(),
             "reference": trained.training,
+            "reference_weights": weights_digest(trained.module),
             "store": str(store.path),
             "manifest": store.number,
             "versions": versions(),
@@ -384,8 +399,10 @@ def _nearest(
 ) -> list[int]:
     """For each new batch, the reference's one by whose weights its cells are most likely.
 
-    By the bound of at most a thousand cells, with z and library at their posterior means.
+    By the bound of at most a thousand cells, with z and library at their posterior means. Cells of
+    a category that the reference does not know are taken for such of the first one.
     """
+    sizes = torch.tensor(reference.covariates.n_categories)
     assert values.batch is not None
     first = len(model.batches)
     best = []
@@ -398,6 +415,9 @@ def _nearest(
         sums = np.zeros(reference.n_original)
         for minibatch in SequentialLoader(view, 512, rows=mask):
             inputs = dataclasses.replace(to_inputs(minibatch).to(device), label=None)
+            if (categories := inputs.categories) is not None:
+                known = categories.where(categories < sizes, 0)
+                inputs = dataclasses.replace(inputs, categories=known)
             for candidate in range(reference.n_original):
                 batch = torch.full_like(inputs.batch, candidate)
                 with evaluating(module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas.errors import ConfigError, ModelError
-from atlas.evaluation import neighbours
-from atlas.evaluation.neighbours import Backend, nearest
+from atlas.evaluation import exact, neighbours
+from atlas.evaluation.neighbours import Backend, Neighbours, nearest, recall_of
 
 BACKENDS: list[Backend] = ["faiss", "torch"]
 
@@ -132,7 +134,7 @@ def test_torch_searches_in_full_precision_and_restores_the_setting() -> None:
 
 
 def test_falls_back_to_torch_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_import_faiss", lambda: None)
+    monkeypatch.setattr(neighbours, "import_faiss", lambda: None)
     database = np.random.default_rng(6).standard_normal((30, 2)).astype(np.float32)
     assert nearest(database, database, 3).backend.startswith("torch")
     with pytest.raises(ConfigError, match="FAISS is asked for and not installed"):
@@ -170,3 +172,35 @@ def test_shapes_and_ids_that_do_not_fit_are_refused() -> None:
         nearest(database, np.zeros((1, 3), dtype=np.float32), 2)
     with pytest.raises(ConfigError, match="query_ids do not name rows"):
         nearest(database, database, 2, np.arange(1, 11))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_memory_mapped_database_is_read_as_it_is(backend: Backend, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    values = (rng.standard_normal((3000, 5)) + 40).astype(np.float32)
+    np.save(tmp_path / "z.npy", values)
+    mapped = np.load(tmp_path / "z.npy", mmap_mode="r")
+    ids = rng.permutation(3000)[:40]
+    ours = nearest(mapped, mapped[ids], 20, ids, backend=backend)
+    np.testing.assert_array_equal(ours.indices, brute_force(values, values[ids], 20, ids)[0])
+
+
+@pytest.mark.parametrize("kernel", ["faiss", "torch"])
+def test_tiles_are_merged(kernel: exact.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "_FAISS_TILE", 300)
+    monkeypatch.setattr(exact, "_QUERY_BLOCK", 17)
+    rng = np.random.default_rng(9)
+    database = rng.standard_normal((1000, 3)).astype(np.float32)
+    ids = np.arange(50)
+    indices, squared = exact.search_exactly(
+        database, database[:50], 30, ids, centre=np.zeros(3), kernel=kernel, device="cpu"
+    )
+    rows, distances = brute_force(database, database[:50], 30, ids)
+    np.testing.assert_array_equal(indices, rows)
+    np.testing.assert_allclose(np.sqrt(squared), distances, rtol=1e-12)
+
+
+def test_recall_counts_rows_as_near_as_the_true_ones() -> None:
+    distances = np.array([[1, 2, 2, 5]], dtype=np.float32)
+    exact_ones = Neighbours(np.arange(4)[None], np.array([[1, 2, 2, 2]], dtype=np.float32), "x")
+    assert recall_of(Neighbours(np.arange(4)[None] + 3, distances, "x"), exact_ones).value == 0.75

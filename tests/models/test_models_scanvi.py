@@ -188,6 +188,33 @@ def test_trees_go_to_json_and_back() -> None:
     assert DEEP.codes(["CD8", None, "T", "?"]).tolist() == [6, -1, 4, -1]
 
 
+def test_a_path_is_consistent_where_the_best_of_each_level_are_not() -> None:
+    tree = LabelTree.make([], {"A1": "A", "A2": "A", "A3": "A", "B1": "B"})
+    p = dict(zip(["A", "A1", "A2", "A3", "B", "B1"], [0.6, 0.18, 0.22, 0.2, 0.4, 0.4], strict=True))
+    log_p = np.log([[p[name] for name in tree.names]])
+    leaves = {name: p[name] for name in tree.classes}
+    assert max(leaves, key=leaves.get) == "B1"  # under another group than the most probable one
+    assert [tree.names[node] for node in tree.paths(log_p)[0]] == ["A", "A2"]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_paths_go_from_parent_to_the_most_probable_child(seed: int) -> None:
+    """Against a walk down each cell's own tree; in all trees some cells' levels would disagree."""
+    rng = np.random.default_rng(seed)
+    parents = [-1, -1, *(int(rng.integers(-1, i)) for i in range(2, 12))]
+    tree = LabelTree(tuple(f"n{i}" for i in range(12)), tuple(parents))
+    q = rng.dirichlet(np.full(len(tree.leaves), 0.7), 300)
+    p = q @ tree.below.T
+    paths = tree.paths(np.log(p + 1e-300))
+    for cell, path in zip(p, paths.tolist(), strict=True):
+        node, walked = -1, []
+        while below := [i for i, parent in enumerate(parents) if parent == node]:
+            node = max(below, key=lambda i: cell[i])
+            walked.append(node)
+        assert path == walked + [node] * (tree.n_levels - len(walked))
+    assert (paths[:, -1] != np.array(tree.leaves)[q.argmax(axis=1)]).any()
+
+
 def test_the_joint_form_is_that_of_scvi_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     scvi_module = pytest.importorskip("scvi.module")
     import test_models_parity as parity

@@ -152,6 +152,23 @@ def test_a_config_value_that_is_not_offered(folder: Path) -> None:
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_hidden": 10**9}, r"shapes of the model[\s\S]*1000000000"),
+        ({"n_latent": 10**8}, "shapes of the model"),
+        ({"n_layers": 10**9}, "too few for the layers"),
+    ],
+)
+def test_a_model_of_any_size_takes_no_memory_before_its_weights_are_looked_at(
+    folder: Path, values: dict[str, int], message: str
+) -> None:
+    config = json.loads((folder / "model.json").read_text())["config"]
+    _edit(folder, config={**config, **values})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
 def test_weights_of_other_names(folder: Path) -> None:
     tensors = safetensors.torch.load_file(folder / "weights.safetensors")
     tensors["module.surplus"] = tensors.pop("module.scale.bias")

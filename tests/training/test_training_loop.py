@@ -89,6 +89,7 @@ class Hooked(Model):
     def __init__(self, inner: Model, before: Callable[[int], None]) -> None:
         super().__init__()
         self.inner, self.before, self.calls = inner, before, 0
+        self.takes_sparse = inner.takes_sparse  # type: ignore[misc]
         self.n_genes, self.n_batch, self.n_latent = inner.n_genes, inner.n_batch, inner.n_latent
         self.kl_weights: list[float] = []
         self.inputs: list[Inputs] = []
@@ -182,7 +183,7 @@ def test_training_sees_the_training_rows_and_their_codes(tmp_path: Path) -> None
         assert inputs.counts.dtype == torch.float32
         assert inputs.batch.dtype == torch.int64
         assert inputs.present is not None
-        parts = (inputs.counts, inputs.batch[:, None], inputs.present)
+        parts = (inputs.counts.to_dense(), inputs.batch[:, None], inputs.present)
         found += map(tuple, torch.cat([part.double() for part in parts], dim=1).tolist())
     assert sorted(found) == sorted(tuple(map(float, row)) for row in expected)
 

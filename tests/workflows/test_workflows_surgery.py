@@ -321,8 +321,6 @@ def test_what_is_refused(references: dict[str, Path], store: Path, tmp_path: Pat
         extend(model, ["query_1"], n_hidden=3)
     with pytest.raises(ConfigError, match="takes no labels"):
         extend(model, ["query_1"], label_key="cell_type")
-    with pytest.raises(ConfigError, match="new category"):
-        extend(references["scvi covariates"], ["query_1"], initialisation="nearest")
     assert not (tmp_path / "refused").exists()
 
 

@@ -1,0 +1,421 @@
+"""The index itself: what it holds, how it is searched, and what share of the truth it finds."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from atlas.errors import ConfigError
+from atlas.evaluation.exact import (
+    FAISS_GPU_MAX_K,
+    SPARE_CANDIDATES,
+    Device,
+    Floats,
+    Indices,
+    Kernel,
+)
+from atlas.evaluation.index import lists, stored
+from atlas.evaluation.index.choice import Choice, Kind, choose
+from atlas.evaluation.index.searching import search_all, search_lists
+from atlas.evaluation.index.spool import Spool
+from atlas.evaluation.neighbours import (
+    EXACT,
+    Neighbours,
+    Recall,
+    check_k,
+    check_query_ids,
+    check_space,
+    recall_of,
+)
+from atlas.evaluation.vectors import Embedding, check_values, column_means, digest, tiles
+
+RECALL_QUERIES = 1000
+_TUNING_QUERIES = 300
+_TUNING_K = 100
+
+
+class NeighborIndex:
+    """Nearest neighbours of the rows of an embedding, by Euclidean distance.
+
+    Rows are added in parts; they are centred in float64 before they are rounded to float32 for the
+    search, and distances are computed in float64 from the rows as given. A row is left out of its
+    own neighbours by its number, and equal distances are ordered by row. What an approximate kind
+    finds is compared with exact search on 1,000 of the rows, and every result carries that recall.
+
+    Parameters
+    ----------
+    n_dimensions
+        Columns of the embedding.
+    kind
+        ``"auto"`` chooses when the index is built, by :func:`choose`; see :data:`Kind`.
+    device
+        ``"auto"`` takes a GPU where the kind can use one.
+    seed
+        Of samples and centroids. Two indices of the same rows, kind and seed answer the same.
+    folder
+        Where vectors are kept while they are added, and lists on disk; memory without one, and a
+        temporary folder for lists.
+    n_queries
+        Queries to expect, for the choice; without it as many as rows.
+    recall_target
+        Share of the neighbours that an approximate kind is tuned to find.
+    """
+
+    def __init__(
+        self,
+        n_dimensions: int,
+        *,
+        kind: Kind | Literal["auto"] = "auto",
+        device: Device | Literal["auto"] = "auto",
+        seed: int = 0,
+        folder: str | os.PathLike[str] | None = None,
+        n_queries: int | None = None,
+        recall_target: float = 0.99,
+    ) -> None:
+        if not 0 < recall_target <= 1:
+            raise ConfigError(
+                "recall_target is out of range", found=recall_target, expected="(0, 1]"
+            )
+        self.seed = seed
+        self.recall_target = recall_target
+        self._asked: tuple[Kind | Literal["auto"], Device | Literal["auto"]] = (kind, device)
+        self._n_queries = n_queries
+        self._folder = None if folder is None else Path(folder)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        file = None if self._folder is None else self._folder / ".vectors.f32"
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        self._spool = Spool(n_dimensions, file)
+        self._n_dimensions = n_dimensions
+        self._mapped: Embedding | None = None
+        self._digest: str | None = None
+        self._choice: Choice | None = None
+        self._centre: Floats = np.zeros(n_dimensions)
+        self._lists: lists.Approximate | None = None
+        self._recalls: dict[int, Recall] = {}
+        self._read_only = False
+
+    @classmethod
+    def build(cls, embedding: Embedding, **options: Any) -> Self:
+        """An index of an embedding, which is kept by reference and may be a mapped file.
+
+        Parameters
+        ----------
+        embedding
+            float32, (N, d).
+        options
+            Those of the class.
+        """
+        embedding = np.ascontiguousarray(embedding, dtype=np.float32)
+        check_space(embedding, embedding)
+        check_values(embedding, "embedding")
+        index = cls(embedding.shape[1], **options)
+        index._mapped = embedding
+        index._digest = digest(embedding)
+        index._make()
+        return index
+
+    def add(self, rows: Embedding) -> None:
+        """Add rows after those that are there; they get the next numbers.
+
+        An index that was built already keeps its centroids and its origin.
+
+        Parameters
+        ----------
+        rows
+            float32, (n, d).
+        """
+        if self._read_only:
+            raise ConfigError(
+                "an index whose files are mapped takes no more rows",
+                do="load it with mapped=False, or build it anew with all rows",
+            )
+        if self._mapped is not None:
+            spool = Spool(self.n_dimensions)
+            for part in tiles(len(self._mapped)):
+                spool.append(self._mapped[part])
+            self._spool, self._mapped, self._digest = spool, None, None
+        self._spool.append(rows)
+        self._recalls.clear()
+        if self._lists is not None:
+            self._lists.add(np.ascontiguousarray(rows, dtype=np.float32))
+
+    # what it is
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    @property
+    def vectors(self) -> Embedding:
+        """The rows: float32 (N, d)."""
+        if self._mapped is not None:
+            return self._mapped
+        return self._spool.array()
+
+    @property
+    def n_dimensions(self) -> int:
+        """Columns of the embedding."""
+        return self._n_dimensions
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows it was built from."""
+        if self._digest is not None:
+            return self._digest
+        return self._spool.digest
+
+    @property
+    def choice(self) -> Choice:
+        """Kind, device, and why they were taken."""
+        return self._built()
+
+    @property
+    def backend(self) -> str:
+        """What searches, in words."""
+        return self._backend(1)
+
+    def _backend(self, wanted: int) -> str:
+        if self._choice is None and self._lists is None:  # lists are there while they are tuned
+            self._make()
+        if self._lists is not None:
+            return self._lists.name(wanted)
+        choice = self._built()
+        if choice.kind == "flat":
+            return f"faiss flat, {'GPU' if self._exact_device(wanted) == 'cuda' else 'CPU'}"
+        return f"torch, {choice.device}"
+
+    def _exact_device(self, wanted: int) -> Device:
+        choice = self._built()
+        return "cpu" if choice.kind == "flat" and wanted > FAISS_GPU_MAX_K else choice.device
+
+    def check_embedding(self, embedding: Embedding) -> None:
+        """Refuse an embedding that the index was not built from.
+
+        Raises
+        ------
+        ConfigError
+            Other rows, or the same ones in another order.
+        """
+        if embedding.shape != (len(self), self.n_dimensions) or digest(embedding) != self.digest:
+            raise ConfigError(
+                "the index is of another embedding",
+                found=f"an index of {len(self):,} × {self.n_dimensions}, digest {self.digest[:12]}",
+                expected=f"one of the {embedding.shape} values given",
+                do="build the index again from this embedding",
+            )
+
+    # search
+
+    def search(self, queries: Embedding, k: int, query_ids: Indices | None = None) -> Neighbours:
+        """The k nearest rows for each query, nearest first, equal distances by row.
+
+        Parameters
+        ----------
+        queries
+            float32, (Q, d).
+        k
+            Neighbours of each.
+        query_ids
+            Row that each query is, left out of its own neighbours: int64 (Q,), -1 for none.
+
+        Raises
+        ------
+        ConfigError
+            Shapes that do not fit, or k out of range.
+        ModelError
+            Values that are not finite, or above 1e18.
+        """
+        self._built()
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        check_space(self.vectors, queries)
+        check_values(queries, "queries")
+        ids = check_query_ids(query_ids, len(queries), len(self))
+        check_k(k, len(self), ids)
+        return self._search(queries, k, ids, self.recall(k))
+
+    def neighbours(self, k: int, rows: Indices | None = None) -> Neighbours:
+        """Neighbours of rows of the index, each left out of its own: of all, or of ``rows``."""
+        rows = np.arange(len(self), dtype=np.int64) if rows is None else rows
+        return self.search(self.vectors[rows], k, rows)
+
+    def recall(self, k: int) -> Recall:
+        """Share of the k true neighbours that a search finds; measured once for each k.
+
+        Exact kinds have 1, without queries: each of their answers is proved by a bound.
+        """
+        self._built()
+        if self._lists is None:
+            return EXACT
+        if len(self) < 2:
+            return EXACT
+        if k not in self._recalls:
+            rows = self._sample(RECALL_QUERIES, salt=1)
+            k_rows = min(k, len(self) - 1)
+            found = self._search(self.vectors[rows], k_rows, rows, EXACT)
+            self._recalls[k] = recall_of(found, self._exactly(rows, k_rows))
+        return self._recalls[k]
+
+    def _search(
+        self, queries: Embedding, k: int, ids: Indices | None, recall: Recall
+    ) -> Neighbours:
+        wanted = k + 1 + SPARE_CANDIDATES
+        if self._lists is not None:
+            indices, squared = search_lists(self._lists, self.vectors, queries, k, ids)
+        else:
+            kernel: Kernel = "faiss" if self._built().kind == "flat" else "torch"
+            device = self._exact_device(wanted)
+            indices, squared = search_all(
+                self.vectors, queries, k, ids, self._centre, kernel, device
+            )
+        distances = np.sqrt(squared).astype(np.float32)
+        return Neighbours(indices, distances, self._backend(wanted), recall)
+
+    def _exactly(self, rows: Indices, k: int) -> Neighbours:
+        indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._centre)
+        return Neighbours(indices, np.sqrt(squared).astype(np.float32), "exact")
+
+    def _sample(self, most: int, salt: int) -> Indices:
+        n = len(self)
+        rng = np.random.default_rng([self.seed, salt])
+        return np.sort(rng.choice(n, min(most, n), replace=False, shuffle=False)).astype(np.int64)
+
+    # building
+
+    def _built(self) -> Choice:
+        if self._choice is None:
+            self._make()
+        assert self._choice is not None
+        return self._choice
+
+    def _make(self) -> None:
+        vectors = self.vectors
+        if not len(vectors):
+            raise ConfigError("the index holds no rows", do="add rows before searching")
+        kind, device = self._asked
+        choice = choose(
+            len(vectors),
+            self.n_dimensions,
+            len(vectors) if self._n_queries is None else self._n_queries,
+            kind=kind,
+            device=device,
+        )
+        self._centre = column_means(vectors)
+        if choice.kind in ("ivf", "hnsw", "disk"):
+            folder = self._folder
+            if choice.kind == "disk" and folder is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="atlas-index-")
+                folder = Path(self._scratch.name)
+            self._lists = lists.build(
+                vectors, choice.kind, choice.device, self._centre, seed=self.seed, folder=folder
+            )
+            self._read_only = choice.kind == "disk"
+            self._tune()
+        self._choice = choice
+
+    def _tune(self) -> None:
+        """Double the breadth until a sample of rows finds its neighbours, or all is looked at."""
+        assert self._lists is not None
+        rows = self._sample(_TUNING_QUERIES, salt=2)
+        k = min(_TUNING_K, len(self) - 1)
+        if k < 1:
+            return
+        exact = self._exactly(rows, k)
+        wanted = min(k + 1 + SPARE_CANDIDATES, len(self))
+        while self._lists.breadth < self._lists.broadest:
+            # Queries that find too few rows are searched exactly, which is slow and no recall.
+            found = self._lists.propose(self.vectors[rows], wanted)
+            if (found >= 0).all(axis=1).mean() > 0.99:
+                near = self._search(self.vectors[rows], k, rows, EXACT)
+                if recall_of(near, exact).value >= self.recall_target:
+                    return
+            self._lists.breadth = min(2 * self._lists.breadth, self._lists.broadest)
+
+    # on disk
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the index to a new folder, which appears whole or not at all.
+
+        Raises
+        ------
+        OutputError
+            The folder is there and not empty.
+        """
+        choice = self._built()
+        return stored.save(
+            Path(folder),
+            stored.Stored(
+                n=len(self),
+                n_dimensions=self.n_dimensions,
+                digest=self.digest,
+                kind=choice.kind,
+                why=choice.why,
+                seed=self.seed,
+                recall_target=self.recall_target,
+                centre=tuple(map(float, self._centre)),
+                breadth=0 if self._lists is None else self._lists.breadth,
+                recalls=dict(self._recalls),
+            ),
+            self.vectors,
+            None if self._lists is None else self._lists.index,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        embedding: Embedding | None = None,
+        device: Device | Literal["auto"] = "auto",
+        mapped: bool = True,
+        check: bool = True,
+    ) -> Self:
+        """Open an index that was saved.
+
+        Parameters
+        ----------
+        folder
+            What :meth:`save` wrote.
+        embedding
+            The embedding it should be of; another one is refused.
+        device
+            Where to search.
+        mapped
+            Whether vectors and lists stay in their files, read as they are needed; rows can be
+            added only without.
+        check
+            Whether to read all of it once and compare digests.
+
+        Raises
+        ------
+        FormatError
+            No index, or one of a version that is not read.
+        CorruptStoreError
+            A file that is missing or not as it was written.
+        ConfigError
+            The index is of another embedding.
+        """
+        about, vectors, structure = stored.load(Path(folder), mapped=mapped, check=check)
+        index = cls(
+            about.n_dimensions,
+            kind=about.kind,
+            device=device,
+            seed=about.seed,
+            recall_target=about.recall_target,
+        )
+        index._mapped, index._digest = vectors, about.digest
+        index._centre = np.array(about.centre)
+        chosen = choose(about.n, about.n_dimensions, 0, kind=about.kind, device=device)
+        index._choice = Choice(about.kind, chosen.device, about.why)
+        index._recalls = dict(about.recalls)
+        index._read_only = mapped or about.kind == "disk"
+        if structure is not None and about.kind in ("ivf", "hnsw", "disk"):
+            index._lists = lists.Approximate(
+                structure, about.kind, chosen.device, index._centre, about.breadth
+            )
+        if embedding is not None:
+            index.check_embedding(embedding)
+        return index

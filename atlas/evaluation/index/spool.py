@@ -1,0 +1,67 @@
+"""Vectors that come part after part: kept in memory, or in a file that is mapped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from atlas.errors import ConfigError
+from atlas.evaluation.vectors import Embedding, RowDigest, check_values
+
+
+class Spool:
+    """Rows in the order they came, checked, with their digest.
+
+    Parameters
+    ----------
+    n_dimensions
+        Columns of the rows.
+    file
+        Where to keep them; None for memory.
+    """
+
+    def __init__(self, n_dimensions: int, file: Path | None = None) -> None:
+        self.n_dimensions = n_dimensions
+        self.file = file
+        self._parts: list[Embedding] = []
+        self._n = 0
+        self._digest = RowDigest(n_dimensions)
+        if file is not None:
+            file.write_bytes(b"")
+
+    def append(self, rows: Embedding) -> None:
+        """Take in rows: float32 (n, d)."""
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        if rows.ndim != 2 or rows.shape[1] != self.n_dimensions:
+            raise ConfigError(
+                "these rows do not fit the index",
+                found=f"shape {rows.shape}",
+                expected=f"(n, {self.n_dimensions})",
+            )
+        check_values(rows, "rows to index")
+        self._digest.update(rows)
+        self._n += len(rows)
+        if self.file is None:
+            self._parts.append(rows)
+        else:
+            with self.file.open("ab") as file:
+                file.write(rows.data)
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def digest(self) -> str:
+        """Digest of all rows, as :func:`atlas.evaluation.vectors.digest` gives it."""
+        return self._digest.hexdigest()
+
+    def array(self) -> Embedding:
+        """All rows: float32 (N, d); mapped from the file where there is one."""
+        shape = (self._n, self.n_dimensions)
+        if self.file is not None and self._n:
+            return np.memmap(self.file, dtype=np.float32, mode="r", shape=shape)
+        if len(self._parts) != 1:
+            parts = [np.empty((0, self.n_dimensions), dtype=np.float32), *self._parts]
+            self._parts = [np.concatenate(parts)]
+        return self._parts[0]

@@ -1,0 +1,352 @@
+"""The measures of one embedding by family, as estimates on one sample of cells.
+
+A measure that the data cannot give is a result without an estimate and with the reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.errors import ConfigError
+from atlas.evaluation import kbet, lisi, mixing
+from atlas.evaluation.catalogue import Result, kind
+from atlas.evaluation.cells import GRAPH_K, KBET_K, LISI_K, Cells, by_group
+from atlas.evaluation.clustering import (
+    adjusted_rand,
+    agreement,
+    kmeans,
+    normalised_mutual_information,
+)
+from atlas.evaluation.codes import UNLABELED, Categories
+from atlas.evaluation.connectivity import in_largest_part
+from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
+from atlas.evaluation.purity import cluster_conservation, purity
+from atlas.evaluation.regression import explained_variance, pcr_comparison
+from atlas.evaluation.silhouette import (
+    batch_silhouettes,
+    bras_scores,
+    isolated_labels,
+    label_silhouettes,
+)
+from atlas.evaluation.vectors import Embedding
+
+Floats = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.int64]
+
+_CLOSED_FORM_CELLS = 100_000
+
+
+def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[Result]]:
+    """Entropy of batch mixing for each k, and by batch and label for the first."""
+    names = (
+        "mixing_entropy",
+        "mixing_entropy_bits",
+        "mixing_share_of_log_b",
+        "mixing_share_of_ceiling",
+        "mixing_reweighted",
+    )
+    results: list[Result] = []
+    groups: list[Result] = []
+    present = cells.batches.present()
+    n = len(cells.embedding)
+    for k in ks:
+        reason = None
+        if len(present) < 2:
+            reason = "there is only one batch"
+        elif k >= n:
+            reason = f"{k} neighbours need at least {k + 1} cells, and there are {n}"
+        if reason is not None or cells.neighbours is None:
+            results += [Result(kind(name, k), None, k, skipped=reason) for name in names]
+            continue
+        found = cells.neighbours.first(k)
+        codes = np.searchsorted(present, cells.batches.codes)
+        sizes = cells.batches.counts()[present]
+        entropies = mixing.batch_entropies(found.indices, codes, len(present))
+        even = mixing.reweighted_entropies(found.indices, codes, sizes)
+        entropy = mean(entropies, cells.sample)
+        ceiling = mixing.permutation_ceiling(sizes, k)
+        estimates = (
+            entropy,
+            entropy.scaled(1 / math.log(2)),
+            entropy.scaled(1 / math.log(len(present))),
+            entropy.scaled(1 / ceiling) if ceiling else None,
+            mean(even / math.log(len(present)), cells.sample),
+        )
+        made = [
+            Result(
+                kind(name, k),
+                estimate,
+                k,
+                found.backend,
+                found.recall,
+                "batches are too small to mix" if estimate is None else None,
+            )
+            for name, estimate in zip(names, estimates, strict=True)
+        ]
+        results += made
+        if k == ks[0]:
+            groups = list(
+                by_group(entropies, cells.sample, cells, made[0], batches=True, labels=True)
+            )
+    return results, groups
+
+
+def lisi_results(cells: Cells) -> list[Result]:
+    """iLISI and cLISI."""
+    results = []
+    k, n_batches = LISI_K, len(cells.batches.present())
+    few = f"{k} neighbours need at least {k + 1} cells"
+    if n_batches < 2:
+        results.append(Result(kind("ilisi"), None, k, skipped="there is only one batch"))
+    elif cells.neighbours is None or cells.neighbours.k < k:
+        results.append(Result(kind("ilisi"), None, k, skipped=few))
+    else:
+        found = cells.neighbours.first(k)
+        codes = np.searchsorted(cells.batches.present(), cells.batches.codes)
+        values = lisi.lisi(found.distances, codes[found.indices], n_batches)
+        estimate = median(values, cells.sample).scaled(1 / (n_batches - 1), -1 / (n_batches - 1))
+        results.append(Result(kind("ilisi"), estimate, k, found.backend, found.recall))
+    if not cells.has_labels:
+        return [*results, Result(kind("clisi"), None, k, skipped="no cell has a label")]
+    assert cells.labels is not None
+    present = cells.labels.present()
+    if len(present) < 2:
+        return [*results, Result(kind("clisi"), None, k, skipped="there is only one label")]
+    near = cells.labeled_neighbours
+    if near is None or near.k < k:
+        why = f"{few.replace('cells', 'labeled cells')}"
+        return [*results, Result(kind("clisi"), None, k, skipped=why)]
+    near = near.first(k)
+    codes = np.searchsorted(present, cells.labels.codes)
+    values = lisi.lisi(near.distances, codes[near.indices], len(present))
+    scale = 1 / (len(present) - 1)
+    estimate = median(values, cells.labeled).scaled(-scale, len(present) * scale)
+    return [*results, Result(kind("clisi"), estimate, k, near.backend, near.recall)]
+
+
+def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
+    """kBET among all cells, and within labels."""
+    present = cells.batches.present()
+    k, name = KBET_K, kind("kbet")
+    if len(present) < 2:
+        why = "there is only one batch"
+        return [Result(kind(n), None, skipped=why) for n in ("kbet", "kbet_by_label")], []
+    results: list[Result] = []
+    groups: list[Result] = []
+    if cells.neighbours is None or cells.neighbours.k < k:
+        why = f"{k} neighbours need at least {k + 1} cells"
+        results.append(Result(name, None, k, skipped=why))
+    else:
+        found = cells.neighbours.first(k)
+        codes = np.searchsorted(present, cells.batches.codes)
+        try:
+            p = kbet.p_values(
+                found.indices, cells.sample.rows, codes, cells.batches.counts()[present]
+            )
+        except ConfigError:
+            why = f"less than one cell of the smallest batch is expected among {k + 1}"
+            results.append(Result(name, None, k, skipped=why))
+        else:
+            accepted = (p >= kbet.ALPHA).astype(np.float64)
+            estimate = mean(accepted, cells.sample, share=True)
+            results.append(Result(name, estimate, k, found.backend, found.recall))
+    within = kind("kbet_by_label")
+    if not cells.has_labels:
+        return [*results, Result(within, None, skipped="no cell has a label")], []
+    assert cells.labels is not None
+    tested = kbet.acceptance_by_label(cells.embedding, cells.labels, cells.batches, seed=cells.seed)
+    for label in tested:
+        of = f"label {cells.labels.names[label.label]}"
+        groups.append(
+            Result(within, label.acceptance, backend="numpy", skipped=label.skipped, of=of)
+        )
+    estimates = [label.acceptance for label in tested if label.acceptance is not None]
+    if not estimates:
+        why = "no label has enough cells in each of several batches"
+        return [*results, Result(within, None, skipped=why)], groups
+    return [*results, Result(within, _mean_of(estimates), backend="numpy")], groups
+
+
+def _mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of estimates of different cells, each label a set of strata of its own."""
+    samples = [estimate.sample for estimate in estimates]
+    offsets = np.cumsum([0, *(len(s.sizes) for s in samples)])
+    starts = np.cumsum([0, *(int(s.sizes.sum()) for s in samples)])
+    joint = Sample(
+        np.concatenate([s.rows + a for s, a in zip(samples, starts[:-1], strict=True)]),
+        np.concatenate([s.strata + a for s, a in zip(samples, offsets[:-1], strict=True)]),
+        np.concatenate([s.sizes for s in samples]),
+    )
+    total = joint.sizes.sum()
+    influence = np.concatenate(
+        [e.influence * total / e.sample.sizes.sum() / len(estimates) for e in estimates]
+    )
+    value = float(np.mean([e.value for e in estimates]))
+    return Estimate(value, influence, joint, sum(e.n for e in estimates))
+
+
+def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
+    """Graph connectivity, where the neighbours of all cells can be had."""
+    n, name = len(cells.embedding), kind("graph_connectivity")
+    reason = None
+    if not cells.has_labels:
+        reason = "no cell has a label"
+    elif n <= GRAPH_K:
+        reason = f"{GRAPH_K} neighbours need at least {GRAPH_K + 1} cells, and there are {n}"
+    elif n > cells.graph_cells:
+        reason = (
+            f"it needs the neighbours of all cells, and there are more than {cells.graph_cells:,}"
+        )
+    if reason is not None:
+        return [Result(name, None, GRAPH_K, skipped=reason)], []
+    assert cells.labels is not None
+    rows = np.arange(n, dtype=np.int64)
+    whole = cells.neighbours is not None and len(cells.sample) == n
+    if whole and cells.neighbours is not None and cells.neighbours.k >= GRAPH_K:
+        found = cells.neighbours.first(GRAPH_K)
+    else:
+        found = cells.search(rows, GRAPH_K)
+    inside = in_largest_part(found, cells.labels).astype(np.float64)
+    labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    sample = draw(labeled, cells.strata[labeled], n, cells.seed)
+    estimate = mean_of_groups(inside[labeled], cells.labels.codes[labeled], sample)
+    result = Result(name, estimate, GRAPH_K, found.backend, found.recall)
+    return [result], list(
+        by_group(inside[labeled], sample, cells, result, batches=False, labels=True)
+    )
+
+
+def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
+    """Silhouettes of labels, of isolated labels, of batches within labels, and BRAS."""
+    names = ("silhouette_label", "silhouette_batch", "isolated_labels", "bras")
+    if not cells.has_labels:
+        return [Result(kind(n), None, skipped="no cell has a label") for n in names], []
+    assert cells.labels is not None
+    sample, own = cells.labeled, cells.labels.codes[cells.labeled.rows]
+    results: list[Result] = []
+    groups: list[Result] = []
+    apart = "no label has several cells in two batches or more"
+    try:
+        values = (label_silhouettes(cells.embedding, cells.labels, sample) + 1) / 2
+    except ConfigError:
+        why = "it needs two labels or more, with several cells each"
+        results += [Result(kind(names[0]), None, skipped=why)]
+        isolated = Result(kind(names[2]), None, skipped=why)
+    else:
+        result = Result(kind(names[0]), mean(values, sample), backend="torch")
+        results.append(result)
+        groups += by_group(values, sample, cells, result, batches=False, labels=True)
+        rare = np.isin(own, isolated_labels(cells.labels, cells.batches))
+        estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
+        isolated = Result(kind(names[2]), estimate, backend="torch")
+    batch = batch_silhouettes(cells.embedding, cells.labels, cells.batches, sample)
+    results.append(_within_labels(batch, own, sample, names[1], "torch", apart))
+    results.append(isolated)
+    many = cells.drawn_of_labeled(_CLOSED_FORM_CELLS)
+    scores = bras_scores(cells.embedding, cells.labels, cells.batches, many)
+    own = cells.labels.codes[many.rows]
+    result = _within_labels(scores, own, many, names[3], "closed form", apart)
+    results.append(result)
+    if result.estimate is not None:
+        groups += by_group(scores, many, cells, result, batches=False, labels=True)
+    return results, groups
+
+
+def _within_labels(
+    values: Floats, own: Indices, sample: Sample, name: str, backend: str, reason: str
+) -> Result:
+    defined = np.isfinite(values)
+    if not defined.any():
+        return Result(kind(name), None, skipped=reason)
+    estimate = mean_of_groups(np.nan_to_num(values), np.where(defined, own, -1), sample)
+    return Result(kind(name), estimate, backend=backend)
+
+
+def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
+    """Variance between batches, and what integration took of it."""
+    names = ("pcr_batch",) if before is None else ("pcr_batch", "pcr_comparison")
+    if len(cells.batches.present()) < 2:
+        return [Result(kind(n), None, skipped="there is only one batch") for n in names]
+    rows = np.arange(len(cells.embedding), dtype=np.int64)
+    many = draw(rows, cells.strata, _CLOSED_FORM_CELLS, cells.seed)
+    try:
+        after = explained_variance(cells.embedding, cells.batches, many)
+        results = [Result(kind("pcr_batch"), after, backend="closed form")]
+        if before is not None:
+            first = explained_variance(before, cells.batches, many)
+            compared = pcr_comparison(first, after)
+            results.append(Result(kind("pcr_comparison"), compared, backend="closed form"))
+    except ConfigError as error:
+        return [Result(kind(n), None, skipped=str(error).partition("\n")[0]) for n in names]
+    return results
+
+
+def cluster_results(cells: Cells) -> list[Result]:
+    """NMI and ARI of k-means with labels and batches."""
+    names = ("nmi_kmeans", "ari_kmeans", "ari_batch")
+    reason = None
+    if not cells.has_labels:
+        reason = "no cell has a label"
+    elif len(cells.labels.present()) < 2:  # type: ignore[union-attr]
+        reason = "there is only one label"
+    if reason is not None:
+        return [Result(kind(name), None, skipped=reason) for name in names]
+    assert cells.labels is not None
+    # scib-metrics clusters the cells it is given; those without a label have no part in either.
+    rows = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    found = kmeans(cells.embedding, len(cells.labels.present()), rows=rows, seed=cells.seed)
+    clusters = np.zeros(len(cells.embedding), dtype=np.int64)
+    clusters[rows] = found.codes
+    many = cells.drawn_of_labeled(_CLOSED_FORM_CELLS)
+    batches = Categories(
+        np.where(cells.labels.codes != UNLABELED, cells.batches.codes, UNLABELED),
+        cells.batches.names,
+    )
+    estimates = (
+        agreement(normalised_mutual_information, clusters, cells.labels, many),
+        agreement(adjusted_rand, clusters, cells.labels, many),
+        agreement(adjusted_rand, clusters, batches, many).scaled(-1.0, 1.0),
+    )
+    results = [
+        Result(kind(name), estimate, backend="scikit-learn")
+        for name, estimate in zip(names, estimates, strict=True)
+    ]
+    if len(cells.batches.present()) < 2:
+        results[2] = Result(kind("ari_batch"), None, skipped="there is only one batch")
+    return results
+
+
+def purity_results(
+    cells: Cells, individual: Embedding, k: int
+) -> tuple[list[Result], list[Result]]:
+    """kNN purity and k-means conservation against the batches' own embeddings."""
+    found = purity(
+        cells.embedding, individual, cells.batches, cells.sample, k, backend=cells.backend
+    )
+    name, defined = kind("purity", k), np.isfinite(found.values)
+    groups: list[Result] = []
+    if defined.any():
+        batch = np.where(defined, cells.batches.codes[cells.sample.rows], -1)
+        estimate = mean_of_groups(np.nan_to_num(found.values), batch, cells.sample)
+        result = Result(name, estimate, k, found.backend)
+        groups = list(
+            by_group(found.values, cells.sample, cells, result, batches=True, labels=False)
+        )
+    else:
+        result = Result(name, None, k, skipped=f"no batch has more than {k} cells")
+    n_clusters = len(cells.labels.present()) if cells.has_labels and cells.labels else 10
+    conserved = cluster_conservation(
+        cells.embedding, individual, cells.batches, max(2, n_clusters), seed=cells.seed
+    )
+    conservation = kind("cluster_conservation")
+    if not conserved:
+        return [result, Result(conservation, None, skipped="batches are too small")], groups
+    values = np.array(list(conserved.values()))
+    rows = np.arange(len(values), dtype=np.int64)
+    drawn = Sample(rows, np.zeros_like(rows), np.array([len(rows)]))
+    over_batches = Result(conservation, mean(values, drawn), backend="scikit-learn")
+    return [result, over_batches], groups

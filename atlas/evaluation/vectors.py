@@ -1,0 +1,92 @@
+"""Rows of an embedding, in memory or mapped from a file: their mean, digest and checks by tiles."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.errors import ConfigError, ModelError
+
+Embedding = npt.NDArray[np.float32]
+"""float32 (N, d); a memory-mapped array will do, as it is read by tiles."""
+
+LARGEST_VALUE = 1e18  # its square still fits float32
+_TILE_ROWS = 65536
+
+
+def tiles(n: int, size: int = _TILE_ROWS) -> Iterator[slice]:
+    """Slices of ``size`` rows that cover ``n``."""
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def check_values(values: Embedding, name: str) -> None:
+    """Refuse values that are not finite, or whose squares overflow float32.
+
+    Raises
+    ------
+    ModelError
+        With the number of such values.
+    """
+    bad = 0
+    for rows in tiles(len(values)):
+        # "not <=" is true for NaN too
+        bad += int(np.count_nonzero(~(np.abs(values[rows]) <= LARGEST_VALUE)))
+    if bad:
+        raise ModelError(
+            f"the embedding ({name}) has values that are not finite, or are too large",
+            found=f"{bad} of {values.size} values",
+            expected=f"finite values up to {LARGEST_VALUE:g}",
+            do="look at the training loss; a model whose loss diverged has to be trained again",
+        )
+
+
+def column_means(values: Embedding) -> npt.NDArray[np.float64]:
+    """Mean of each column, summed in float64 by tiles of fixed size: float64 (d,)."""
+    total = np.zeros(values.shape[1])
+    for rows in tiles(len(values)):
+        total += values[rows].sum(axis=0, dtype=np.float64)
+    return total / max(len(values), 1)
+
+
+def centred(values: Embedding, centre: npt.NDArray[np.float64]) -> Embedding:
+    """``values - centre``, subtracted in float64 and rounded once: float32."""
+    out = np.empty(values.shape, dtype=np.float32)
+    for rows in tiles(len(values)):
+        out[rows] = values[rows] - centre
+    return out
+
+
+class RowDigest:
+    """SHA-256 of the shape and bytes of rows that come one part after another.
+
+    How the rows were cut into parts does not matter.
+    """
+
+    def __init__(self, n_dimensions: int) -> None:
+        self._hash = hashlib.sha256(f"float32 rows of {n_dimensions}\n".encode())
+        self._n = 0
+
+    def update(self, rows: Embedding) -> None:
+        """Take in more rows: float32 (n, d)."""
+        self._hash.update(np.ascontiguousarray(rows, dtype="<f4").data)
+        self._n += len(rows)
+
+    def hexdigest(self) -> str:
+        """Digest of all rows so far."""
+        final = self._hash.copy()
+        final.update(f"{self._n} rows".encode())
+        return final.hexdigest()
+
+
+def digest(values: Embedding) -> str:
+    """Digest of an embedding, as :class:`RowDigest` gives it."""
+    if values.ndim != 2:
+        raise ConfigError("this is no embedding", found=f"shape {values.shape}", expected="(N, d)")
+    found = RowDigest(values.shape[1])
+    for rows in tiles(len(values)):
+        found.update(values[rows])
+    return found.hexdigest()

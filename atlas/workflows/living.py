@@ -1,0 +1,335 @@
+"""The living atlas: a study added to a store and to a model kept with it, in one step.
+
+An update works in ``STORE/.update-STUDY``: a fork of the store (:mod:`atlas.store.fork`), where
+each step commits a state of its own, and the run folder of the surgery. Which steps are done is
+read from these; the last one makes a single state of the store out of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from anndata import AnnData
+
+from atlas import files
+from atlas.errors import ConfigError, InputError, ModelError, StudyExistsError
+from atlas.models import load_model
+from atlas.models.surgery import check_reference
+from atlas.store import CountStore, open_store
+from atlas.store import manifest as manifests
+from atlas.store.fork import fork, publish
+from atlas.store.options import check_name
+from atlas.store.schema import Manifest
+from atlas.workflows.drift import Drift, measure_drift
+from atlas.workflows.embedding import check_writable, embed_study, how_made
+from atlas.workflows.keeping import record_of, stored_model
+from atlas.workflows.surgery import extend_reference
+from atlas.workflows.transferring import transfer_labels
+
+K = 50
+"""Neighbours that vote for a label."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateReport:
+    """What an update did.
+
+    Attributes
+    ----------
+    study, n_obs
+        Its name and cells.
+    model, version, manifest
+        The model, its version and the state of the store that hold it now.
+    labels
+        New cells of each label, ``Unknown`` among them; empty where nothing was transferred.
+    drift
+        How the study lies to the others.
+    notes
+        What is worth saying.
+    seconds
+        Wall time of this call.
+    """
+
+    study: str
+    n_obs: int
+    model: str
+    version: int
+    manifest: int
+    labels: dict[str, int]
+    drift: Drift
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def update(
+    path: str | PathLike[str],
+    source: str | PathLike[str] | AnnData,
+    *,
+    study: str,
+    model: str,
+    ingest: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    fresh: bool = False,
+    progress: bool = False,
+    **options: Any,
+) -> UpdateReport:
+    """Add a study to a store and to a model kept with it, in one step.
+
+    The study is ingested, the model extended by it (surgery of the strategy ``conditions``), the
+    new cells are embedded and labelled by their neighbours, and drift is measured. All of it
+    becomes one state of the store at the end; until then, and after any failure, the store is as it
+    was. After Ctrl-C or a kill the same call goes on from the last step that was finished.
+
+    Parameters
+    ----------
+    path
+        The store.
+    source, study
+        Where the counts are, and the name of the study.
+    model
+        Name of a model kept with the store (:func:`atlas.keep`); its embedding has the same name.
+        Labels go to the obs columns ``MODEL_label``, ``MODEL_label_uncertainty`` and
+        ``MODEL_label_distance``.
+    ingest
+        Further options of :meth:`atlas.store.CountStore.append`, such as ``batch_key``.
+    device
+        ``"auto"``, ``"cpu"``, ``"cuda"``, …
+    fresh
+        Start anew, even if an earlier call was interrupted.
+    progress
+        Show the progress of each step on stderr.
+    **options
+        Further options of :func:`atlas.extend_reference`, such as ``max_epochs`` and ``seed``.
+
+    Raises
+    ------
+    StudyExistsError, LockedError
+        The name of the study is taken; another process writes to the store.
+    StoreError, ModelError, InputError, ConfigError
+        There is no such model, it cannot be extended, or the study cannot be added to it.
+    """
+    started = time.monotonic()
+    check_name(study, "study")
+    if "strategy" in options:
+        raise ConfigError(
+            "An update leaves the reference where it is",
+            found=f"strategy={options['strategy']!r}",
+            do="leave it out, or use `atlas extend` and `atlas keep`",
+        )
+    store = open_store(path)
+    check_writable(store, f"study={study!r}")
+    root, work = store.path, store.path / f".update-{study}"
+    appending = {**(ingest or {}), "study": study}
+    with manifests.writer(root, f"update {study}") as newest:
+        store = CountStore(root, newest)
+        asked = _request(source, model, appending, {**options, "device": device})
+        notes = []
+        if study in store.studies and not fresh and _recorded(work) == _at(asked, None, work):
+            notes.append("the update was whole already")  # killed after the last step
+            state, version = newest, newest.models[model].version
+        else:
+            _check(store, study, model)
+            asked = _at(asked, newest, work)
+            with _clean_when_refused(work):
+                notes += _begin(root, work, asked, fresh=fresh)
+                forked = open_store(work / "store")
+                _ingest(forked, source, appending, progress)
+                before = newest.models[model].version
+                if forked.models[model] == before:
+                    _extend(forked, root, work, model, study, device, progress, options)
+                version = forked.models[model]
+            state = publish(
+                root, newest, work / "store", f"update {study}: model {model} {version}"
+            )
+        shutil.rmtree(work, ignore_errors=True)
+    store = CountStore(root, state)
+    record = store.model_record(model, version)
+    return UpdateReport(
+        study=study,
+        n_obs=store.study(study).entry.n_obs,
+        model=model,
+        version=version,
+        manifest=state.number,
+        labels=record["labels"],
+        drift=Drift.from_json(record["drift"]),
+        notes=tuple(notes),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check(store: CountStore, study: str, name: str) -> None:
+    """Refuse what can be refused before anything is read."""
+    if study in store.studies:
+        raise StudyExistsError(
+            "The study is in the store already",
+            found=study,
+            expected="a name not among " + ", ".join(store.studies),
+            do="choose another name; a study is never changed once written",
+            path=store.path,
+        )
+    trained = stored_model(store, name)
+    check_reference(trained.module)
+    if study in trained.studies:
+        raise ModelError(
+            f"The model {name!r} knows a study of this name, which was dropped from the store",
+            found=study,
+            do="give the study another name",
+            path=store.path,
+        )
+    part = f"embedding:{name}"
+    if without := [one.name for one in store.manifest.studies if part not in one.parts]:
+        raise ModelError(
+            f"The model {name!r} and its embedding do not cover the store",
+            found=f"no embedding of {', '.join(without)}",
+            expected="an embedding of every study before another one is added",
+            do=f"atlas extend {store.model_folder(name)} {store.path} --out RUN, then "
+            f"atlas keep {store.path} RUN --name {name}",
+            path=store.path,
+        )
+
+
+def _request(
+    source: str | PathLike[str] | AnnData,
+    model: str,
+    appending: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What has to be the same for an update to go on, plain JSON."""
+    found: list[Any]
+    if isinstance(source, AnnData):
+        found = ["memory", os.getpid(), id(source)]  # cannot go on in another process
+    else:
+        paths = [Path(source), *sorted(Path(source).rglob("*"))]
+        stats = [(str(path.absolute()), path.stat()) for path in paths if path.is_file()]
+        found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    asked = {"source": found, "model": model, "append": appending, "options": options}
+    return dict(json.loads(json.dumps(asked, default=str)))
+
+
+def _at(asked: Mapping[str, Any], newest: Manifest | None, work: Path) -> dict[str, Any]:
+    """The request at a state of the store; at the one that was recorded when None."""
+    number = (_recorded(work) or {}).get("manifest") if newest is None else newest.number
+    return {**asked, "manifest": number}
+
+
+def _recorded(work: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((work / "request.json").read_bytes()))
+    except (OSError, ValueError):
+        return None
+
+
+def _begin(root: Path, work: Path, asked: Mapping[str, Any], *, fresh: bool) -> list[str]:
+    """Make the folder to work in, or take the one to go on with; returns what to say."""
+    notes = []
+    if work.exists():
+        recorded = _recorded(work)
+        differing = [name for name in asked if (recorded or {}).get(name) != asked[name]]
+        if not differing and not fresh:
+            return ["going on with the update that was interrupted"]
+        if recorded is not None:  # else it had not begun
+            why = "--fresh was given" if fresh else f"it was of another {', '.join(differing)}"
+            notes.append(f"an interrupted update was not gone on with: {why}")
+        shutil.rmtree(work)
+    work.mkdir()
+    fork(root, work / "store", manifests.read(root))
+    files.replace_bytes(work / "request.json", json.dumps(asked, indent=1).encode())
+    return notes
+
+
+@contextmanager
+def _clean_when_refused(work: Path) -> Iterator[None]:
+    """After what no repetition mends, such as bad input, nothing stays; else it can go on."""
+    try:
+        yield
+    except (InputError, ModelError, ConfigError):
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "(what was done is kept: the same command goes on, --fresh starts anew)"
+        ) from None
+
+
+def _ingest(
+    forked: CountStore,
+    source: str | PathLike[str] | AnnData,
+    appending: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    if appending["study"] not in forked.studies:
+        forked.append(source, **appending, progress=progress)
+
+
+def _extend(
+    forked: CountStore,
+    root: Path,
+    work: Path,
+    name: str,
+    study: str,
+    device: str,
+    progress: bool,
+    options: Mapping[str, Any],
+) -> None:
+    """Surgery, embedding, labels, drift; the model is in the fork at the end."""
+    before, run = forked.models[name], work / "run"
+    if not (run / "model.json").is_file():  # written last
+        extended = extend_reference(
+            forked.model_folder(name),
+            forked,
+            [study],
+            out=run,
+            resume=True,
+            device=device,
+            progress=progress,
+            **options,
+        )
+        # a run in the fork is one in the store, at the state that is to come
+        number = manifests.numbers(root)[-1] + 1
+        training = {**extended.training, "store": str(root), "manifest": number}
+        replace(extended, training=training).save(run)
+    trained = load_model(run)
+    if f"embedding:{name}" not in forked.study(study).entry.parts:
+        z = embed_study(trained, forked, study, device=device, progress=progress)
+        forked.extend_embedding(name, study, z, how_made(trained))
+    labels = _labels(forked, name, study)
+    unknown = labels.get("Unknown", 0) / max(1, sum(labels.values()))
+    drift = measure_drift(
+        trained,
+        forked,
+        study,
+        embedding=name,
+        unknown_share=unknown if labels else None,
+        device=device,
+    )
+    record = record_of(trained, before, study=study, labels=labels, drift=drift.to_json())
+    forked.write_model(name, run, record, after=before)
+
+
+def _labels(forked: CountStore, name: str, study: str) -> dict[str, int]:
+    """Label the study's cells by the other cells that have a label; cells of each label."""
+    column = f"{name}_label"
+    new = forked.obs_codes["study"] == forked.studies.index(study)
+    n_labelled = int((~new & (forked.obs_codes["label"] >= 0)).sum())
+    if n_labelled < 2:
+        return {}
+    if f"{column}_distance" not in forked.study(study).obs():
+        transfer_labels(
+            forked,
+            embedding=name,
+            reference=~new,
+            query=new,
+            name=column,
+            k=min(K, n_labelled - 1),
+        )
+    given = forked.study(study).obs()[column].value_counts()
+    return {str(label): int(n) for label, n in given.items() if n}
