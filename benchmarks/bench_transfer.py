@@ -24,8 +24,8 @@ scANVI entropy
 
 by AUROC of unseen against known cells, and by *recall*: the share of unseen cells above the line
 that 5 % of the known cells are above. That line is drawn with the truth in hand. What a user gets,
-lines drawn by leaving studies of the reference out (``false_unknown=.05``), is the *rule*: the share
-of known and of unseen cells that it calls Unknown; published: u above .5.
+lines drawn by leaving studies of the reference out (``false_unknown=.05``), is the *rule*: the
+share of known and of unseen cells that it calls Unknown; published: u above .5.
 
 *Own cluster*: of the 15 nearest cells of an unseen cell, reference and query together, the share
 that are unseen too (all cells with a label), and that share at random; 1 is a cluster of their own.
