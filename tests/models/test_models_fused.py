@@ -169,8 +169,15 @@ def test_bfloat16_logits_give_bfloat16_gradients() -> None:
     narrow = {k: v.bfloat16() if k in halves else v for k, v in leaves.items()}
     found = _differentiated(counts, narrow)
     expected = _differentiated(counts, {k: v.float() for k, v in narrow.items()})
+    # Not to the last bit: arrays as short as these can start so close to each other that a loop is
+    # not vectorised (LLVM looks at the distance of their first elements).
     for name, value in expected.items():
-        assert torch.equal(found[name], value.bfloat16() if name in halves else value), name
+        asked = value.bfloat16() if name in halves else value
+        assert found[name].dtype == asked.dtype, name
+        rtol = 2**-7 if name in halves else 1e-5
+        torch.testing.assert_close(
+            found[name], asked, rtol=rtol, atol=rtol * float(value.abs().max())
+        )
 
 
 def test_other_types_take_the_plain_way() -> None:
