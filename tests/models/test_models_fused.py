@@ -169,8 +169,7 @@ def test_bfloat16_logits_give_bfloat16_gradients() -> None:
     narrow = {k: v.bfloat16() if k in halves else v for k, v in leaves.items()}
     found = _differentiated(counts, narrow)
     expected = _differentiated(counts, {k: v.float() for k, v in narrow.items()})
-    # Not to the last bit: arrays as short as these can start so close to each other that a loop is
-    # not vectorised (LLVM looks at the distance of their first elements).
+    # Equal to the last bit but once, beside other tests on a busy machine: why is not known.
     for name, value in expected.items():
         asked = value.bfloat16() if name in halves else value
         assert found[name].dtype == asked.dtype, name
