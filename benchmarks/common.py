@@ -309,10 +309,16 @@ def phases_json(outcome: Outcome) -> list[Json]:
     return [asdict(phase) for phase in outcome.phases.values()]
 
 
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def argument_parser(description: str) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--tiny", action="store_true", help="seconds instead of minutes; a test")
-    parser.add_argument("--work", type=Path, help="folder for what is made on the way, and kept")
+    parser.add_argument("--work", type=_folder, help="folder for what is made on the way, and kept")
     return parser

@@ -58,6 +58,7 @@ class Opened:
         self.path, self.uri = path, uri
         self._time = int(time.time() * 1000)
         self._of: dict[int, Any] = {}  # those of a parent stay: their threads are not here
+        self._arrays: dict[tuple[int, str, str], Any] = {}
         self._locks: dict[int, threading.Lock] = {}  # a fork could leave one taken for ever
 
     @property
@@ -86,8 +87,19 @@ class Opened:
                     ) from error
             return self._of[process]
 
+    def array(self, measurement: str, layer: str) -> Any:
+        """A layer of a measurement, opened once: collections open what is in them at first use."""
+        key = (os.getpid(), measurement, layer)
+        experiment = self.experiment
+        with self._locks[key[0]]:
+            if key not in self._arrays:
+                self._arrays[key] = experiment.ms[measurement].X[layer]
+            return self._arrays[key]
+
     def close(self) -> None:
         """Close what this process opened."""
+        for key in [key for key in self._arrays if key[0] == os.getpid()]:
+            del self._arrays[key]
         if (experiment := self._of.pop(os.getpid(), None)) is not None:
             experiment.close()
 
@@ -126,7 +138,7 @@ class SomaMatrix(Matrix):
 
     @property
     def _array(self) -> Any:
-        return self._opened.experiment.ms[self._measurement].X[self._layer]
+        return self._opened.array(self._measurement, self._layer)
 
     @functools.cached_property
     def indptr(self) -> npt.NDArray[np.int64]:
