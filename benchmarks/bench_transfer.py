@@ -154,7 +154,7 @@ def map_on(arguments: Json, phases: Phases) -> Json:
         phases.begin("embed")
         z = atlas.embed(model, store, name="z", device="cpu")
         told = store.obs(["true", "study"])
-        truth = told["true"].astype(str).to_numpy()
+        truth = told["true"].astype(str).to_numpy(str)
         query = np.asarray(store.obs_codes["study"] == store.studies.index("query"))
         found: dict[str, Any] = {"z": z, "truth": truth, "query": query}
         found["removed"] = truth == removed
@@ -174,12 +174,13 @@ def map_on(arguments: Json, phases: Phases) -> Json:
                 found[name] = (one.table["transferred"] == "Unknown").to_numpy(bool)
                 found[f"u {name}"] = one.table["transferred_uncertainty"].to_numpy(np.float64)
             found["distance"] = made.table["transferred_distance"].to_numpy(np.float64)
-            score = made.score
-            assert score is not None
-            assert score.accuracy is not None
-            found["figures"] = np.array(
-                [score.accuracy.accuracy, score.covered or 0.0, made.mean_distance]
-            )
+            named = made.table["transferred"].astype(str).to_numpy()
+            sets = made.table["transferred_set"].astype(str).str.split("; ")
+            known = ~found["removed"][rows]
+            right = (named == truth[rows])[known].mean()
+            inside = [label in own for label, own in zip(truth[rows], sets, strict=True)]
+            covered = np.array(inside)[known].mean()
+            found["figures"] = np.array([right, covered, made.mean_distance])
         np.savez(folder / arguments["out"], **found)
     return {}
 
