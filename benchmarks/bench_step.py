@@ -226,12 +226,14 @@ def parts(arguments: Json, phases: Phases) -> Json:
     from atlas.models import scvi
     from atlas.training.inputs import CellColumns, InputsBuilder
     from atlas.training.loading import training_loader
+    from atlas.training.ranks import Ranks
     from atlas.training.state import TrainingState
 
     phases.begin("data")
     model, source, config = _configured(arguments)
     device, columns = torch.device("cpu"), CellColumns()
-    loader = training_loader(model, source, [(0, source.n_obs)], config, device, columns)
+    rows = [(0, source.n_obs)]
+    loader = training_loader(model, source, rows, config, device, columns, Ranks())
     minibatches = list(loader)
     state = TrainingState.start(model, loader, config, device)
     to_inputs = InputsBuilder(device, None, columns, sparse=model.takes_sparse)

@@ -38,7 +38,7 @@ from loaders import philox
 from loaders.blocks import Blocks, default_block_size, tile
 from loaders.errors import LoaderError, at_least_one
 from loaders.lanes import Lane, Piece, deal
-from loaders.selection import Ints, RowsLike, Selection
+from loaders.selection import Ints, RowsLike, Selection, rows_of
 from loaders.weights import Draws
 from loaders.windows import Course, Take, Window, walk
 
@@ -260,6 +260,17 @@ class EpochPlan:
     def _positions(self, lane: int, steps: Sequence[int]) -> list[int]:
         """Rows that minibatches before each step take from a lane."""
         return [(self._bound(step) + lane) // self.lanes for step in steps]
+
+    def places(self, step: int) -> Ints:
+        """Where this rank's rows are in the minibatch over all ranks: int64, (n_rows,), rising."""
+        bounds = np.array([self._bound(step), self._bound(step + 1)])
+        counts = np.diff((bounds[:, None] + np.arange(self.lanes)) // self.lanes, axis=0)[0]
+        stops = np.cumsum(counts)
+        return rows_of((stops - counts)[self._own], stops[self._own])
+
+    def rows_of_step(self, step: int) -> int:
+        """Rows of a minibatch over all ranks."""
+        return self._bound(step + 1) - self._bound(step)
 
     def _first_step(self, lane: int, position: int) -> int:
         """The step that takes the row at a position of a lane."""

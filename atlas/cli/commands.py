@@ -169,6 +169,7 @@ def project(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
+    from atlas.training.ranks import first_rank
 
     values = vars(options)
     kinds = (*ARCHITECTURES.values(), TrainConfig)
@@ -188,6 +189,8 @@ def train(options: argparse.Namespace) -> None:
         progress=True,
         **{name: values[name] for name in names & set(values)},
     )
+    if not first_rank():
+        return
     history = model.training["history"]
     bound = history[-1]["validation_bound"]
     print(

@@ -282,6 +282,14 @@ class Model(nn.Module, ABC):
             do="train scvi or scanvi, or trvae or cvae with --gene-likelihood nb",
         )
 
+    @property
+    def over_ranks(self) -> bool:
+        """Whether several processes can share a minibatch.
+
+        They can where the objective is a mean over cells and noise is drawn cell by cell.
+        """
+        return False
+
     def embed(self, inputs: Inputs) -> Tensor:
         """Posterior mean of z: float32, (n_cells, n_latent)."""
         return self.posterior(inputs)[0]

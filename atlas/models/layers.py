@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise, starmap
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import Norm
+from atlas.models import noise
 from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
 from atlas.models.sparse import row_sums, times_weight
@@ -220,29 +221,59 @@ def _activated(
 def _norm(width: int, norm: Norm) -> nn.Module:
     if norm == "layer":
         return nn.LayerNorm(width, elementwise_affine=False)
-    return nn.BatchNorm1d(width, momentum=0.01, eps=0.001)
+    return BatchNorm(width, momentum=0.01, eps=0.001)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm whose statistics in training can be those of a minibatch that processes share.
+
+    torch's own ``SyncBatchNorm`` is for GPUs only.
+
+    Attributes
+    ----------
+    add_up
+        Adds a tensor up over the processes, with gradient; None where one process has all cells.
+    """
+
+    add_up: Callable[[Tensor], Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (n_cells, width)."""
+        if self.add_up is None or not self.training:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        # in float64, where the difference of moments loses nothing that matters
+        variance, mean = (moment.double() for moment in torch.var_mean(x, 0, correction=0))
+        moments = torch.stack([mean, variance + mean.square(), torch.ones_like(mean)])
+        mean, square, n_cells = self.add_up(moments * len(x)).unbind()
+        mean, square = mean / n_cells, square / n_cells
+        variance = square - mean.square()
+        with torch.no_grad():
+            unbiased = variance * n_cells / (n_cells - 1)
+            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(x.dtype), self.momentum)
+            self.num_batches_tracked += 1
+        scaled = (x - mean.to(x.dtype)) * (variance + self.eps).rsqrt().to(x.dtype)
+        return scaled * self.weight + self.bias
 
 
 def dropout(x: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """Set a share ``rate`` of ``x`` to zero and scale the rest by ``1 / (1 - rate)``.
 
     ``torch.nn.functional.dropout`` knows the global generator only, which cannot be saved and
-    restored beside others. The share is rounded to a multiple of 2⁻³²: one draw of 64 bits then
-    serves two elements, where one an element took longer than the product of a layer.
+    restored beside others.
     """
-    draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64, device=x.device)
-    bits = draws.random_(-(2**63), None, generator=generator).view(torch.int32)
-    dropped = min(round(rate * 2**32), 2**32 - 1)
-    kept = (bits[: x.numel()] >= dropped - 2**31).view(x.shape)
-    return x * kept.to(x.dtype).mul_(2**32 / (2**32 - dropped))
+    return x * noise.kept(x, rate, generator).to(x.dtype).mul_(1 / noise.kept_share(rate))
 
 
 def sample_normal(mean: Tensor, variance: Tensor, generator: torch.Generator | None) -> Tensor:
     """Reparametrised sample of a normal; its mean where there is no generator."""
     if generator is None:
         return mean
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
-    return torch.addcmul(mean, noise, variance.sqrt())
+    return torch.addcmul(mean, noise.normal(mean, generator), variance.sqrt())
 
 
 def kl_normal(

@@ -161,6 +161,11 @@ class SCVI(Model):
         self.register_buffer("library_prior", library_prior)
 
     @property
+    def over_ranks(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def link(self) -> Link:
         """How the means of the counts follow from the decoder's output."""
         return "log" if self.config.library == "size-factor" else "softmax"

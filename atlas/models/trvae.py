@@ -126,6 +126,11 @@ class TRVAE(Model):
             self.log_inverse_dispersion = nn.Parameter(torch.randn(n_batch, n_genes))
 
     @property
+    def over_ranks(self) -> bool:
+        """Yes for the CVAE; the discrepancy is between all cells of a minibatch."""
+        return isinstance(self.config, CvaeConfig)
+
+    @property
     def of_counts(self) -> bool:
         """Whether the likelihood is of counts, not of normalised expression."""
         return self.config.gene_likelihood != "gaussian"

@@ -101,7 +101,9 @@ _SCHEMA = _object(
                 "processor": _text,
                 "device": _text,
                 "threads": {"type": "integer", "minimum": 1},
-            }
+                "ranks": {"type": "integer", "minimum": 1},
+            },
+            ("ranks",),
         ),
         "sha256": _digest,
     }

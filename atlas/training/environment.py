@@ -30,7 +30,9 @@ class Environment:
     device
         ``"cpu"`` or ``"cuda"``.
     threads
-        Threads of torch.
+        Threads of torch, in each process.
+    ranks
+        Processes that train together.
     """
 
     torch: str
@@ -40,9 +42,10 @@ class Environment:
     processor: str
     device: str
     threads: int
+    ranks: int = 1
 
 
-def current_environment(device: torch.device) -> Environment:
+def current_environment(device: torch.device, ranks: int = 1) -> Environment:
     """What this process computes with, on a device and with the threads in force."""
     on_cuda = device.type == "cuda"
     return Environment(
@@ -55,6 +58,7 @@ def current_environment(device: torch.device) -> Environment:
         else torch.backends.cpu.get_cpu_capability(),
         device=device.type,
         threads=torch.get_num_threads(),
+        ranks=ranks,
     )
 
 
@@ -85,7 +89,9 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def check_environment(recorded: Environment, device: torch.device, path: Path) -> None:
+def check_environment(
+    recorded: Environment, device: torch.device, path: Path, ranks: int = 1
+) -> None:
     """Refuse another kind of device; warn where equality bit for bit cannot be kept.
 
     Another version of torch is a warning and not a refusal: the training stays a valid one, and a
@@ -96,7 +102,7 @@ def check_environment(recorded: Environment, device: torch.device, path: Path) -
     CheckpointError
         The run was on a CPU and would go on on CUDA, or the reverse: the generators differ.
     """
-    current = current_environment(device)
+    current = current_environment(device, ranks)
     if current.device != recorded.device:
         raise CheckpointError(
             "The run was started on another kind of device",
@@ -106,7 +112,7 @@ def check_environment(recorded: Environment, device: torch.device, path: Path) -
         )
     changed = [
         f"{name} {old} → {new}"
-        for name in ("torch", "processor")
+        for name in ("torch", "processor", "ranks")
         if (old := getattr(recorded, name)) != (new := getattr(current, name))
     ]
     if changed:

@@ -13,6 +13,7 @@ from atlas.config import TrainConfig
 from atlas.errors import ConfigError
 from atlas.models.base import Model
 from atlas.training.inputs import CellColumns
+from atlas.training.ranks import Ranks
 from loaders import MinibatchLoader
 from loaders.source import RowSource
 
@@ -32,8 +33,11 @@ def training_loader(
     config: TrainConfig,
     device: torch.device,
     columns: CellColumns,
+    ranks: Ranks,
 ) -> MinibatchLoader:
     """The loader of the run; to a GPU counts travel narrow where the source has them so.
+
+    A rank gets its part of each minibatch.
 
     Raises
     ------
@@ -68,4 +72,6 @@ def training_loader(
         balance=balance,
         memory=config.memory or None,
         narrow=device.type == "cuda" and source.narrow,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
     )

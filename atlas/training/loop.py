@@ -19,6 +19,7 @@ from atlas.config import TrainConfig
 from atlas.errors import ConfigError, TrainingError
 from atlas.models import SCANVI
 from atlas.models.base import Inputs, Losses, Model, evaluating
+from atlas.models.noise import SharedGenerator
 from atlas.training.alternation import Alternation
 from atlas.training.checkpoint import load_checkpoint, save_checkpoint
 from atlas.training.environment import (
@@ -31,9 +32,10 @@ from atlas.training.history import EpochRecord, History, write_log
 from atlas.training.inputs import CellColumns, InputsBuilder
 from atlas.training.loading import Ranges, n_rows, training_loader
 from atlas.training.progress import ProgressLine, deferred_interrupt
+from atlas.training.ranks import Ranks, told_of_peers
 from atlas.training.run import check_same_run, identity, open_run
 from atlas.training.schedule import KlSchedule, epochs_without_improvement
-from atlas.training.state import TrainingState, seeded_generator
+from atlas.training.state import TrainingState, seeded
 from loaders import Minibatch, SequentialLoader
 from loaders.source import RowSource
 
@@ -42,6 +44,9 @@ Penalty = Callable[[Model, Inputs], Tensor | None]
 
 _READ_SECONDS = 1.0
 """How often losses are read from the device, to show them and to see that they are finite."""
+
+_ASKED_STEPS = 16
+"""Steps after which ranks look whether one of them was asked to stop."""
 
 
 def fit(
@@ -59,6 +64,7 @@ def fit(
     reading: Callable[[RowSource], RowSource] | None = None,
     columns: CellColumns | None = None,
     penalty: Penalty | None = None,
+    ranks: Ranks | None = None,
 ) -> History:
     """Train a model, with a log and checkpoints in a run folder.
 
@@ -97,6 +103,9 @@ def fit(
         What the model is told of each row besides counts and batch.
     penalty
         What to add to the objective of each training step; ``describe`` is to identify it.
+    ranks
+        The processes that train together, each of which calls this with the same arguments; this
+        one alone when None. The first writes.
 
     Returns
     -------
@@ -110,7 +119,7 @@ def fit(
     ConfigError
         Early stopping without validation rows, no training rows, or a device that is not there.
     TrainingError
-        A loss or weight is not finite; the checkpoint before it stays.
+        A loss or weight is not finite, or another rank is gone; the checkpoint before it stays.
     KeyboardInterrupt
         On Ctrl-C, after the step in progress and a checkpoint.
     """
@@ -123,23 +132,29 @@ def fit(
         )
     device = resolve_device(config.device)
     columns = CellColumns() if columns is None else columns
-    loader = training_loader(model, source, train_rows, config, device, columns)
+    ranks = Ranks() if ranks is None else ranks
+    ranks.join(model)
+    loader = training_loader(model, source, train_rows, config, device, columns, ranks)
     described = {**describe, "columns": columns.digests()}
     run = identity(config, source, train_rows, validation_rows, presence, described)
-    with open_run(out, resume=resume):
+    with open_run(out, resume=resume) if ranks.first else nullcontext():
+        ranks.wait()
         found = load_checkpoint(out)
+        recorded_threads = None
         if found is not None:
             check_same_run(found.run, run, out)
-            check_environment(found.environment, device, out)
-        recorded_threads = None if found is None else found.environment.threads
+            check_environment(found.environment, device, out, ranks.world_size)
+            if found.environment.ranks == ranks.world_size:
+                recorded_threads = found.environment.threads
         if reading is not None and (found is None or not found.progress.finished):
             source = reading(source)
-            loader = training_loader(model, source, train_rows, config, device, columns)
+            loader = training_loader(model, source, train_rows, config, device, columns, ranks)
         with torch_threads(config.threads, recorded_threads, out):
-            state = TrainingState.start(model, loader, config, device)
+            state = TrainingState.start(model, loader, config, device, shared=not ranks.alone)
             if found is not None:
                 state.restore(found, out)
-                write_log(out, state.history)
+                if ranks.first:
+                    write_log(out, state.history)
             validation = None
             if validates:
                 validation = SequentialLoader(
@@ -153,15 +168,19 @@ def fit(
             alternation = None
             if isinstance(model, SCANVI) and model.config.training == "alternating":
                 alternation = Alternation(model, source, train_rows, to_inputs, columns, config)
-            trainer = _Trainer(state, validation, to_inputs, config, alternation, penalty, run, out)
+            trainer = _Trainer(
+                state, validation, to_inputs, config, alternation, penalty, ranks, run, out
+            )
             epoch_cells = n_rows(train_rows)
             done = epoch_cells * len(state.history.records) + state.epoch_cells
-            with ProgressLine(config.max_epochs, epoch_cells, done, show=progress) as line:
+            show = progress and ranks.first
+            with ProgressLine(config.max_epochs, epoch_cells, done, show=show) as line:
                 trainer.run(line)
             model.load_state_dict(state.final_weights() if state.best is None else state.best)
             if alternation is not None:
                 # The classifier was trained on the last encoder, not on the average that is kept.
                 alternation.run(0)
+    ranks.leave(model)
     return state.history
 
 
@@ -176,10 +195,12 @@ class _Trainer:
         config: TrainConfig,
         alternation: Alternation | None,
         penalty: Penalty | None,
+        ranks: Ranks,
         run: Mapping[str, Any],
         out: Path,
     ) -> None:
         self.alternation = alternation
+        self.ranks = ranks
         self.penalty = penalty
         self.state = state
         self.validation = validation
@@ -188,32 +209,37 @@ class _Trainer:
         self.identity = run
         self.out = out
         self.device = state.sums.device
-        self.environment = current_environment(self.device)
+        self.environment = current_environment(self.device, ranks.world_size)
+        self.trained = [p for p in state.model.parameters() if p.requires_grad]
         total_steps = config.max_epochs * state.loader.steps_per_epoch
         self.schedule = KlSchedule(total_steps, config.warmup_share)
         # Objectives of the steps since the device was last read: no step waits for it.
         self.unread: list[Tensor] = []
+        self.interrupted: Callable[[], bool] = bool
+        self.asked = state.sums.new_zeros(())
         self.ticked_at = self.read_at = self.saved_at = time.monotonic()
 
     def run(self, line: ProgressLine) -> None:
         """Train until there is nothing left to do."""
         state = self.state
-        with deferred_interrupt() as interrupted:
+        with deferred_interrupt() as self.interrupted:
             while not state.finished:
                 self.ticked_at = time.monotonic()
                 for minibatch in state.loader:
+                    before = state.epoch_cells
                     self.step(minibatch)
-                    line.advance(minibatch.n_rows)
+                    line.advance(state.epoch_cells - before)
                     if self.ticked_at - self.read_at >= _READ_SECONDS:
                         loss, *_ = self.read_losses()
                         line.describe(self.epoch, state.step, loss)
-                    stopping = interrupted()
+                    stopping = self.asked_to_stop()
                     if stopping or self.save_is_due():
                         self.save()
                     if stopping:
                         self.stop()
                 self.end_epoch()
-                if interrupted():
+                self.asked = torch.tensor(float(self.interrupted()), device=self.device)
+                if self.ranks.add_up(self.asked).item() > 0:
                     self.stop()
 
     @property
@@ -221,40 +247,69 @@ class _Trainer:
         """The epoch in progress, counted from 1."""
         return len(self.state.history.records) + 1
 
+    def asked_to_stop(self) -> bool:
+        """Whether this process, or at this step one of the ranks, was asked to stop."""
+        if self.ranks.alone:
+            return self.interrupted()
+        # Reading it waits for the device, so it is done now and then, by all at the same step.
+        return self.state.step % _ASKED_STEPS == 0 and self.asked.item() > 0
+
     def step(self, minibatch: Minibatch) -> None:
         """One step of the optimiser; nothing here waits for the device."""
         state = self.state
+        cells = self.share(minibatch)
         inputs = self.to_inputs(minibatch)
-        with self.autocast():
-            losses = state.model.loss(
-                inputs,
-                self.schedule.weight(state.step),
-                state.generator,
-                state.step / self.schedule.total_steps,
-            )
-            losses = self.penalised(losses, inputs)
         state.optimizer.zero_grad()
-        losses.objective.backward()  # type: ignore[no-untyped-call]
+        with told_of_peers():
+            with self.autocast():
+                losses = state.model.loss(
+                    inputs,
+                    self.schedule.weight(state.step),
+                    state.generator,
+                    state.step / self.schedule.total_steps,
+                )
+                losses = self.penalised(losses, inputs)
+            part = losses.objective
+            if not self.ranks.alone:  # so that the sum over ranks is the mean over all cells
+                part = part * (minibatch.n_rows / cells)
+            part.backward()  # type: ignore[no-untyped-call]
+        objective = losses.objective.detach()
+        sums = torch.stack(
+            (
+                objective * minibatch.n_rows,
+                losses.reconstruction_loss.detach().sum(),
+                losses.kl.detach().sum(),
+                torch.zeros_like(objective)
+                if losses.penalty is None
+                else losses.penalty.detach() * minibatch.n_rows,
+            )
+        )
+        if not self.ranks.alone:
+            told = torch.cat([sums, sums.new_full((1,), float(self.interrupted()))])
+            told = self.ranks.add_up_step(self.trained, told)
+            sums, objective, self.asked = told[:-1], told[0] / cells, told[-1]
         state.optimizer.step()
         if state.average is not None:
             state.average.update(state.model, state.step)
 
-        objective = losses.objective.detach()
-        parts = (
-            objective * minibatch.n_rows,
-            losses.reconstruction_loss.detach().sum(),
-            losses.kl.detach().sum(),
-            torch.zeros_like(objective)
-            if losses.penalty is None
-            else losses.penalty.detach() * minibatch.n_rows,
-        )
-        state.sums += torch.stack(parts)
+        state.sums += sums
         self.unread.append(objective)
         state.step += 1
-        state.epoch_cells += minibatch.n_rows
+        state.epoch_cells += cells
         now = time.monotonic()
         state.epoch_seconds += now - self.ticked_at
         self.ticked_at = now
+
+    def share(self, minibatch: Minibatch) -> int:
+        """Cells of a minibatch over all ranks; the generator is told which of them are here."""
+        generator = self.state.generator
+        if not isinstance(generator, SharedGenerator):
+            return minibatch.n_rows
+        loader = self.state.loader
+        at = loader.step - 1
+        generator.own = torch.from_numpy(loader.plan.places(at)).to(self.device)
+        generator.n_cells = loader.plan.rows_of_step(at)
+        return generator.n_cells
 
     def penalised(self, losses: Losses, inputs: Inputs) -> Losses:
         """The losses with the penalty of the training added, if there is one."""
@@ -295,23 +350,25 @@ class _Trainer:
             waited = epochs_without_improvement(state.history, self.schedule.warmup_steps)
             state.finished |= waited >= config.patience
         self.save()
-        write_log(self.out, state.history)
+        if self.ranks.first:
+            write_log(self.out, state.history)
 
     def validate(self) -> float | None:
         """Mean negative bound over the held-out cells; its noise depends on seed and epoch only."""
         if self.validation is None:
             return None
-        state = self.state
-        generator = seeded_generator(self.device, self.config.seed, self.epoch)
+        state, ranks = self.state, self.ranks
+        generator = torch.Generator(self.device)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        cells = 0
         averaged = nullcontext() if state.average is None else state.average.applied(state.model)
         with averaged, evaluating(state.model), self.autocast():
-            for minibatch in self.validation:
+            for number, minibatch in enumerate(self.validation):
+                if number % ranks.world_size != ranks.rank:
+                    continue
+                seeded(generator, self.config.seed, self.epoch, 3, number)
                 losses = state.model.loss(self.to_inputs(minibatch), 1.0, generator)
                 total += losses.negative_bound.sum()
-                cells += minibatch.n_rows
-        bound = total.item() / cells
+        bound = ranks.add_up(total).item() / self.validation.n_rows
         if not math.isfinite(bound):
             raise self.not_finite("The validation bound is not finite", bound, state.step)
         return bound
@@ -342,7 +399,10 @@ class _Trainer:
         return by_steps or self.ticked_at - self.saved_at >= 60 * minutes
 
     def save(self) -> None:
-        """Write a checkpoint, unless what it would hold is spoilt."""
+        """Write a checkpoint, unless what it would hold is spoilt; of the ranks the first does."""
+        if not self.ranks.first:
+            self.saved_at = time.monotonic()
+            return
         if self.unread:
             self.read_losses()
         parameters = [parameter.detach() for parameter in self.state.model.parameters()]

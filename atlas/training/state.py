@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,18 +14,27 @@ from torch import Tensor
 from atlas.config import TrainConfig
 from atlas.errors import CheckpointError
 from atlas.models.base import Model
+from atlas.models.noise import SharedGenerator
 from atlas.training.averaging import WeightAverage
 from atlas.training.checkpoint import Checkpoint, Progress
 from atlas.training.environment import Environment
 from atlas.training.history import History
 from loaders import LoaderError, MinibatchLoader
 
+Generator = TypeVar("Generator", bound=torch.Generator)
+
 
 def seeded_generator(device: torch.device, *key: int) -> torch.Generator:
     """A generator of its own for each key of integers; nearby keys give unrelated streams."""
+    return seeded(torch.Generator(device), *key)
+
+
+def seeded(generator: Generator, *key: int) -> Generator:
+    """Set a generator to the stream of a key; returns it."""
     (seed,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
     # torch takes seeds below 2^63 on every device.
-    return torch.Generator(device).manual_seed(int(seed) >> 1)
+    generator.manual_seed(int(seed) >> 1)
+    return generator
 
 
 @dataclass
@@ -56,7 +65,7 @@ class TrainingState:
     model: Model
     optimizer: torch.optim.Adam
     loader: MinibatchLoader
-    generator: torch.Generator
+    generator: torch.Generator | SharedGenerator
     sums: Tensor
     step: int = 0
     epoch_cells: int = 0
@@ -68,9 +77,18 @@ class TrainingState:
 
     @classmethod
     def start(
-        cls, model: Model, loader: MinibatchLoader, config: TrainConfig, device: torch.device
+        cls,
+        model: Model,
+        loader: MinibatchLoader,
+        config: TrainConfig,
+        device: torch.device,
+        *,
+        shared: bool = False,
     ) -> TrainingState:
-        """The state before the first step; moves the model to ``device``."""
+        """The state before the first step; moves the model to ``device``.
+
+        ``shared`` is whether other processes have a part of each minibatch.
+        """
         model.to(device)
         trainable = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.Adam(
@@ -84,7 +102,9 @@ class TrainingState:
             model=model,
             optimizer=optimizer,
             loader=loader,
-            generator=seeded_generator(device, config.seed),
+            generator=seeded(
+                SharedGenerator(device) if shared else torch.Generator(device), config.seed
+            ),
             sums=torch.zeros(4, dtype=torch.float64, device=device),
             average=WeightAverage(model, config.average_steps) if config.average_steps else None,
         )

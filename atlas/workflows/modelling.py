@@ -26,6 +26,7 @@ from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.split import Split, ranges_of
 from atlas.training.loop import fit
+from atlas.training.ranks import Ranks, first_rank, joined
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import (
     Hierarchy,
@@ -151,10 +152,12 @@ def train(
             do="leave out project, or ingest the files",
             path=store.path,
         )
-    check_run_folder(folder, resume=resume)
+    if first_rank():
+        check_run_folder(folder, resume=resume)
     view = store.select(genes)
     batches = Categories(store.obs_codes["batch"], store.batches)
-    if caution := confounding(batches, Categories(store.obs_codes["label"], store.labels)):
+    caution = confounding(batches, Categories(store.obs_codes["label"], store.labels))
+    if caution and first_rank():
         warnings.warn(caution, UserWarning, stacklevel=2)
     columns = describe_columns(
         store,
@@ -184,11 +187,9 @@ def train(
         begin = start_from if isinstance(start_from, TrainedModel) else load_model(start_from)
         _start_from(module, begin, genes, store)
     projected = folder / "projected"
+    progress = progress and first_rank()
     if not training.project and progress and (line := advice(view, epochs, folder)):
         print(line, file=sys.stderr)
-    reading: Callable[[RowSource], RowSource] | None = None
-    if training.project and isinstance(store, CountStore):
-        reading = partial(_projected, store, genes, projected, progress)
     presence = view.presence
     if hold_out is None:
         split = store.split(training.validation_share)
@@ -203,57 +204,76 @@ def train(
                 path=store.path,
             )
         split = Split(ranges_of(~held_out), ranges_of(held_out), [])
-    record = fit(
-        module,
-        view,
-        train_rows=split.train,
-        validation_rows=split.validation,
-        presence=None if presence.all() else presence,
-        config=training,
-        out=folder,
-        resume=resume,
-        describe={
-            "model": {"name": model, **architecture.to_json()},
-            "genes": list(genes),
-            "batches": list(store.batches),
-            "obs_columns": columns.to_json(),
-            "labels": None if labels is None else labels.to_json(),
-            "start": weights_digest(module),
-        },
-        columns=cell_columns(store, columns, labels),
-        progress=progress,
-        reading=reading,
-    )
-    shutil.rmtree(projected, ignore_errors=True)  # an earlier part of the run may have written it
-    ids = store.var["gene_id"].reindex(list(genes))
-    trained = TrainedModel(
-        module=module,
-        genes=tuple(genes),
-        batches=store.batches,
-        studies=store.studies,
-        presence=presence,
-        gene_ids=tuple(
-            None if missing else str(i) for i, missing in zip(ids, ids.isna(), strict=True)
-        ),
-        labels=labels,
-        columns=columns,
-        training={
-            "config": training.to_json(),
-            "history": record.to_json(),
-            "store": str(store.path),
-            "manifest": store.number,
-            "versions": versions(),
-            "command": command(),
-        },
-    )
-    trained.save(folder)
+    with joined(training.device) as ranks:
+        reading: Callable[[RowSource], RowSource] | None = None
+        if training.project and isinstance(store, CountStore):
+            reading = partial(_projected, store, genes, projected, progress, ranks)
+        record = fit(
+            module,
+            view,
+            train_rows=split.train,
+            validation_rows=split.validation,
+            presence=None if presence.all() else presence,
+            config=training,
+            out=folder,
+            resume=resume,
+            describe={
+                "model": {"name": model, **architecture.to_json()},
+                "genes": list(genes),
+                "batches": list(store.batches),
+                "obs_columns": columns.to_json(),
+                "labels": None if labels is None else labels.to_json(),
+                "start": weights_digest(module),
+            },
+            columns=cell_columns(store, columns, labels),
+            progress=progress,
+            reading=reading,
+            ranks=ranks,
+        )
+        ids = store.var["gene_id"].reindex(list(genes))
+        trained = TrainedModel(
+            module=module,
+            genes=tuple(genes),
+            batches=store.batches,
+            studies=store.studies,
+            presence=presence,
+            gene_ids=tuple(
+                None if missing else str(i) for i, missing in zip(ids, ids.isna(), strict=True)
+            ),
+            labels=labels,
+            columns=columns,
+            training={
+                "config": training.to_json(),
+                "history": record.to_json(),
+                "store": str(store.path),
+                "manifest": store.number,
+                "versions": versions(),
+                "command": command(),
+            },
+        )
+        if ranks.first:
+            shutil.rmtree(
+                projected, ignore_errors=True
+            )  # an earlier part of the run may have left it
+            trained.save(folder)
+        ranks.wait()
     return trained
 
 
 def _projected(
-    store: CountStore, genes: Sequence[str], path: Path, progress: bool, _: RowSource
+    store: CountStore,
+    genes: Sequence[str],
+    path: Path,
+    progress: bool,
+    ranks: Ranks,
+    _: RowSource,
 ) -> RowSource:
-    return project(store, genes, path, progress=progress)
+    if not ranks.first:
+        ranks.wait()  # until the first has written it
+    made = project(store, genes, path, progress=progress)
+    if ranks.first:
+        ranks.wait()
+    return made
 
 
 def _configs(model: str, options: dict[str, Any]) -> tuple[Architecture, TrainConfig]:
