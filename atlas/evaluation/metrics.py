@@ -33,7 +33,7 @@ class Measure:
     value, standard_error
         The figure and its standard error; None where it has none.
     unit
-        ``"nats"``, ``"bits"``, ``"share"`` or ``"score"`` (0 to 1).
+        ``"nats"``, ``"bits"``, ``"share"`` or ``"score"`` (0 to 1), or ``"fold"``.
     better
         ``"higher"``, ``"lower"``, or ``"neither"`` for a figure that only describes.
     n, k

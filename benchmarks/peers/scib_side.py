@@ -50,6 +50,7 @@ def main() -> None:
         ),
         "pcr_comparison": lambda: scib.pcr_comparison(before, z, batches, categorical=True),
         "kmeans": lambda: scib.nmi_ari_cluster_labels_kmeans(z, labels),
+        "leiden": lambda: scib.nmi_ari_cluster_labels_leiden(near.subset_neighbors(n=15), labels),
         "kbet_per_label": lambda: scib.kbet_per_label(near.subset_neighbors(n=50), batches, labels),
     }
     out: dict[str, Any] = {"version": version("scib-metrics"), "values": {}, "seconds": seconds}
