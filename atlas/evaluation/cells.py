@@ -46,7 +46,7 @@ class Cells:
     backend, index
         What searches: exactly, or an index of this embedding.
     graph_cells
-        Most cells of which all neighbours are searched, for graph connectivity; None: any number.
+        Most cells of which all neighbours are searched, for graph connectivity.
     leiden_cells
         About how many cells are clustered by Leiden; of more, a sample.
     """
@@ -59,7 +59,7 @@ class Cells:
     ks: tuple[int, ...]
     backend: Backend
     index: NeighborIndex | None
-    graph_cells: int | None
+    graph_cells: int
     leiden_cells: int
 
     @cached_property

@@ -47,7 +47,7 @@ class Options:
         standard error of some .004 nats.
     graph_cells
         Most cells of which all neighbours are searched, for graph connectivity, which is left out
-        where there are more; None: any number. A million cells take minutes.
+        where there are more. Any number will do; a million take minutes.
     leiden_cells
         Cells above this number are sampled for Leiden, which says so; 0 leaves it out.
     backend
@@ -59,7 +59,7 @@ class Options:
     purity_k: int = 15
     seed: int = 0
     max_queries: int = 5000
-    graph_cells: int | None = None
+    graph_cells: int = 1_000_000
     leiden_cells: int = 20_000
     backend: Backend = "auto"
     protein_k: int = 100
@@ -81,7 +81,7 @@ def evaluate_embedding(
     purity_k: int = 15,
     seed: int = 0,
     max_queries: int = 5000,
-    graph_cells: int | None = None,
+    graph_cells: int = 1_000_000,
     leiden_cells: int = 20_000,
     backend: Backend = "auto",
     protein_k: int = 100,

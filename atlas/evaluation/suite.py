@@ -188,10 +188,9 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
         reason = "no cell has a label"
     elif n <= GRAPH_K:
         reason = f"{GRAPH_K} neighbours need at least {GRAPH_K + 1} cells, and there are {n}"
-    elif cells.graph_cells is not None and n > cells.graph_cells:
-        reason = (
-            f"it needs the neighbours of all cells, and there are more than {cells.graph_cells:,}"
-        )
+    elif n > cells.graph_cells:
+        most = f"{cells.graph_cells:,} (graph_cells)"
+        reason = f"it needs the neighbours of all cells, and there are more than {most}"
     if reason is not None:
         return [Result(name, None, GRAPH_K, skipped=reason)], []
     assert cells.labels is not None

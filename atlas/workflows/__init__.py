@@ -19,6 +19,7 @@ from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json, write_text
+from atlas.workflows.per_batch import embed_per_batch
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
 from atlas.workflows.results import compare, evaluate, report
@@ -39,6 +40,7 @@ __all__ = [
     "differential_expression",
     "dropout_probability",
     "embed",
+    "embed_per_batch",
     "evaluate",
     "export",
     "extend_reference",
