@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from atlas.config import ScviConfig
+from atlas.config import ARCHITECTURES
 from atlas.errors import ConfigError
 from atlas.models import TrainedModel
 from atlas.store import CountStore
@@ -23,6 +23,8 @@ from atlas.workflows.modelling import train
 from atlas.workflows.streaming import CellStream
 
 LEAST_CELLS = 2
+_OF_ONE_BATCH = {"scvi": "scvi", "scanvi": "scvi", "cvae": "cvae", "trvae": "cvae"}
+"""What a model is without labels of other batches, and without another batch to come close to."""
 
 
 def embed_per_batch(
@@ -42,8 +44,9 @@ def embed_per_batch(
     Methods): the latent space of each batch by itself. Coordinates of different batches have
     nothing to do with each other. Genes, architecture, training options and seed are those of the
     model, so a small batch takes fewer steps. For a scANVI each batch's model is the scVI within
-    it, as in the paper: labels of other batches have no part in a batch by itself. A batch of one
-    cell cannot be trained on and stays at the origin.
+    it, as in the paper: labels of other batches have no part in a batch by itself. For a trVAE it
+    is the cvae: there are no batches to bring together. A DAVAE is nothing without them, and is
+    refused. A batch of one cell cannot be trained on and stays at the origin.
 
     Parameters
     ----------
@@ -70,7 +73,7 @@ def embed_per_batch(
     Raises
     ------
     ConfigError
-        The model was not trained here from scratch, or no batch has two cells.
+        The model was not trained here from scratch or is a DAVAE, or no batch has two cells.
     CheckpointError
         ``out`` holds other runs, or some and ``resume`` is False.
     ModelError
@@ -85,7 +88,7 @@ def embed_per_batch(
     folder = Path(out)
     check_run_folder(folder, resume=resume)
     codes = store.obs_codes["batch"]
-    kind = "scvi" if model.name == "scanvi" else model.name
+    kind = _OF_ONE_BATCH[model.name]
     embedding = np.zeros((store.n_obs, model.config.n_latent), np.float32)
     told: dict[str, Any] = {}
     for code in np.unique(codes):
@@ -124,6 +127,12 @@ def folder_name(batch: str) -> str:
 
 def _options(model: TrainedModel, device: str, max_epochs: int | None) -> dict[str, Any]:
     """Architecture and training of the model, as :func:`train` takes them."""
+    if model.name not in _OF_ONE_BATCH:
+        raise ConfigError(
+            f"There is no {model.name} of one batch",
+            expected="one of " + ", ".join(_OF_ONE_BATCH),
+            do="compare with `atlas baseline --per-batch`",
+        )
     training = model.training.get("config")
     if training is None or model.surgery:
         raise ConfigError(
@@ -134,9 +143,9 @@ def _options(model: TrainedModel, device: str, max_epochs: int | None) -> dict[s
             if model.surgery
             else "train one with the same options, or compare with `atlas baseline --per-batch`",
         )
-    architecture = model.config.to_json()
-    if model.name == "scanvi":
-        architecture = {f.name: architecture[f.name] for f in dataclasses.fields(ScviConfig)}
+    own = model.config.to_json()
+    fields = dataclasses.fields(ARCHITECTURES[_OF_ONE_BATCH[model.name]])
+    architecture = {field.name: own[field.name] for field in fields}
     columns = model.columns
     options = {**architecture, **training, "project": False}
     if device != "auto":
