@@ -27,6 +27,9 @@ class LabelGraphs:
     An edge takes 4 bytes, in memory up to 256 MB and else in an unnamed temporary file, and only
     the graph of one label at a time is put together.
 
+    Cells at one place hang together, both ways: of more such cells than neighbours each finds the
+    same first few, and which these are is a matter of order alone.
+
     Parameters
     ----------
     labels
@@ -52,16 +55,20 @@ class LabelGraphs:
         else:
             file = tempfile.TemporaryFile()  # noqa: SIM115 -- open as long as the array is mapped
             self._edges = np.memmap(file, np.int32, "w+", shape=shape)
+        self._twin = np.full(len(labels), _NONE, dtype=np.int32)
         self._known = np.zeros(len(labels), dtype=bool)
 
     def _rows(self, code: int) -> Indices:
         return self._members[self._starts[code] : self._starts[code + 1]]
 
-    def add(self, rows: Indices, neighbours: Indices) -> None:
-        """Take in the neighbours of some cells: int64 (n,) and (n, k)."""
-        label = self._labels.codes
-        same = label[rows][:, None] == label[neighbours]
-        self._edges[rows] = np.where(same, self._place[neighbours], _NONE)
+    def add(self, rows: Indices, neighbours: Neighbours) -> None:
+        """Take in the neighbours of some cells: int64 (n,), and as many queries."""
+        label, indices = self._labels.codes, neighbours.indices
+        same = label[rows][:, None] == label[indices]
+        self._edges[rows] = np.where(same, self._place[indices], _NONE)
+        twins = same & (neighbours.distances == 0)
+        first = np.take_along_axis(indices, twins.argmax(axis=1)[:, None], axis=1)[:, 0]
+        self._twin[rows] = np.where(twins.any(axis=1), self._place[first], _NONE)
         self._known[rows] = True
 
     def in_largest_part(self) -> npt.NDArray[np.bool_]:
@@ -86,12 +93,14 @@ class LabelGraphs:
         inside = np.zeros(len(labeled), dtype=bool)
         for code in self._labels.present():
             rows = self._rows(int(code))
-            part = _strong_parts(self._edges, rows)
+            part = _strong_parts(self._edges, self._twin, rows)
             inside[rows] = part == np.bincount(part).argmax()
         return inside
 
 
-def _strong_parts(edges: npt.NDArray[np.int32], rows: Indices) -> npt.NDArray[np.int32]:
+def _strong_parts(
+    edges: npt.NDArray[np.int32], twin: npt.NDArray[np.int32], rows: Indices
+) -> npt.NDArray[np.int32]:
     """Part of each row of one label's graph: int32 (n,)."""
     counts = np.empty(len(rows), dtype=np.int64)
     columns = []
@@ -107,6 +116,10 @@ def _strong_parts(edges: npt.NDArray[np.int32], rows: Indices) -> npt.NDArray[np
     graph = sp.csr_matrix(
         (np.ones(len(joined), dtype=np.int8), joined, starts), shape=(len(rows), len(rows))
     )
+    twins = np.flatnonzero(twin[rows] != _NONE)
+    if len(twins):  # the way back; the way there is an edge already
+        back = np.ones(len(twins), dtype=np.int8)
+        graph = graph + sp.csr_matrix((back, (twin[rows[twins]], twins)), shape=graph.shape)
     _, part = connected_components(graph, directed=True, connection="strong")
     return np.asarray(part)
 
@@ -136,5 +149,6 @@ def in_largest_part(neighbours: Neighbours, labels: Categories) -> npt.NDArray[n
         )
     graphs = LabelGraphs(labels, neighbours.k)
     for rows in tiles(n):
-        graphs.add(np.arange(rows.start, rows.stop), neighbours.indices[rows])
+        some = np.arange(rows.start, rows.stop)
+        graphs.add(some, neighbours.of(some))
     return graphs.in_largest_part()

@@ -197,7 +197,7 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
     graphs = LabelGraphs(cells.labels, GRAPH_K)
     for rows, found in cells.neighbours_of_all(labeled, GRAPH_K):
-        graphs.add(rows, found.indices)
+        graphs.add(rows, found)
     inside = graphs.in_largest_part().astype(np.float64)
     sample = draw(labeled, cells.strata[labeled], n, cells.seed)
     estimate = mean_of_groups(inside[labeled], cells.labels.codes[labeled], sample)

@@ -30,11 +30,17 @@ def purity_results(
         )
     else:
         result = Result(name, None, k, skipped=f"no batch has more than {k} cells")
+    why = f"{k} neighbours within it need at least {k + 1} cells"
+    groups += [Result(name, None, k, skipped=why, of=f"batch {b}") for b in found.too_small]
     n_clusters = len(cells.labels.present()) if cells.has_labels and cells.labels else 10
     conserved = cluster_conservation(
         cells.embedding, individual, cells.batches, max(2, n_clusters), seed=cells.seed
     )
     conservation = kind("cluster_conservation")
+    few = f"{max(2, n_clusters)} clusters need at least twice as many cells"
+    names = [cells.batches.names[code] for code in cells.batches.present()]
+    left_out = [name for name in names if name not in conserved]
+    groups += [Result(conservation, None, skipped=few, of=f"batch {name}") for name in left_out]
     if not conserved:
         return [result, Result(conservation, None, skipped="batches are too small")], groups
     values = np.array(list(conserved.values()))

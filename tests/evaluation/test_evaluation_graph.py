@@ -140,9 +140,20 @@ def test_graph_connectivity_by_an_index_tells_its_recall(monkeypatch: pytest.Mon
     assert found.value == pytest.approx(exact, abs=0.01)
 
 
+def test_cells_at_one_place_hang_together_whatever_their_order() -> None:
+    """40 twins find the same 5; those of one label are one part all the same."""
+    far = np.array([[1.0, 1.0], [1.1, 1.0], [1.0, 1.1]])
+    z = np.concatenate([np.zeros((40, 2)), far]).astype(np.float32)
+    labels = Categories(np.zeros(43), "a")
+    assert in_largest_part(nearest(z, z, 5, np.arange(43)), labels).sum() == 40
+    two = Categories([0, 1] * 20 + [1] * 3, "ab")
+    inside = in_largest_part(nearest(z, z, 5, np.arange(43)), two)
+    np.testing.assert_array_equal(inside, np.arange(43) < 40)
+
+
 def test_a_cell_whose_neighbours_are_not_there_is_an_error() -> None:
     graphs = LabelGraphs(LABELS, 3)
-    graphs.add(np.arange(10), np.zeros((10, 3), dtype=np.int64))
+    graphs.add(np.arange(10), nearest(Z, Z[:10], 3, np.arange(10)))
     with pytest.raises(ConfigError, match=r"neighbours of all cells\n.*neighbours of 10 cells"):
         graphs.in_largest_part()
     found = nearest(Z, Z, 3, np.arange(N))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from workflows_helpers import Applied, study
+from workflows_helpers import Applied, another, study
 
 import atlas
 from atlas.cli import main
+from atlas.config import DavaeConfig, TrvaeConfig
 from atlas.errors import CheckpointError, ConfigError
 from atlas.workflows.per_batch import folder_name
 from atlas.workflows.streaming import CellStream
@@ -115,7 +116,9 @@ def test_batches_of_a_few_cells(applied: Applied, tmp_path: Path) -> None:
     store.write_embedding("joint", z + 1, {})
     metrics = atlas.evaluate(store, embedding="joint", individual="scvi_batch")
     assert metrics["purity_k15"].value == 1
-    assert {m.of for m in metrics.groups if m.name == "purity_k15"} == {"batch s/many"}
+    of = {m.of: m.skipped for m in metrics.groups if m.name == "purity_k15"}
+    assert of["batch s/many"] is None
+    assert of["batch s/three"] == "15 neighbours within it need at least 16 cells"
 
 
 def test_what_cannot_be_trained_again_is_refused(applied: Applied, tmp_path: Path) -> None:
@@ -123,7 +126,20 @@ def test_what_cannot_be_trained_again_is_refused(applied: Applied, tmp_path: Pat
     elsewhere = dataclasses.replace(model, training={})
     with pytest.raises(ConfigError, match=r"batch by batch\n.*trained elsewhere"):
         atlas.embed_per_batch(elsewhere, store, out=tmp_path / "runs")
+    davae = another(model, DavaeConfig(n_latent=3))
+    with pytest.raises(ConfigError, match=r"no davae of one batch\n.*scvi, scanvi, cvae, trvae"):
+        atlas.embed_per_batch(davae, store, out=tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_trvae_of_one_batch_is_a_cvae(applied: Applied, tmp_path: Path) -> None:
+    store = applied.open()
+    trvae = another(atlas.load_model(applied.scvi), TrvaeConfig(n_latent=3, n_hidden=8))
+    z = atlas.embed_per_batch(trvae, store, out=tmp_path / "runs", max_epochs=1, name=None)
+    own = atlas.load_model(tmp_path / "runs" / folder_name(store.batches[0]))
+    assert own.name == "cvae"
+    assert own.config.to_json().items() <= trvae.config.to_json().items()
+    assert z.std(axis=0).min() > 0
 
 
 def test_names_of_batches_make_folders() -> None:
