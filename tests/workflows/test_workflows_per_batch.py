@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import atlas
 from atlas.cli import main
 from atlas.config import DavaeConfig, TrvaeConfig
 from atlas.errors import CheckpointError, ConfigError
+from atlas.workflows import per_batch
 from atlas.workflows.per_batch import folder_name
 from atlas.workflows.streaming import CellStream
 
@@ -79,14 +81,31 @@ def test_purity_is_taken_against_it(applied: Applied, made: tuple[Path, np.ndarr
 
 
 def test_a_run_that_was_stopped_goes_on(
-    applied: Applied, made: tuple[Path, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    applied: Applied,
+    made: tuple[Path, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder, z = made
-    model, store = atlas.load_model(applied.scvi), applied.open()
+    model, store, begun = atlas.load_model(applied.scvi), applied.open(), []
+
+    def train(*arguments: Any, **options: Any) -> atlas.TrainedModel:
+        begun.append(options["out"])
+        if len(begun) == 3:
+            raise KeyboardInterrupt
+        return atlas.train(*arguments, **options)
+
+    monkeypatch.setattr(per_batch, "train", train)
+    out = tmp_path / "runs"
+    with pytest.raises(KeyboardInterrupt):
+        atlas.embed_per_batch(model, store, out=out, max_epochs=4, name="stopped")
+    assert "stopped" not in store.embeddings
+    assert len(list(out.iterdir())) == 2
     with pytest.raises(CheckpointError):
-        atlas.embed_per_batch(model, store, out=folder, max_epochs=4, name=None)
-    again = atlas.embed_per_batch(model, store, out=folder, max_epochs=4, name=None, resume=True)
-    np.testing.assert_array_equal(again, z)
+        atlas.embed_per_batch(model, store, out=out, max_epochs=4, name="stopped")
+    z = atlas.embed_per_batch(model, store, out=out, max_epochs=4, name="stopped", resume=True)
+    np.testing.assert_array_equal(z, made[1])
+    with pytest.raises(CheckpointError):
+        atlas.embed_per_batch(model, store, out=out, max_epochs=5, name=None, resume=True)
 
 
 def test_a_scanvi_is_compared_with_scvis(
