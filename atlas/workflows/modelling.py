@@ -36,7 +36,14 @@ from atlas.workflows.columns import (
     read_hierarchy,
 )
 from atlas.workflows.projecting import advice, project
-from atlas.workflows.rows import Rows, rows_where
+from atlas.workflows.rows import (
+    Rows,
+    RowsOrMask,
+    batches_within,
+    mask_of,
+    rows_where,
+    split_within,
+)
 from loaders import RowSource, SequentialLoader
 
 
@@ -53,6 +60,7 @@ def train(
     genes: Sequence[str] | None = None,
     max_epochs: int | None = None,
     seed: int = 0,
+    rows: RowsOrMask = None,
     hold_out: Rows | None = None,
     label_key: str | None = None,
     hierarchy: Hierarchy | None = None,
@@ -64,7 +72,7 @@ def train(
     progress: bool = False,
     **options: Any,
 ) -> TrainedModel:
-    """Train a model on all studies of a store.
+    """Train a model on all studies of a store, or on some of its cells.
 
     Parameters
     ----------
@@ -80,6 +88,9 @@ def train(
         Passes over the cells; by default as scvi-tools (:func:`default_epochs`).
     seed
         Of weights, noise and order.
+    rows
+        Cells to train and validate on, by an obs column or a mask; all when None. The model then
+        knows their batches and covariates only; a scANVI's classes are the store's.
     hold_out
         Cells to validate on and never to train on, by an obs column, such as ``"donor=D3"``; by
         default a share of the cells by their hash.
@@ -129,7 +140,8 @@ def train(
     _check_taken(model, of_labels, of_covariates)
     if size_factor is not None:
         options["library"] = "size-factor"
-    epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
+    chosen = mask_of(store, rows)
+    epochs = default_epochs(int(chosen.sum())) if max_epochs is None else max_epochs
     architecture, training = _configs(model, {**options, "seed": seed, "max_epochs": epochs})
     library = getattr(architecture, "library", None)
     if library == "size-factor" and size_factor is None:
@@ -155,8 +167,9 @@ def train(
     if first_rank():
         check_run_folder(folder, resume=resume)
     view = store.select(genes)
-    batches = Categories(store.obs_codes["batch"], store.batches)
-    caution = confounding(batches, Categories(store.obs_codes["label"], store.labels))
+    batches = Categories(store.obs_codes["batch"], store.batches)[chosen]
+    classes = Categories(store.obs_codes["label"], store.labels)[chosen]
+    caution = confounding(batches, classes)
     if caution and first_rank():
         warnings.warn(caution, UserWarning, stacklevel=2)
     columns = describe_columns(
@@ -165,19 +178,19 @@ def train(
         continuous=continuous_covariates,
         size_factor=size_factor,
         label=label_key,
+        chosen=chosen,
     )
     labels = None
     if isinstance(architecture, ScanviConfig):
         labels = _labels(store, label_key, hierarchy, architecture.unobserved_classes)
-    prior = (
-        library_prior(view, store.obs_codes["batch"], len(store.batches))
-        if library == "latent"
-        else None
-    )
+    known, codes = store.batches, store.obs_codes["batch"]
+    if rows is not None:
+        known, codes = batches_within(store, chosen)
+    prior = library_prior(view, codes, len(known), chosen) if library == "latent" else None
     module = build_model(
         architecture,
         view.n_vars,
-        len(store.batches),
+        len(known),
         seed=seed,
         library_prior=prior,
         covariates=columns.sizes,
@@ -185,7 +198,7 @@ def train(
     )
     if isinstance(module, SCANVI) and start_from is not None:
         begin = start_from if isinstance(start_from, TrainedModel) else load_model(start_from)
-        _start_from(module, begin, genes, store)
+        _start_from(module, begin, genes, known)
     projected = folder / "projected"
     progress = progress and first_rank()
     if not training.project and progress and (line := advice(view, epochs, folder)):
@@ -193,9 +206,11 @@ def train(
     presence = view.presence
     if hold_out is None:
         split = store.split(training.validation_share)
+        if rows is not None:
+            split = split_within(split, chosen)
     else:
         held_out = rows_where(store, hold_out)
-        if held_out.all():
+        if not (chosen & ~held_out).any():
             raise ConfigError(
                 "All cells are held out, so none is left to train on",
                 found=f"hold_out={hold_out!r}",
@@ -203,7 +218,10 @@ def train(
                 do="hold out fewer values of the column",
                 path=store.path,
             )
-        split = Split(ranges_of(~held_out), ranges_of(held_out), [])
+        split = Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
+    values = cell_columns(store, columns, labels, chosen)
+    if rows is not None:
+        values = dataclasses.replace(values, batch=codes)
     with joined(training.device) as ranks:
         reading: Callable[[RowSource], RowSource] | None = None
         if training.project and isinstance(store, CountStore):
@@ -220,43 +238,40 @@ def train(
             describe={
                 "model": {"name": model, **architecture.to_json()},
                 "genes": list(genes),
-                "batches": list(store.batches),
+                "batches": list(known),
                 "obs_columns": columns.to_json(),
                 "labels": None if labels is None else labels.to_json(),
                 "start": weights_digest(module),
             },
-            columns=cell_columns(store, columns, labels),
+            columns=values,
             progress=progress,
             reading=reading,
             ranks=ranks,
         )
-        ids = store.var["gene_id"].reindex(list(genes))
-        trained = TrainedModel(
-            module=module,
-            genes=tuple(genes),
-            batches=store.batches,
-            studies=store.studies,
-            presence=presence,
-            gene_ids=tuple(
-                None if missing else str(i) for i, missing in zip(ids, ids.isna(), strict=True)
-            ),
-            labels=labels,
-            columns=columns,
-            training={
-                "config": training.to_json(),
-                "history": record.to_json(),
-                "store": str(store.path),
-                "manifest": store.number,
-                "versions": versions(),
-                "command": command(),
-            },
-        )
-        if ranks.first:
-            shutil.rmtree(
-                projected, ignore_errors=True
-            )  # an earlier part of the run may have left it
-            trained.save(folder)
-        ranks.wait()
+    ids = store.var["gene_id"].reindex(list(genes))
+    trained = TrainedModel(
+        module=module,
+        genes=tuple(genes),
+        batches=known,
+        studies=store.studies,
+        presence=presence,
+        gene_ids=tuple(
+            None if missing else str(i) for i, missing in zip(ids, ids.isna(), strict=True)
+        ),
+        labels=labels,
+        columns=columns,
+        training={
+            "config": training.to_json(),
+            "history": record.to_json(),
+            "store": str(store.path),
+            "manifest": store.number,
+            "versions": versions(),
+            "command": command(),
+        },
+    )
+    if first_rank():
+        shutil.rmtree(projected, ignore_errors=True)  # an earlier part of the run may have made it
+        trained.save(folder)
     return trained
 
 
@@ -332,14 +347,14 @@ def _labels(
 
 
 def _start_from(
-    module: SCANVI, begin: TrainedModel, genes: Sequence[str], store: CountStore | FilesSource
+    module: SCANVI, begin: TrainedModel, genes: Sequence[str], batches: Sequence[str]
 ) -> None:
     """Give a scANVI the weights of a trained scVI."""
     config = module.config.to_json()
     own = {f.name: config[f.name] for f in dataclasses.fields(ScviConfig)}
     sides = (
         {"model": begin.name, **begin.config.to_json(), "batches": list(begin.batches)},
-        {"model": "scvi", **own, "batches": list(store.batches)},
+        {"model": "scvi", **own, "batches": list(batches)},
     )
     differing = [name for name in sides[1] if sides[0].get(name) != sides[1][name]]
     if tuple(begin.genes) != tuple(genes):

@@ -222,7 +222,11 @@ def test_noise_is_given_to_cells_and_not_to_processes() -> None:
         shared.manual_seed(1)
         shared.own, shared.n_cells = own, 9
         mine = like[own]
-        found = noise.normal(mine, shared), noise.kept(mine, 0.3, shared), noise.normal(mine, shared)
+        found = (
+            noise.normal(mine, shared),
+            noise.kept(mine, 0.3, shared),
+            noise.normal(mine, shared),
+        )
         for one, other in zip(wanted, found, strict=True):
             assert torch.equal(one[own], other)
         with pytest.raises(ModelError, match="share"):
@@ -251,7 +255,10 @@ def _wait_for(reached: Any, process: subprocess.Popen[Any]) -> None:
 def _kill_all(process: subprocess.Popen[Any]) -> None:
     """Kill torchrun and what it started, each in a session of its own."""
     found = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True, check=False
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     for pid in [*found.stdout.split(), str(process.pid)]:
         os.kill(int(pid), signal.SIGKILL)
