@@ -197,16 +197,17 @@ def test_complete_presence_is_no_mask(tmp_path: Path) -> None:
 def test_the_validation_bound_is_that_of_the_held_out_cells(tmp_path: Path) -> None:
     model = make_model()
     history = train(tmp_path, model, replace(CONFIG, max_epochs=2))
-    generator = seeded_generator(torch.device("cpu"), CONFIG.seed, 2)
     model.eval()
     with torch.no_grad():
         bounds = [
             model.loss(
                 Inputs(minibatch.to_torch(), torch.from_numpy(minibatch.obs["batch"]).long()),
                 1.0,
-                generator,
+                seeded_generator(torch.device("cpu"), CONFIG.seed, 2, 3, number),
             ).negative_bound
-            for minibatch in SequentialLoader(SOURCE, CONFIG.minibatch_size, rows=HELD_OUT)
+            for number, minibatch in enumerate(
+                SequentialLoader(SOURCE, CONFIG.minibatch_size, rows=HELD_OUT)
+            )
         ]
     assert history.records[-1].validation_bound == pytest.approx(torch.cat(bounds).mean().item())
 

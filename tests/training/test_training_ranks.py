@@ -237,9 +237,9 @@ def _steps(out: Path) -> int:
     """Steps of the newest checkpoint, 0 without one."""
     folder = out / "checkpoints"
     found = [0]
-    for name in os.listdir(folder) if folder.is_dir() else []:
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
         try:
-            held = json.loads((folder / name / "checkpoint.json").read_text())
+            held = json.loads((path / "checkpoint.json").read_text())
         except OSError:  # one that is being written, or was removed meanwhile
             continue
         found.append(held["progress"]["step"])
