@@ -322,6 +322,9 @@ class TrainConfig(_Config):
     project
         Write the genes modelled to a training store in the run folder first, and read that: faster
         epochs with the same result. It is removed when the run has ended.
+    profile
+        Tell at the end where the time went: waiting for minibatches, copying, forward, backward,
+        optimiser; also as ``profile.json`` in the run folder. On a GPU each step then waits for it.
     """
 
     max_epochs: int = 400
@@ -345,6 +348,7 @@ class TrainConfig(_Config):
     buffer_size: int = 0
     memory: str = ""
     project: bool = False
+    profile: bool = False
 
     def _check(self) -> None:
         self._require("max_epochs", self.max_epochs >= 1, "at least 1")

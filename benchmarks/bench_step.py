@@ -136,13 +136,13 @@ def ours(arguments: Json, phases: Phases) -> Json:
     phases.begin("data")
     model, source, config = _configured(arguments)
     cpu = [0.0]
-    end_epoch = loop._Trainer.end_epoch
+    end_epoch = loop.Trainer.end_epoch
 
     def end(trainer: Any) -> None:
         cpu.append(time.process_time())
         end_epoch(trainer)
 
-    loop._Trainer.end_epoch = end  # type: ignore[method-assign]
+    loop.Trainer.end_epoch = end  # type: ignore[method-assign]
     phases.begin("train")
     with tempfile.TemporaryDirectory() as folder:
         history = loop.fit(

@@ -31,6 +31,7 @@ _NOT_IDENTIFYING = (
     "checkpoint_minutes",
     "memory",
     "project",
+    "profile",
 )
 
 

@@ -70,14 +70,14 @@ def test_stopped_and_resumed_it_is_the_same_to_the_byte(
     out = tmp_path / "stopped"
     for stop_at in (4, 9):
         with monkeypatch.context() as patch:
-            real = loop._Trainer.step
+            real = loop.Trainer.step
 
             def step(self: Any, minibatch: Any, at: int = stop_at, real: Any = real) -> None:
                 if self.state.step == at:
                     raise RuntimeError("the lights went out")
                 real(self, minibatch)
 
-            patch.setattr(loop._Trainer, "step", step)
+            patch.setattr(loop.Trainer, "step", step)
             with pytest.raises(RuntimeError, match="lights"):
                 atlas.train(store, model, out=out, resume=True, checkpoint_steps=3, **options)
     # Steps between checkpoints are no part of what is trained.
@@ -136,7 +136,7 @@ def test_balanced_minibatches_hold_each_batch_equally(
     store = atlas.create_store(tmp_path / "s.atlas")
     store.append(adata, study="one", batch_key="batch")
     shares: dict[str, list[float]] = {"none": [], "batch": []}
-    real = loop._Trainer.step
+    real = loop.Trainer.step
     for balance, seen in shares.items():
 
         def step(self: Any, minibatch: Any, seen: list[float] = seen) -> None:
@@ -144,7 +144,7 @@ def test_balanced_minibatches_hold_each_batch_equally(
             seen.append(float((codes == store.batches.index("one/rare")).mean()))
             real(self, minibatch)
 
-        monkeypatch.setattr(loop._Trainer, "step", step)
+        monkeypatch.setattr(loop.Trainer, "step", step)
         options = {**OPTIONS, "genes": [f"gene{i}" for i in range(30)], "balance": balance}
         atlas.train(store, "trvae", out=tmp_path / balance, **options)
     assert np.mean(shares["none"]) == pytest.approx(0.05, abs=0.015)

@@ -439,7 +439,7 @@ def test_batch_norm_never_meets_a_minibatch_of_one(tmp_path: Path) -> None:
 def test_progress_shows_epoch_step_loss_speed_and_time(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("atlas.training.loop._READ_SECONDS", 0.0)
+    monkeypatch.setattr("atlas.training.trainer._READ_SECONDS", 0.0)
     train(tmp_path, progress=True)
     line = capfd.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     for part in ("epoch 3/3", "step 15", "loss ", "cells/s", "ETA", "100 %"):

@@ -72,14 +72,14 @@ def test_a_run_goes_on_from_either(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        real = loop._Trainer.step
+        real = loop.Trainer.step
 
         def step(self: Any, minibatch: Any) -> None:
             if self.state.step == stop_at:
                 raise RuntimeError("the lights went out")
             real(self, minibatch)
 
-        patch.setattr(loop._Trainer, "step", step)
+        patch.setattr(loop.Trainer, "step", step)
         with pytest.raises(RuntimeError, match="lights"):
             atlas.train(store, out=run, project=first, checkpoint_steps=3, **OPTIONS)
     assert (run / "projected/projection.json").exists() == first
@@ -110,7 +110,7 @@ def test_it_is_written_once_a_run(
         atlas.train(store, out=run, project=True, **OPTIONS)
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Trainer, "end_epoch", lambda _: 1 / 0)
+            patch.setattr(loop.Trainer, "end_epoch", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 atlas.train(store, out=run, project=True, resume=True, **OPTIONS)
     assert written == ["one", "stop", "two"]

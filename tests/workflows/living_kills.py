@@ -55,7 +55,7 @@ def _after(function: Callable[..., Any], calls: int = 1) -> Callable[..., Any]:
 
 def steps() -> dict[str, tuple[Any, str, Callable[..., Any]]]:
     """Where to kill: an object, the name of its function, and what takes its place."""
-    trainer = atlas.training.loop._Trainer
+    trainer = atlas.training.loop.Trainer
     return {
         "after the fork": (living, "fork", _after(living.fork)),
         "ingest": (atlas.store.append, "digests", _kill),

@@ -279,13 +279,13 @@ def test_a_killed_surgery_goes_on(references: dict[str, Path], store: Path, tmp_
         if len(self.state.history.records) == 1:
             raise KeyboardInterrupt
 
-    original = loop._Trainer.end_epoch
-    loop._Trainer.end_epoch = stop  # type: ignore[method-assign]
+    original = loop.Trainer.end_epoch
+    loop.Trainer.end_epoch = stop  # type: ignore[method-assign]
     try:
         with pytest.raises(KeyboardInterrupt):
             run("stopped", max_epochs=3)
     finally:
-        loop._Trainer.end_epoch = original  # type: ignore[method-assign]
+        loop.Trainer.end_epoch = original  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match="not empty"):
         run("stopped", max_epochs=3)
     with pytest.raises(CheckpointError, match="not the one asked for"):
