@@ -20,6 +20,7 @@ _APPEND = {
     "feature_type": "feature_type",
     "transpose": "transpose",
     "memory": "memory",
+    "orthologs": "orthologs",
 }
 _SURGERY = ("max_epochs", "keep_apart", "missing", "force", "lr", "seed", "threads", "device")
 
@@ -49,6 +50,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--transpose", action="store_true", help="of a table in text: a gene on each line"
     )
+    add_orthologs(sub)
     sub.add_argument("--memory", default="512MB", help="what counts may take at a time")
     sub.add_argument("--max-epochs", type=int, default=5, help="passes over the study's cells")
     sub.add_argument(
@@ -82,6 +84,16 @@ def add_commands(command: Command) -> None:
     sub.add_argument("store")
     sub.add_argument("number", type=int, help="of the state, as in `atlas history`")
     sub.add_argument("--to", required=True, metavar="OUT", help="a path that is free")
+
+
+def add_orthologs(sub: Any) -> None:
+    """Add the option of a table of orthologs."""
+    sub.add_argument(
+        "--orthologs",
+        metavar="TABLE",
+        help="of a study of another species: its genes and the reference's, two columns; pairs "
+        "that are one-to-one are used",
+    )
 
 
 def keep(options: argparse.Namespace) -> None:

@@ -174,6 +174,7 @@ class CountStore(StoreState):
         scheduler: str | None = None,
         fresh: bool = False,
         progress: bool = False,
+        orthologs: str | PathLike[str] | None = None,
     ) -> AppendReport:
         """Append a study; it is there whole afterwards, or not at all.
 
@@ -226,6 +227,9 @@ class CountStore(StoreState):
             Start anew, even if an earlier call was interrupted.
         progress
             Show rows and cells/s on stderr.
+        orthologs
+            Of a study of another species: a CSV or TSV of its genes and the store's. One-to-one
+            pairs are used; other genes are left out (:mod:`atlas.ingest.orthologs`).
 
         Raises
         ------
@@ -256,6 +260,7 @@ class CountStore(StoreState):
             scheduler,
             fresh,
             progress,
+            None if orthologs is None else str(orthologs),
         )
         state, report = append_study(self.path, source, request)
         self.see(state)

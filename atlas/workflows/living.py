@@ -140,7 +140,7 @@ def update(
             with _clean_when_refused(work):
                 notes += _begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
                 forked = open_store(work / "store")
-                _ingest(forked, source, appending, progress)
+                notes += _ingest(forked, source, appending, progress)
                 before = newest.models[model].version
                 if forked.models[model] == before:
                     _extend(forked, root, work, model, study, device, progress, options)
@@ -209,6 +209,8 @@ def _request(
         paths = [Path(source), *sorted(Path(source).rglob("*"))]
         stats = [(str(path.absolute()), path.stat()) for path in paths if path.is_file()]
         found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    if (table := appending.get("orthologs")) and Path(table).is_file():
+        found.append(files.digest_file(Path(table)))
     asked = {"source": found, "model": model, "append": appending, "options": options}
     return dict(json.loads(json.dumps(asked, default=str)))
 
@@ -257,9 +259,11 @@ def _ingest(
     source: str | PathLike[str] | AnnData,
     appending: Mapping[str, Any],
     progress: bool,
-) -> None:
-    if appending["study"] not in forked.studies:
-        forked.append(source, **appending, progress=progress)
+) -> tuple[str, ...]:
+    """Append the study where that is not done yet; returns what to say."""
+    if appending["study"] in forked.studies:
+        return ()
+    return forked.append(source, **appending, progress=progress).notes
 
 
 def _extend(
