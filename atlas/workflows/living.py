@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anndata import AnnData
 
 from atlas import files
@@ -30,6 +31,7 @@ from atlas.store.fork import fork, publish
 from atlas.store.options import check_name
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
+from atlas.workflows.indexing import write_index
 from atlas.workflows.keeping import record_of, stored_model
 from atlas.workflows.surgery import extend_reference
 from atlas.workflows.transferring import transfer_labels
@@ -296,7 +298,10 @@ def _extend(
     trained = load_model(run)
     if f"embedding:{name}" not in forked.study(study).entry.parts:
         z = embed_study(trained, forked, study, device=device, progress=progress)
-        forked.extend_embedding(name, study, z, how_made(trained))
+        covered = [one for one in forked.manifest.studies if one.name != study]
+        old = [forked.part_array(one, f"embedding:{name}", "z") for one in covered]
+        write_index(forked, name, z, np.concatenate(old) if old else None, work / "index")
+        forked.extend_embedding(name, study, z, how_made(trained), index=work / "index")
     labels = _labels(forked, name, study)
     unknown = labels.get("Unknown", 0) / max(1, sum(labels.values()))
     drift = measure_drift(
