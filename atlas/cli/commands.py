@@ -347,5 +347,6 @@ def simulate(options: argparse.Namespace) -> None:
         varying_genes=options.varying_genes,
         process=options.process,
         tree=options.tree,
+        new_type=options.new_type,
     )
     print("\n".join(map(str, paths)))

@@ -310,6 +310,9 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tree", action="store_true", help="cells along a tree; the end points are the types"
     )
+    sub.add_argument(
+        "--new-type", action="store_true", help="the last study has a type that the others lack"
+    )
     sub.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -58,7 +58,7 @@ def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store after one update; tests do not write to it."""
     path = tmp_path_factory.mktemp("updated") / "s.atlas"
     shutil.copytree(made / "s.atlas", path)
-    _update(path, made / "q.h5ad")
+    _update(path, made / "q.h5ad", false_unknown=None)
     return path
 
 
@@ -209,7 +209,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
         "manifests": [f"00000{i}.json" for i in range(1, 5)],
         "notes": [],
     }
-    assert len(found) == 11
+    assert len(found) == 15
     for name, outcome in found.items():
         assert outcome["killed"], name
         last = name == "at-the-end"
@@ -217,6 +217,8 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
         gone_on = ["going on with the update that was interrupted"]
         expected = ["the update was whole already"] if last else gone_on
         begun = name != "after-the-fork"
+        if name == "ingest":
+            expected = [*gone_on, "going on with the ingest that was interrupted"]
         assert outcome["notes"] == (expected if begun else []), name
         store = atlas.open_store(tmp_path / name)
         assert store.number == straight.number == 5
@@ -227,6 +229,8 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
             ]
             assert weights[0] == weights[1], name
         np.testing.assert_array_equal(store.embedding("scvi"), straight.embedding("scvi"))
+        index, whole = (one.manifest.embeddings["scvi"].index for one in (store, straight))
+        assert index == whole is not None, name  # the same path and digests
         assert store.obs().equals(straight.obs()), name
         records = [one.model_record("scvi") for one in (store, straight)]
         assert records[0]["drift"] == records[1]["drift"], name
@@ -344,7 +348,7 @@ def test_the_counts_of_the_reference_are_not_needed(made: Path, updated: Path, s
     for array in ("data", "indices"):
         for i in (1, 2):
             shutil.rmtree(store / f"studies/reference_{i}/X/{array}/c")
-    _update(store, made / "q.h5ad")
+    _update(store, made / "q.h5ad", false_unknown=None)
     one, other = (atlas.open_store(path) for path in (store, updated))
     np.testing.assert_array_equal(one.embedding("scvi"), other.embedding("scvi"))
     assert one.obs().equals(other.obs())
@@ -485,3 +489,114 @@ def test_the_commands(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "models that know it, and stay as they are: second 2" in out
     assert "embeddings, now without its cells: second" in out
+
+
+def _index(store: atlas.CountStore) -> atlas.NeighborIndex:
+    folder = store.index_folder("scvi")
+    assert folder is not None
+    return atlas.NeighborIndex.load(folder, embedding=store.embedding("scvi"))
+
+
+def test_the_index_grows_by_the_new_cells_and_is_named_with_the_embedding(
+    made: Path, updated: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, after = atlas.open_store(made / "s.atlas"), atlas.open_store(updated)
+    assert len(_index(before)) == 600
+    assert len(_index(after)) == 800
+    values = json.loads((updated / "manifests" / "000005.json").read_bytes())
+    named = values["embeddings"]["scvi"]["index"]
+    assert named["path"] == "parts/.indexes/scvi-000005"
+    assert values["models"]["scvi"]["version"] == 2
+    assert values["studies"][2]["parts"]["embedding:scvi"]["path"].endswith("-000005")
+    # its answers are those of all pairs in float64
+    z = after.embedding("scvi").astype(np.float64)
+    rows = np.arange(0, 800, 50)
+    distance = np.linalg.norm(z[rows][:, None] - z, axis=-1)
+    distance[np.arange(len(rows)), rows] = np.inf
+    found = _index(after).neighbours(10, rows)
+    np.testing.assert_array_equal(found.indices, np.argsort(distance, axis=1)[:, :10])
+
+    added = []
+    add = atlas.NeighborIndex.add
+
+    def counted(index: atlas.NeighborIndex, rows: Any) -> None:
+        added.append((len(index), len(rows)))
+        add(index, rows)
+
+    monkeypatch.setattr(atlas.NeighborIndex, "add", counted)
+    _update(store, made / "q.h5ad")
+    assert added == [(600, 200)]
+
+
+def test_an_approximate_index_gives_labels_too(
+    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from atlas.workflows import indexing
+
+    build = atlas.NeighborIndex.build
+    monkeypatch.setattr(
+        indexing.NeighborIndex, "build", lambda z, **options: build(z, kind="ivf", **options)
+    )
+    opened = atlas.open_store(store)
+    opened.write_embedding("scvi", opened.embedding("scvi"), {})
+    assert opened.index_folder("scvi") is None  # of the rows before
+    atlas.keep(opened, made / "run", "again", device="cpu")
+    monkeypatch.undo()
+    _update(store, made / "q.h5ad", model="again")
+    opened = atlas.open_store(store)
+    folder = opened.index_folder("again")
+    index = atlas.NeighborIndex.load(folder, embedding=opened.embedding("again"))
+    assert index.choice.kind == "ivf"
+    assert len(index) == 800
+    new = opened.obs_codes["study"] == 2
+    asked = {"embedding": "again", "reference": ~new, "query": new, "name": None}
+    by_index = atlas.transfer_labels(opened, **asked, false_unknown=0.05)
+    exactly = atlas.transfer_labels(opened, **asked, false_unknown=0.05, backend="torch")
+    assert "ivf" in by_index.backend.lower()
+    kept = opened.obs()["again_label"][new].tolist()
+    assert kept == by_index.table["transferred"].tolist()
+    assert (by_index.table["transferred"] == exactly.table["transferred"]).mean() > 0.95
+
+
+def test_an_index_that_is_not_of_the_embedding_is_refused(
+    made: Path, updated: Path, store: Path, tmp_path: Path
+) -> None:
+    # a state that names the index of the state before: what no command writes
+    changed = Path(shutil.copytree(updated, tmp_path / "changed.atlas"))
+    path = changed / "manifests" / "000005.json"
+    values = json.loads(path.read_bytes())
+    old = json.loads((changed / "manifests" / "000004.json").read_bytes())
+    values["embeddings"]["scvi"]["index"] = old["embeddings"]["scvi"]["index"]
+    path.write_text(json.dumps(values))
+    opened = atlas.open_store(changed)
+    for call in (
+        lambda: atlas.transfer_labels(opened, embedding="scvi", reference="study=reference_1"),
+        lambda: _update(changed, made / "q.h5ad", study="another"),
+    ):
+        with pytest.raises(
+            StoreError,
+            match=r"changed since the index of 'scvi' was built\n  found: an index of 600 × 3",
+        ):
+            call()
+    assert atlas.open_store(changed).number == 5
+    # damaged files are refused, and found by verify
+    damaged = store / "parts" / ".indexes" / "scvi-000004" / "vectors.npy"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    with pytest.raises(CorruptStoreError, match="A file of the index of 'scvi' is not what"):
+        atlas.transfer_labels(
+            atlas.open_store(store), embedding="scvi", reference="study=reference_1"
+        )
+    (finding,) = atlas.verify(store).findings
+    assert finding.path == str(damaged)
+
+
+def test_a_study_that_is_dropped_leaves_no_row_in_an_index(made: Path, store: Path) -> None:
+    opened = atlas.open_store(store)
+    opened.drop("reference_2", purge=True)
+    assert opened.index_folder("scvi") is None
+    assert not list(store.glob("parts/.indexes/*"))
+    report = _update(store, made / "q.h5ad")  # without it: the index is built anew
+    assert report.n_obs == 200
+    assert len(_index(atlas.open_store(store))) == 500
