@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -159,6 +160,7 @@ def extend_reference(
         presence[:] = True
 
     batches, codes = _batch_codes(trained, store, chosen)
+    _say_same_names(trained, batches)
     columns = _grown_columns(trained, store, chosen, label_key)
     labels = _grown_labels(trained, store, columns, chosen)
     values = cell_columns(store, columns, labels, chosen)
@@ -322,6 +324,18 @@ def _batch_codes(
     return tuple(store.batches[i] for i in met), codes
 
 
+def _say_same_names(model: TrainedModel, batches: Sequence[str]) -> None:
+    """Warn of names that batches of the reference have too: in a store they are of their study."""
+    known = {name.partition("/")[2] for name in model.batches} - {""}
+    if same := [name for name in batches if name.partition("/")[2] in known]:
+        warnings.warn(
+            "Batches have the names of batches of the reference, and are taken for other ones, "
+            f"with weights of their own: {', '.join(same[:5])}" + (", …" if len(same) > 5 else ""),
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _grown_columns(
     model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_], label_key: str | None
 ) -> ObsColumns:
@@ -355,7 +369,15 @@ def _grown_labels(
     if every is None:
         return tree
     met = np.unique(label_codes(store, columns.label, every)[chosen])
-    new = [names[i] for i in met if i >= 0 and names[i] not in tree.names]
+    met = met[met >= 0]
+    new = [names[i] for i in met if names[i] not in tree.names]
+    if len(met) and len(new) == len(met):
+        warnings.warn(
+            "None of the studies' labels is a class of the model, so all become new classes: "
+            f"{', '.join(new[:5])}; the model's are {', '.join(tree.names[:5])}",
+            UserWarning,
+            stacklevel=3,
+        )
     return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
 
 

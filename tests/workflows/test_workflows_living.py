@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from workflows_helpers import study as make_study
 import atlas
 from atlas.cli import main
 from atlas.errors import (
+    AtlasError,
     ConfigError,
     CorruptStoreError,
     CountsError,
@@ -600,3 +602,59 @@ def test_a_study_that_is_dropped_leaves_no_row_in_an_index(made: Path, store: Pa
     report = _update(store, made / "q.h5ad")  # without it: the index is built anew
     assert report.n_obs == 200
     assert len(_index(atlas.open_store(store))) == 500
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.8, 0.97])
+def test_a_full_disk_leaves_the_atlas_as_it_was(
+    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """At some of the writes of an update; with room again the same call goes on or starts anew."""
+    from atlas import files
+
+    write = files.write_bytes
+    left = [int(share * _n_writes(made, store.with_name("counted.atlas"), monkeypatch))]
+
+    def full(*arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(*arguments, **options)
+
+    before = {k: v for k, v in _files(store).items() if not k.startswith(".update")}
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", full)
+        with pytest.raises((AtlasError, OSError), match="No space left"):
+            _update(store, made / "q.h5ad")
+    there = {k: v for k, v in _files(store).items() if not k.startswith(".update")}
+    assert {k: v for k, v in there.items() if k in before} == before
+    assert atlas.open_store(store).number == 4
+    _update(store, made / "q.h5ad")
+    opened = atlas.open_store(store)
+    assert (opened.number, opened.models["scvi"]) == (5, 2)
+    assert len(_index(opened)) == 800
+    assert atlas.verify(store).whole
+
+
+def _n_writes(made: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Calls of ``write_bytes`` in an update."""
+    from atlas import files
+
+    n, write = 0, files.write_bytes
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        nonlocal n
+        n += 1
+        write(*arguments, **options)
+
+    shutil.copytree(made / "s.atlas", path)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_bytes", counted)
+        _update(path, made / "q.h5ad")
+    return n
+
+
+def test_a_batch_of_a_name_that_the_reference_has_is_another_one(made: Path, store: Path) -> None:
+    with pytest.warns(UserWarning, match=r"taken for other ones.*: kang/batch_1, kang/batch_2$"):
+        _update(store, made / "q.h5ad", max_epochs=1)
+    opened = atlas.open_store(store)
+    assert atlas.stored_model(opened, "scvi").batches[-2:] == ("kang/batch_1", "kang/batch_2")
