@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -13,46 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from anndata import AnnData
+from living_helpers import KEYS, SMALL, files_of, living_atlas, train_small, update
 from workflows_helpers import study as make_study
 
 import atlas
 from atlas.cli import main
 from atlas.errors import (
-    AtlasError,
-    ConfigError,
     CorruptStoreError,
-    CountsError,
-    InputError,
     LockedError,
     ModelError,
     OutputError,
     StoreError,
-    StudyExistsError,
 )
-from atlas.store import manifest as manifests
 from atlas.workflows import living
-
-KEYS = {"batch_key": "batch", "label_key": "cell_type"}
-SMALL: dict[str, Any] = {"minibatch_size": 64, "average_steps": 4, "threads": 1, "device": "cpu"}
-
-
-def _train(store: atlas.CountStore, out: Path, **options: Any) -> Path:
-    settings = {"n_hidden": 16, "n_latent": 3, "max_epochs": 2, "lr": 1e-2, **SMALL, **options}
-    atlas.train(store, "scvi", out=out, genes=list(store.var.index), **settings)
-    return out
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``s.atlas`` of two studies with a model kept, its run, and a study to add: ``q.h5ad``."""
-    folder = tmp_path_factory.mktemp("living")
-    store = atlas.create_store(folder / "s.atlas")
-    for i in (1, 2):
-        store.append(make_study(i, 300, range(60)), study=f"reference_{i}", **KEYS)
-    atlas.keep(store, _train(store, folder / "run"), device="cpu")
-    make_study(3, 200, range(60)).write_h5ad(folder / "q.h5ad")
-    return folder
+    """``s.atlas`` with a model kept, its run, and ``q.h5ad``."""
+    return living_atlas(tmp_path_factory.mktemp("living"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +38,7 @@ def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store after one update; tests do not write to it."""
     path = tmp_path_factory.mktemp("updated") / "s.atlas"
     shutil.copytree(made / "s.atlas", path)
-    _update(path, made / "q.h5ad", false_unknown=None)
+    update(path, made / "q.h5ad", false_unknown=None)
     return path
 
 
@@ -68,19 +46,6 @@ def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(made: Path, tmp_path: Path) -> Path:
     """A copy of the store to write to."""
     return Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
-
-
-def _update(store: Path, source: Path | AnnData, **options: Any) -> living.UpdateReport:
-    chosen = {"study": "kang", "model": "scvi", "ingest": KEYS, "max_epochs": 2, **SMALL}
-    return atlas.update(store, source, **{**chosen, **options})
-
-
-def _files(store: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(store).as_posix(): path.read_bytes()
-        for path in store.rglob("*")
-        if path.is_file() and path.name != "writer.lock"
-    }
 
 
 def test_a_model_is_kept_with_its_embedding_and_record(made: Path) -> None:
@@ -241,52 +206,6 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
         assert {p.name for p in store.path.iterdir()} == {p.name for p in straight.path.iterdir()}
 
 
-def _log_normalised(path: Path) -> Path:
-    adata = make_study(3, 200, range(60))
-    adata.X = np.log1p(adata.X)
-    adata.write_h5ad(path / "log.h5ad")
-    return path / "log.h5ad"
-
-
-def _other_genes(path: Path, n_known: int) -> Path:
-    adata = make_study(3, 200, range(60))
-    others = [f"ENSMUSG{i:011d}" for i in range(n_known, 60)]
-    adata.var_names = [*adata.var_names[:n_known], *others]
-    adata.write_h5ad(path / "mouse.h5ad")
-    return path / "mouse.h5ad"
-
-
-def test_bad_input_leaves_everything_as_it_was(made: Path, store: Path, tmp_path: Path) -> None:
-    before = _files(store)
-    query = made / "q.h5ad"
-    with pytest.raises(StudyExistsError, match="in the store already\n  found: reference_2"):
-        _update(store, query, study="reference_2")
-    with pytest.raises(CountsError):
-        _update(store, _log_normalised(tmp_path))
-    with pytest.raises(InputError, match="no gene in common with the store"):
-        _update(store, _other_genes(tmp_path, 0))
-    with pytest.raises(ModelError, match=r"too few of the model's genes\n  found: kang has 30%"):
-        _update(store, _other_genes(tmp_path, 18))
-    with pytest.raises(StoreError, match=r"no such model\n  found: scanvi\n  expected: one of s"):
-        _update(store, query, model="scanvi")
-    with pytest.raises(ConfigError, match="leaves the reference where it is"):
-        _update(store, query, strategy="all")
-    with pytest.raises(ConfigError, match="no such options\n  found: epochs"):
-        _update(store, query, epochs=3)
-    with pytest.raises(ConfigError, match="cannot have this name"):
-        _update(store, query, study="../kang")
-    assert _files(store) == before
-
-
-def test_a_second_update_is_refused_by_the_lock(made: Path, store: Path) -> None:
-    with (
-        manifests.writer(store, "update other"),
-        pytest.raises(LockedError, match=r"Another writer is at work[\s\S]*: update other"),
-    ):
-        _update(store, made / "q.h5ad")
-    assert not list(store.glob(".update-*"))
-
-
 def test_the_store_is_locked_and_as_it_was_until_the_end(
     made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,27 +220,8 @@ def test_the_store_is_locked_and_as_it_was_until_the_end(
 
     measure = living.measure_drift
     monkeypatch.setattr(living, "measure_drift", look)
-    _update(store, made / "q.h5ad")
+    update(store, made / "q.h5ad")
     assert seen == [(4, ("reference_1", "reference_2"), 1)]
-
-
-def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    before = _files(store / "manifests")
-    with monkeypatch.context() as patch:
-        patch.setattr("atlas.store.fork.os.link", full)
-        with pytest.raises(StoreError, match="No space left"):
-            _update(store, made / "q.h5ad")
-    assert _files(store / "manifests") == before
-    assert not (store / "studies" / "kang").exists()
-    assert _update(store, made / "q.h5ad").notes == (
-        "going on with the update that was interrupted",
-    )
-    assert atlas.verify(store).whole
 
 
 def test_another_request_or_state_starts_anew(
@@ -333,11 +233,11 @@ def test_another_request_or_state_starts_anew(
     with monkeypatch.context() as patch:
         patch.setattr(living, "extend_reference", stop)
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            _update(store, made / "q.h5ad")
+            update(store, made / "q.h5ad")
         with pytest.raises(KeyboardInterrupt):
-            _update(store, made / "q.h5ad", max_epochs=1)
+            update(store, made / "q.h5ad", max_epochs=1)
     atlas.open_store(store).record_genes(["gene1", "gene2"], "given", 2)
-    report = _update(store, made / "q.h5ad", max_epochs=1)
+    report = update(store, made / "q.h5ad", max_epochs=1)
     assert report.notes == (
         "an interrupted update was not gone on with: it was of another manifest",
     )
@@ -350,7 +250,7 @@ def test_the_counts_of_the_reference_are_not_needed(made: Path, updated: Path, s
     for array in ("data", "indices"):
         for i in (1, 2):
             shutil.rmtree(store / f"studies/reference_{i}/X/{array}/c")
-    _update(store, made / "q.h5ad", false_unknown=None)
+    update(store, made / "q.h5ad", false_unknown=None)
     one, other = (atlas.open_store(path) for path in (store, updated))
     np.testing.assert_array_equal(one.embedding("scvi"), other.embedding("scvi"))
     assert one.obs().equals(other.obs())
@@ -362,7 +262,7 @@ def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Pat
     before = atlas.open_store(store).embedding("scvi")
     more = make_study(4, 150, range(60))[:, :50].copy()
     more.var_names = [*more.var_names[:48], "new_1", "new_2"]
-    made_report = _update(store, more, study="stim", max_epochs=1)
+    made_report = update(store, more, study="stim", max_epochs=1)
     assert (made_report.version, made_report.manifest) == (3, 6)
     opened = atlas.open_store(store)
     assert opened.n_vars == 62
@@ -386,7 +286,7 @@ def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Pat
     assert report.embeddings == ("scvi",)
     assert opened.embedding("scvi").shape == (750, 3)
     with pytest.raises(ModelError, match="knows a study of this name, which was dropped"):
-        _update(store, made / "q.h5ad")
+        update(store, made / "q.h5ad")
 
 
 def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path: Path) -> None:
@@ -404,7 +304,7 @@ def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path
     with pytest.raises(ModelError, match="found: another model extended"):
         atlas.keep(opened, behind, "scvi", device="cpu")
     with pytest.raises(ModelError, match=r"do not cover the store\n  found: no embedding of late"):
-        _update(store, made / "q.h5ad", study="again")
+        update(store, made / "q.h5ad", study="again")
     before = opened.manifest.studies
     atlas.extend_reference(opened.model_folder("scvi"), opened, ["late"], out=after, **few)
     assert atlas.keep(opened, after, device="cpu") == 3
@@ -413,7 +313,7 @@ def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path
         assert old == new  # rows of the embedding were left where they are
     assert opened.embedding("scvi").shape == (900, 3)
     assert atlas.keep(opened, behind, "other", device="cpu") == 1  # a name of its own
-    anew = _train(opened, tmp_path / "anew", max_epochs=1)
+    anew = train_small(opened, tmp_path / "anew", max_epochs=1)
     assert atlas.keep(opened, anew, device="cpu") == 4
     assert opened.model_record("scvi")["parent"] is None
     z = atlas.embed(atlas.load_model(anew), opened, name=None, device="cpu")
@@ -447,7 +347,7 @@ def test_stores_of_the_version_before_are_read(made: Path, tmp_path: Path) -> No
 
 
 def test_an_earlier_state_is_checked_out_by_links(updated: Path, tmp_path: Path) -> None:
-    before = _files(updated)
+    before = files_of(updated)
     made = atlas.checkout(updated, 4, tmp_path / "old.atlas")
     assert (made.number, made.studies) == (4, ("reference_1", "reference_2"))
     assert dict(made.models) == {"scvi": 1}
@@ -458,7 +358,7 @@ def test_an_earlier_state_is_checked_out_by_links(updated: Path, tmp_path: Path)
     )
     made.annotate(made.obs()[["cell_type"]].rename(columns={"cell_type": "copy"}))
     made.drop("reference_2", purge=True)
-    assert _files(updated) == before
+    assert files_of(updated) == before
     with pytest.raises(OutputError, match="something here already"):
         atlas.checkout(updated, 4, tmp_path / "old.atlas")
     with pytest.raises(StoreError, match="no manifest of this number"):
@@ -493,168 +393,9 @@ def test_the_commands(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "embeddings, now without its cells: second" in out
 
 
-def _index(store: atlas.CountStore) -> atlas.NeighborIndex:
-    folder = store.index_folder("scvi")
-    assert folder is not None
-    return atlas.NeighborIndex.load(folder, embedding=store.embedding("scvi"))
-
-
-def test_the_index_grows_by_the_new_cells_and_is_named_with_the_embedding(
-    made: Path, updated: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before, after = atlas.open_store(made / "s.atlas"), atlas.open_store(updated)
-    assert len(_index(before)) == 600
-    assert len(_index(after)) == 800
-    values = json.loads((updated / "manifests" / "000005.json").read_bytes())
-    named = values["embeddings"]["scvi"]["index"]
-    assert named["path"] == "parts/.indexes/scvi-000005"
-    assert values["models"]["scvi"]["version"] == 2
-    assert values["studies"][2]["parts"]["embedding:scvi"]["path"].endswith("-000005")
-    # its answers are those of all pairs in float64
-    z = after.embedding("scvi").astype(np.float64)
-    rows = np.arange(0, 800, 50)
-    distance = np.linalg.norm(z[rows][:, None] - z, axis=-1)
-    distance[np.arange(len(rows)), rows] = np.inf
-    found = _index(after).neighbours(10, rows)
-    np.testing.assert_array_equal(found.indices, np.argsort(distance, axis=1)[:, :10])
-
-    added = []
-    add = atlas.NeighborIndex.add
-
-    def counted(index: atlas.NeighborIndex, rows: Any) -> None:
-        added.append((len(index), len(rows)))
-        add(index, rows)
-
-    monkeypatch.setattr(atlas.NeighborIndex, "add", counted)
-    _update(store, made / "q.h5ad")
-    assert added == [(600, 200)]
-
-
-def test_an_approximate_index_gives_labels_too(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from atlas.workflows import indexing
-
-    build = atlas.NeighborIndex.build
-    monkeypatch.setattr(
-        indexing.NeighborIndex, "build", lambda z, **options: build(z, kind="ivf", **options)
-    )
-    opened = atlas.open_store(store)
-    opened.write_embedding("scvi", opened.embedding("scvi"), {})
-    assert opened.index_folder("scvi") is None  # of the rows before
-    atlas.keep(opened, made / "run", "again", device="cpu")
-    monkeypatch.undo()
-    _update(store, made / "q.h5ad", model="again")
-    opened = atlas.open_store(store)
-    folder = opened.index_folder("again")
-    index = atlas.NeighborIndex.load(folder, embedding=opened.embedding("again"))
-    assert index.choice.kind == "ivf"
-    assert len(index) == 800
-    new = opened.obs_codes["study"] == 2
-    asked = {"embedding": "again", "reference": ~new, "query": new, "name": None}
-    by_index = atlas.transfer_labels(opened, **asked, false_unknown=0.05)
-    exactly = atlas.transfer_labels(opened, **asked, false_unknown=0.05, backend="torch")
-    assert "ivf" in by_index.backend.lower()
-    kept = opened.obs()["again_label"][new].tolist()
-    assert kept == by_index.table["transferred"].tolist()
-    assert (by_index.table["transferred"] == exactly.table["transferred"]).mean() > 0.95
-
-
-def test_an_index_that_is_not_of_the_embedding_is_refused(
-    made: Path, updated: Path, store: Path, tmp_path: Path
-) -> None:
-    # a state that names the index of the state before: what no command writes
-    changed = Path(shutil.copytree(updated, tmp_path / "changed.atlas"))
-    path = changed / "manifests" / "000005.json"
-    values = json.loads(path.read_bytes())
-    old = json.loads((changed / "manifests" / "000004.json").read_bytes())
-    values["embeddings"]["scvi"]["index"] = old["embeddings"]["scvi"]["index"]
-    path.write_text(json.dumps(values))
-    opened = atlas.open_store(changed)
-    for call in (
-        lambda: atlas.transfer_labels(opened, embedding="scvi", reference="study=reference_1"),
-        lambda: _update(changed, made / "q.h5ad", study="another"),
-    ):
-        with pytest.raises(
-            StoreError,
-            match=r"changed since the index of 'scvi' was built\n  found: an index of 600 × 3",
-        ):
-            call()
-    assert atlas.open_store(changed).number == 5
-    # damaged files are refused, and found by verify
-    damaged = store / "parts" / ".indexes" / "scvi-000004" / "vectors.npy"
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
-    with pytest.raises(CorruptStoreError, match="A file of the index of 'scvi' is not what"):
-        atlas.transfer_labels(
-            atlas.open_store(store), embedding="scvi", reference="study=reference_1"
-        )
-    (finding,) = atlas.verify(store).findings
-    assert finding.path == str(damaged)
-
-
-def test_a_study_that_is_dropped_leaves_no_row_in_an_index(made: Path, store: Path) -> None:
-    opened = atlas.open_store(store)
-    opened.drop("reference_2", purge=True)
-    assert opened.index_folder("scvi") is None
-    assert not list(store.glob("parts/.indexes/*"))
-    report = _update(store, made / "q.h5ad")  # without it: the index is built anew
-    assert report.n_obs == 200
-    assert len(_index(atlas.open_store(store))) == 500
-
-
-@pytest.mark.parametrize("share", [0.02, 0.3, 0.6, 0.8, 0.97])
-def test_a_full_disk_leaves_the_atlas_as_it_was(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
-    """At some of the writes of an update; with room again the same call goes on or starts anew."""
-    from atlas import files
-
-    write = files.write_bytes
-    left = [int(share * _n_writes(made, store.with_name("counted.atlas"), monkeypatch))]
-
-    def full(*arguments: Any, **options: Any) -> None:
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(*arguments, **options)
-
-    before = {k: v for k, v in _files(store).items() if not k.startswith(".update")}
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_bytes", full)
-        with pytest.raises((AtlasError, OSError), match="No space left"):
-            _update(store, made / "q.h5ad")
-    there = {k: v for k, v in _files(store).items() if not k.startswith(".update")}
-    assert {k: v for k, v in there.items() if k in before} == before
-    assert atlas.open_store(store).number == 4
-    _update(store, made / "q.h5ad")
-    opened = atlas.open_store(store)
-    assert (opened.number, opened.models["scvi"]) == (5, 2)
-    assert len(_index(opened)) == 800
-    assert atlas.verify(store).whole
-
-
-def _n_writes(made: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Calls of ``write_bytes`` in an update."""
-    from atlas import files
-
-    n, write = 0, files.write_bytes
-
-    def counted(*arguments: Any, **options: Any) -> None:
-        nonlocal n
-        n += 1
-        write(*arguments, **options)
-
-    shutil.copytree(made / "s.atlas", path)
-    with monkeypatch.context() as patch:
-        patch.setattr(files, "write_bytes", counted)
-        _update(path, made / "q.h5ad")
-    return n
-
-
-def test_a_batch_of_a_name_that_the_reference_has_is_another_one(made: Path, store: Path) -> None:
-    with pytest.warns(UserWarning, match=r"taken for other ones.*: kang/batch_1, kang/batch_2$"):
-        _update(store, made / "q.h5ad", max_epochs=1)
-    opened = atlas.open_store(store)
-    assert atlas.stored_model(opened, "scvi").batches[-2:] == ("kang/batch_1", "kang/batch_2")
+def test_a_model_is_shared_by_the_name_it_is_kept_under(updated: Path, tmp_path: Path) -> None:
+    store = atlas.open_store(updated)
+    atlas.share(store, "scvi", tmp_path / "package")
+    package = atlas.load_package(tmp_path / "package")
+    np.testing.assert_array_equal(package.embedding, store.embedding("scvi"))
+    assert package.studies.names == ("reference_1", "reference_2", "kang")
