@@ -301,8 +301,8 @@ def _nothing_in_common(table: GeneTable, names: list[str]) -> InputError:
         )
     else:
         do = (
-            "check the annotation; ids go into var['gene_ids']; a study of another species needs a "
-            "table of orthologs: --orthologs TABLE"
+            "check the species and the annotation; ids go into var['gene_ids']; a study of another "
+            "species needs a table of orthologs: --orthologs TABLE"
         )
     return InputError(
         "the study has no gene in common with the store",
