@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from atlas.config import ARCHITECTURES, TrainConfig
 from atlas.errors import OutputError
@@ -241,8 +242,14 @@ def embed(options: argparse.Namespace) -> None:
 
     store = open_store(options.store)
     model = load_model(options.model)
-    z = workflows.embed(model, store, name=options.name, device=options.device, progress=True)
-    print(f"embedding {options.name or model.name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
+    given: dict[str, Any] = {"name": options.name, "device": options.device, "progress": True}
+    if options.per_batch is None:
+        z, name = workflows.embed(model, store, **given), options.name or model.name
+    else:
+        given |= {"max_epochs": options.max_epochs, "resume": options.resume}
+        z = workflows.embed_per_batch(model, store, out=options.per_batch, **given)
+        name = options.name or f"{model.name}_batch"
+    print(f"embedding {name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
 
 
 def seed_labels(options: argparse.Namespace) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atlas.evaluation.metrics import Difference
+    from atlas.evaluation.metrics import Difference, Metrics
+    from atlas.evaluation.scib_table import ScibTable
 
 # torch, zarr and the rest are imported by the command that needs them, so that --help is quick
 
 
 def _measuring(options: argparse.Namespace) -> dict[str, Any]:
     """What `evaluate` and `report` measure."""
-    names = ("reference", "query", "individual", "before", "queries", "seed")
+    names = ["reference", "query", "individual", "before", "protein"]
+    names += ["queries", "graph_cells", "seed"]
     return {name: getattr(options, name) for name in names}
 
 
@@ -27,6 +29,7 @@ def evaluate(options: argparse.Namespace) -> None:
         error = f" ± {measure.standard_error:.4f}" if measure.standard_error is not None else ""
         value = f"{measure.value:.4f}{error} {measure.unit}" if measure.value is not None else "–"
         print(f"{measure.title:<48} {value}{f'  ({measure.skipped})' if measure.skipped else ''}")
+    _print_scores({options.embedding: metrics})
     if options.json:
         workflows.write_json(options.json, metrics.to_json())
     if options.csv:
@@ -36,6 +39,8 @@ def evaluate(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
+    for path in options.scib:
+        workflows.check_scores_path(path)
     store = open_store(options.store)
     found = workflows.compare(store, options.embedding, **_measuring(options))
     for pair, rows in _by_pair(found.differences).items():
@@ -45,10 +50,29 @@ def compare(options: argparse.Namespace) -> None:
             interval = f"{row.value:+.4f}  ({row.low:+.4f} to {row.high:+.4f})"
             k = f" (k {row.k})" if row.k is not None else ""
             print(f"  {row.title + k:<52} {interval} {row.unit}{said}")
+    scores = _print_scores(found.metrics)
+    for path in options.scib:
+        workflows.write_scores(scores, path)
     if options.json:
         workflows.write_json(options.json, found.to_json())
     if options.csv:
         workflows.write_text(options.csv, found.to_csv())
+
+
+def _print_scores(metrics: Mapping[str, Metrics]) -> ScibTable:
+    """scib-metrics' aggregate scores of each embedding."""
+    from atlas.evaluation.scib_table import scib_table
+
+    table = scib_table(metrics)
+    aggregates = [s for s in table.scores if s.part == "Aggregate score"]
+    if any(score.value is not None for score in aggregates):
+        print("scores as scib-metrics adds them up")
+        for score in aggregates:
+            error = f" ± {score.standard_error:.4f}" if score.standard_error is not None else ""
+            value = "–" if score.value is None else f"{score.value:.4f}{error}"
+            told = f"  ({score.skipped})" if score.skipped else ""
+            print(f"  {score.embedding + ', ' + score.title.lower():<52} {value}{told}")
+    return table
 
 
 def _by_pair(differences: Iterable[Difference]) -> dict[tuple[str, str], list[Difference]]:
@@ -97,6 +121,13 @@ def add_commands(command: Callable[..., Any]) -> None:
     _add_measuring(sub)
     sub.add_argument("--json", metavar="FILE", help="write measures and differences as JSON")
     sub.add_argument("--csv", metavar="FILE", help="write the differences as CSV")
+    sub.add_argument(
+        "--scib",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="write scib-metrics' aggregate table: .csv, or drawn as .svg, .png or .pdf",
+    )
 
     sub = command("baseline", baseline, "embed all cells by a method without a model, to compare")
     sub.add_argument("store")
@@ -128,6 +159,17 @@ def _add_measuring(sub: argparse.ArgumentParser) -> None:
         "--before", metavar="NAME", help="embedding before integration, for the PCR comparison"
     )
     sub.add_argument(
+        "--protein",
+        metavar="NAME",
+        help="obsm array of proteins (CITE-seq), for common neighbours; counts or normalised",
+    )
+    sub.add_argument(
         "--queries", type=int, default=5000, help="cells that are sampled, searched among all"
+    )
+    sub.add_argument(
+        "--graph-cells",
+        type=int,
+        default=1_000_000,
+        help="leave graph connectivity out above so many cells; it needs the neighbours of all",
     )
     sub.add_argument("--seed", type=int, default=0)

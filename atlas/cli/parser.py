@@ -221,6 +221,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--name", default="", help="name to keep the embedding under; the model's if not given"
     )
     sub.add_argument("--device", default="auto")
+    sub.add_argument(
+        "--per-batch",
+        metavar="DIR",
+        help="train the model anew on each batch alone, in DIR, and embed the batch by that, for "
+        "--individual",
+    )
+    sub.add_argument("--max-epochs", type=int, help="per batch; the model's if not given")
+    sub.add_argument("--resume", action="store_true", help="per batch: go on with the runs in DIR")
 
     applied.add_commands(command)
     transfer.add_command(command)

@@ -183,6 +183,25 @@ _MEANINGS = {
         "score",
         "higher",
     ),
+    "nmi_leiden": (
+        "NMI of Leiden clusters and labels",
+        "How well clusters of the graph of neighbours agree with the labels, at the best of ten "
+        "resolutions.",
+        "score",
+        "higher",
+    ),
+    "ari_leiden": (
+        "ARI of Leiden clusters and labels",
+        "The same clusters; 0 is by chance.",
+        "score",
+        "higher",
+    ),
+    "ari_batch_leiden": (
+        "1 - ARI of Leiden clusters and batches",
+        "How little the same clusters follow the batches.",
+        "score",
+        "higher",
+    ),
     "purity": (
         "kNN purity",
         "How many of a cell's {k} nearest neighbours within its batch are the same as in the "
@@ -194,6 +213,24 @@ _MEANINGS = {
         "k-means conservation",
         "How well the clusters of each batch agree with those in its own embedding (ARI), "
         "averaged over batches.",
+        "score",
+        "higher",
+    ),
+    "protein_overlap": (
+        "Common neighbours with proteins",
+        "How many of a cell's {k} nearest neighbours by its proteins are so in the embedding too.",
+        "share",
+        "higher",
+    ),
+    "protein_fold_enrichment": (
+        "Common neighbours with proteins, fold enrichment",
+        "How many times as many as by chance.",
+        "fold",
+        "higher",
+    ),
+    "protein_spearman": (
+        "Graphs of neighbours by proteins and embedding, Spearman",
+        "Correlation of the two adjacency matrices; 0 is by chance.",
         "score",
         "higher",
     ),
@@ -285,4 +322,4 @@ class Result:
 
 def bounds(unit: str) -> tuple[float, float]:
     """Least and largest value of a unit."""
-    return (0.0, math.inf) if unit in ("nats", "bits") else (0.0, 1.0)
+    return (0.0, math.inf) if unit in ("nats", "bits", "fold") else (0.0, 1.0)

@@ -14,7 +14,7 @@ from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Sample, draw, mean
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.neighbours import Backend, Neighbours, nearest
-from atlas.evaluation.vectors import Embedding
+from atlas.evaluation.vectors import Embedding, tiles
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -23,7 +23,10 @@ LISI_K = 89
 KBET_K = 49
 GRAPH_K = 14
 """scib-metrics counts the cell itself: 90, 50 and 15."""
+CLOSED_FORM_CELLS = 100_000
+"""From which the error of a figure is reckoned that all cells give."""
 _MOST_GROUPS = 200
+_BLOCK = 2**17
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Cells:
         What searches: exactly, or an index of this embedding.
     graph_cells
         Most cells of which all neighbours are searched, for graph connectivity.
+    leiden_cells
+        About how many cells are clustered by Leiden; of more, a sample.
     """
 
     embedding: Embedding
@@ -55,6 +60,7 @@ class Cells:
     backend: Backend
     index: NeighborIndex | None
     graph_cells: int
+    leiden_cells: int
 
     @cached_property
     def strata(self) -> Indices:
@@ -119,6 +125,26 @@ class Cells:
         if self.index is not None:
             return self.index.neighbours(k, rows)
         return nearest(self.embedding, self.embedding[rows], k, rows, backend=self.backend)
+
+    def neighbours_of_all(self, rows: Indices, k: int) -> Iterator[tuple[Indices, Neighbours]]:
+        """Neighbours of all of ``rows`` among all cells, block by block.
+
+        Exact where that takes less than two minutes; above, an index is made, which tells its
+        recall.
+        """
+        known = self.neighbours if len(self.sample) == len(self.embedding) else None
+        if known is not None and known.k >= k:
+            yield rows, known.first(k).of(rows)
+            return
+        index = self.index
+        if index is None and self.backend == "auto":
+            index = NeighborIndex.build(self.embedding, seed=self.seed, n_queries=len(rows))
+        for part in tiles(len(rows), _BLOCK):
+            some = rows[part]
+            if index is not None:
+                yield some, index.neighbours(k, some)
+            else:
+                yield some, self.search(some, k)
 
 
 def by_group(

@@ -7,6 +7,7 @@ cell goes to the nearest centre.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import xlogy
 from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
 
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import UNLABELED, Categories
@@ -54,6 +56,8 @@ def kmeans(
 ) -> Clusters:
     """k-means with many starts on a sample; then every row goes to its nearest centre.
 
+    Where fewer places than clusters are taken, so many clusters come out.
+
     Parameters
     ----------
     embedding
@@ -81,7 +85,9 @@ def kmeans(
     # In float64 from the centre: far from it, distances by products lose digits.
     centre = column_means(embedding)
     fitted = KMeans(n_clusters, n_init=starts, random_state=seed % 2**32)
-    fitted.fit(embedding[chosen] - centre)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of fewer places than clusters
+        fitted.fit(embedding[chosen] - centre)
     centres = np.asarray(fitted.cluster_centers_)
     squares = np.einsum("cd,cd->c", centres, centres)
     codes = np.empty(len(rows), dtype=np.int64)

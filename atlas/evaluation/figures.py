@@ -190,9 +190,14 @@ def draw_losses(history: Sequence[LossRecord]) -> str:
         axes.grid(axis="y", color="#e6e6e6", lw=0.8)
         axes.legend(frameon=False)
         figure.tight_layout()
-        buffer = io.StringIO()
-        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=metadata)
+        return inline_svg(figure)
+
+
+def inline_svg(figure: Figure) -> str:
+    """A figure as an SVG element for HTML, as wide as what it is set into."""
+    buffer = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", metadata=metadata)
     svg = buffer.getvalue()
     # Inside HTML an svg element needs no namespaces, XML header or size in points.
     svg = svg[svg.index("<svg") :]

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation import suite
+from atlas.evaluation import suite, suite_clusters, suite_structure
 from atlas.evaluation.catalogue import Result
 from atlas.evaluation.cells import Cells
 from atlas.evaluation.codes import UNLABELED, Categories
@@ -37,6 +37,8 @@ class Options:
         Neighbours that vote on a label.
     purity_k
         Neighbours for kNN purity.
+    protein_k
+        Neighbours for the consistency with proteins (scVI 100).
     seed
         Of the samples.
     max_queries
@@ -44,7 +46,10 @@ class Options:
         among all cells, so a sample changes the error and not what is measured. 5,000 leave a
         standard error of some .004 nats.
     graph_cells
-        Most cells of which all neighbours are searched, for graph connectivity.
+        Most cells of which all neighbours are searched, for graph connectivity, which is left out
+        where there are more. Any number will do; a million take minutes.
+    leiden_cells
+        Cells above this number are sampled for Leiden, which says so; 0 leaves it out.
     backend
         Of :func:`atlas.evaluation.neighbours.nearest`.
     """
@@ -54,8 +59,10 @@ class Options:
     purity_k: int = 15
     seed: int = 0
     max_queries: int = 5000
-    graph_cells: int = 50_000
+    graph_cells: int = 1_000_000
+    leiden_cells: int = 20_000
     backend: Backend = "auto"
+    protein_k: int = 100
 
 
 def evaluate_embedding(
@@ -67,14 +74,17 @@ def evaluate_embedding(
     query: Mask | None = None,
     individual: Embedding | None = None,
     before: Embedding | None = None,
+    proteins: Embedding | None = None,
     index: NeighborIndex | None = None,
     mixing_k: Sequence[int] = (50, 15),
     label_k: int = 50,
     purity_k: int = 15,
     seed: int = 0,
     max_queries: int = 5000,
-    graph_cells: int = 50_000,
+    graph_cells: int = 1_000_000,
+    leiden_cells: int = 20_000,
     backend: Backend = "auto",
+    protein_k: int = 100,
 ) -> Metrics:
     """Measure how well an embedding mixes batches and keeps labels apart.
 
@@ -95,9 +105,12 @@ def evaluate_embedding(
         purity and k-means conservation.
     before
         An embedding before integration, as PCA: float32, (n_cells, p). Gives the PCR comparison.
+    proteins
+        Proteins of the same cells, as :func:`atlas.evaluation.proteins.centred_log_ratio` gives
+        them, rows of NaN for cells without: float32, (n_cells, q). Gives the common neighbours.
     index
         An index of the embedding to search, in place of exact search; its recall is told.
-    mixing_k, label_k, purity_k, seed, max_queries, graph_cells, backend
+    mixing_k, label_k, purity_k, seed, max_queries, graph_cells, leiden_cells, backend, protein_k
         As in :class:`Options`.
 
     Raises
@@ -108,10 +121,19 @@ def evaluate_embedding(
     ModelError
         An embedding that is not finite.
     """
-    options = Options(mixing_k, label_k, purity_k, seed, max_queries, graph_cells, backend)
-    measured = _measure(
-        embedding, batches, labels, reference, query, individual, before, index, options
+    options = Options(
+        mixing_k,
+        label_k,
+        purity_k,
+        seed,
+        max_queries,
+        graph_cells,
+        leiden_cells,
+        backend,
+        protein_k,
     )
+    others = _Others(individual, before, proteins)
+    measured = _measure(embedding, batches, labels, reference, query, others, index, options)
     return measured.metrics(options.seed)
 
 
@@ -124,6 +146,7 @@ def compare_embeddings(
     query: Mask | None = None,
     individual: Embedding | None = None,
     before: Embedding | None = None,
+    proteins: Embedding | None = None,
     options: Options | None = None,
 ) -> Comparison:
     """Measure several embeddings on the same cells, and the differences between them.
@@ -132,7 +155,7 @@ def compare_embeddings(
     ----------
     embeddings
         By name: float32, (n_cells, d) each.
-    batches, labels, reference, query, individual, before
+    batches, labels, reference, query, individual, before, proteins
         As in :func:`evaluate_embedding`.
     options
         What is measured; the defaults without.
@@ -147,8 +170,9 @@ def compare_embeddings(
         raise ConfigError(
             "a comparison needs two embeddings or more", found=", ".join(embeddings) or "none"
         )
+    others = _Others(individual, before, proteins)
     measured = {
-        name: _measure(z, batches, labels, reference, query, individual, before, None, options)
+        name: _measure(z, batches, labels, reference, query, others, None, options)
         for name, z in embeddings.items()
     }
     differences = []
@@ -161,6 +185,15 @@ def compare_embeddings(
     return Comparison(
         {name: each.metrics(options.seed) for name, each in measured.items()}, tuple(differences)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """What an embedding is held against, of the same cells."""
+
+    individual: Embedding | None
+    before: Embedding | None
+    proteins: Embedding | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,17 +222,18 @@ def _measure(
     labels: Categories | None,
     reference: Mask | None,
     query: Mask | None,
-    individual: Embedding | None,
-    before: Embedding | None,
+    others: _Others,
     index: NeighborIndex | None,
     options: Options,
 ) -> _Measured:
     embedding = np.ascontiguousarray(embedding, dtype=np.float32)
     _check(embedding, batches, labels, reference, query)
-    for name, other in (("individual", individual), ("before", before)):
+    for name, other in (("individual", others.individual), ("before", others.before)):
         if other is not None:
             _check_same_cells(name, len(other), embedding)
             check_values(other, name)
+    if others.proteins is not None:
+        _check_same_cells("proteins", len(others.proteins), embedding)
     if index is not None:
         index.check_embedding(embedding)
     cells = Cells(
@@ -212,6 +246,7 @@ def _measure(
         options.backend,
         index,
         options.graph_cells,
+        options.leiden_cells,
     )
     results, groups = suite.mixing_results(cells, options.mixing_k)
     transfer, found, more = transfer_results(cells, reference, query, options.label_k)
@@ -220,10 +255,14 @@ def _measure(
         found, more = family(cells)
         results, groups = results + found, groups + more
     results += suite.lisi_results(cells)
-    results += suite.variance_results(cells, before)
-    results += suite.cluster_results(cells)
-    if individual is not None:
-        found, more = suite.purity_results(cells, individual, options.purity_k)
+    results += suite.variance_results(cells, others.before)
+    results += suite_clusters.kmeans_results(cells)
+    results += suite_clusters.leiden_results(cells)
+    if others.individual is not None:
+        found, more = suite_structure.purity_results(cells, others.individual, options.purity_k)
+        results, groups = results + found, groups + more
+    if others.proteins is not None:
+        found, more = suite_structure.protein_results(cells, others.proteins, options.protein_k)
         results, groups = results + found, groups + more
     return _Measured(len(embedding), embedding.shape[1], results, groups, transfer)
 

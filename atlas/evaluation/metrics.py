@@ -15,6 +15,8 @@ from atlas.evaluation.labels import Confusion
 if TYPE_CHECKING:
     import pandas as pd
 
+    from atlas.evaluation.scib_table import ScibTable
+
 SCHEMA = "atlas.metrics"
 VERSION = 2
 READABLE = (1, 2)
@@ -33,7 +35,7 @@ class Measure:
     value, standard_error
         The figure and its standard error; None where it has none.
     unit
-        ``"nats"``, ``"bits"``, ``"share"`` or ``"score"`` (0 to 1).
+        ``"nats"``, ``"bits"``, ``"share"`` or ``"score"`` (0 to 1), or ``"fold"``.
     better
         ``"higher"``, ``"lower"``, or ``"neither"`` for a figure that only describes.
     n, k
@@ -220,6 +222,12 @@ class Comparison:
     metrics: dict[str, Metrics]
     differences: tuple[Difference, ...]
 
+    def scib_table(self, *, leiden: bool = False) -> ScibTable:
+        """scib-metrics' aggregate scores: :func:`atlas.evaluation.scib_table.scib_table`."""
+        from atlas.evaluation.scib_table import scib_table
+
+        return scib_table(self.metrics, leiden=leiden)
+
     def to_frame(self) -> pd.DataFrame:
         """A row for each difference."""
         import pandas as pd
@@ -240,6 +248,7 @@ class Comparison:
             "version": 1,
             "metrics": {name: metrics.to_json() for name, metrics in self.metrics.items()},
             "differences": [asdict(difference) for difference in self.differences],
+            "scores": self.scib_table().to_json(),
         }
 
 

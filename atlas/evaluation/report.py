@@ -19,6 +19,8 @@ from atlas.evaluation.labels import Confusion
 from atlas.evaluation.metrics import Difference, Measure, Metrics
 from atlas.evaluation.neighbours import Embedding
 from atlas.evaluation.projection import Projection, project
+from atlas.evaluation.scib_table import ScibTable
+from atlas.evaluation.score_figure import inline_scores
 from atlas.files import replace_bytes
 
 
@@ -42,6 +44,8 @@ class ReportInputs:
         From :func:`atlas.evaluation.measures.evaluate_embedding`.
     differences
         To other embeddings of the same cells, this one first.
+    scores
+        scib-metrics' aggregate scores of this embedding and of those beside it; None for none.
     history
         Losses by epoch; empty where no training is known.
     commands
@@ -63,6 +67,7 @@ class ReportInputs:
     study_genes: tuple[int, ...]
     metrics: Metrics
     differences: tuple[Difference, ...] = ()
+    scores: ScibTable | None = None
     history: tuple[LossRecord, ...] = ()
     commands: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -156,6 +161,7 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         skipped=_skipped(inputs.metrics),
         confusion=_confusion_rows(inputs.metrics.confusion),
         predicted=() if inputs.metrics.confusion is None else inputs.metrics.confusion.predicted,
+        scores=None if inputs.scores is None else Markup(inline_scores(inputs.scores)),
         losses=Markup(draw_losses(inputs.history)) if inputs.history else None,
     )
 

@@ -14,17 +14,10 @@ import numpy.typing as npt
 from atlas.errors import ConfigError
 from atlas.evaluation import kbet, lisi, mixing
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import GRAPH_K, KBET_K, LISI_K, Cells, by_group
-from atlas.evaluation.clustering import (
-    adjusted_rand,
-    agreement,
-    kmeans,
-    normalised_mutual_information,
-)
-from atlas.evaluation.codes import UNLABELED, Categories
-from atlas.evaluation.connectivity import in_largest_part
+from atlas.evaluation.cells import CLOSED_FORM_CELLS, GRAPH_K, KBET_K, LISI_K, Cells, by_group
+from atlas.evaluation.codes import UNLABELED
+from atlas.evaluation.connectivity import LabelGraphs
 from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
-from atlas.evaluation.purity import cluster_conservation, purity
 from atlas.evaluation.regression import explained_variance, pcr_comparison
 from atlas.evaluation.silhouette import (
     batch_silhouettes,
@@ -36,8 +29,6 @@ from atlas.evaluation.vectors import Embedding
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
-
-_CLOSED_FORM_CELLS = 100_000
 
 
 def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[Result]]:
@@ -190,7 +181,7 @@ def _mean_of(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
-    """Graph connectivity, where the neighbours of all cells can be had."""
+    """Graph connectivity; of many cells block by block, by an index where exact search is long."""
     n, name = len(cells.embedding), kind("graph_connectivity")
     reason = None
     if not cells.has_labels:
@@ -198,20 +189,16 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     elif n <= GRAPH_K:
         reason = f"{GRAPH_K} neighbours need at least {GRAPH_K + 1} cells, and there are {n}"
     elif n > cells.graph_cells:
-        reason = (
-            f"it needs the neighbours of all cells, and there are more than {cells.graph_cells:,}"
-        )
+        most = f"{cells.graph_cells:,} (graph_cells)"
+        reason = f"it needs the neighbours of all cells, and there are more than {most}"
     if reason is not None:
         return [Result(name, None, GRAPH_K, skipped=reason)], []
     assert cells.labels is not None
-    rows = np.arange(n, dtype=np.int64)
-    whole = cells.neighbours is not None and len(cells.sample) == n
-    if whole and cells.neighbours is not None and cells.neighbours.k >= GRAPH_K:
-        found = cells.neighbours.first(GRAPH_K)
-    else:
-        found = cells.search(rows, GRAPH_K)
-    inside = in_largest_part(found, cells.labels).astype(np.float64)
     labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    graphs = LabelGraphs(cells.labels, GRAPH_K)
+    for rows, found in cells.neighbours_of_all(labeled, GRAPH_K):
+        graphs.add(rows, found)
+    inside = graphs.in_largest_part().astype(np.float64)
     sample = draw(labeled, cells.strata[labeled], n, cells.seed)
     estimate = mean_of_groups(inside[labeled], cells.labels.codes[labeled], sample)
     result = Result(name, estimate, GRAPH_K, found.backend, found.recall)
@@ -246,7 +233,7 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     batch = batch_silhouettes(cells.embedding, cells.labels, cells.batches, sample)
     results.append(_within_labels(batch, own, sample, names[1], "torch", apart))
     results.append(isolated)
-    many = cells.drawn_of_labeled(_CLOSED_FORM_CELLS)
+    many = cells.drawn_of_labeled(CLOSED_FORM_CELLS)
     scores = bras_scores(cells.embedding, cells.labels, cells.batches, many)
     own = cells.labels.codes[many.rows]
     result = _within_labels(scores, own, many, names[3], "closed form", apart)
@@ -272,7 +259,7 @@ def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
     if len(cells.batches.present()) < 2:
         return [Result(kind(n), None, skipped="there is only one batch") for n in names]
     rows = np.arange(len(cells.embedding), dtype=np.int64)
-    many = draw(rows, cells.strata, _CLOSED_FORM_CELLS, cells.seed)
+    many = draw(rows, cells.strata, CLOSED_FORM_CELLS, cells.seed)
     try:
         after = explained_variance(cells.embedding, cells.batches, many)
         results = [Result(kind("pcr_batch"), after, backend="closed form")]
@@ -283,70 +270,3 @@ def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
     except ConfigError as error:
         return [Result(kind(n), None, skipped=str(error).partition("\n")[0]) for n in names]
     return results
-
-
-def cluster_results(cells: Cells) -> list[Result]:
-    """NMI and ARI of k-means with labels and batches."""
-    names = ("nmi_kmeans", "ari_kmeans", "ari_batch")
-    reason = None
-    if not cells.has_labels:
-        reason = "no cell has a label"
-    elif len(cells.labels.present()) < 2:  # type: ignore[union-attr]
-        reason = "there is only one label"
-    if reason is not None:
-        return [Result(kind(name), None, skipped=reason) for name in names]
-    assert cells.labels is not None
-    # scib-metrics clusters the cells it is given; those without a label have no part in either.
-    rows = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
-    found = kmeans(cells.embedding, len(cells.labels.present()), rows=rows, seed=cells.seed)
-    clusters = np.zeros(len(cells.embedding), dtype=np.int64)
-    clusters[rows] = found.codes
-    many = cells.drawn_of_labeled(_CLOSED_FORM_CELLS)
-    batches = Categories(
-        np.where(cells.labels.codes != UNLABELED, cells.batches.codes, UNLABELED),
-        cells.batches.names,
-    )
-    estimates = (
-        agreement(normalised_mutual_information, clusters, cells.labels, many),
-        agreement(adjusted_rand, clusters, cells.labels, many),
-        agreement(adjusted_rand, clusters, batches, many).scaled(-1.0, 1.0),
-    )
-    results = [
-        Result(kind(name), estimate, backend="scikit-learn")
-        for name, estimate in zip(names, estimates, strict=True)
-    ]
-    if len(cells.batches.present()) < 2:
-        results[2] = Result(kind("ari_batch"), None, skipped="there is only one batch")
-    return results
-
-
-def purity_results(
-    cells: Cells, individual: Embedding, k: int
-) -> tuple[list[Result], list[Result]]:
-    """kNN purity and k-means conservation against the batches' own embeddings."""
-    found = purity(
-        cells.embedding, individual, cells.batches, cells.sample, k, backend=cells.backend
-    )
-    name, defined = kind("purity", k), np.isfinite(found.values)
-    groups: list[Result] = []
-    if defined.any():
-        batch = np.where(defined, cells.batches.codes[cells.sample.rows], -1)
-        estimate = mean_of_groups(np.nan_to_num(found.values), batch, cells.sample)
-        result = Result(name, estimate, k, found.backend)
-        groups = list(
-            by_group(found.values, cells.sample, cells, result, batches=True, labels=False)
-        )
-    else:
-        result = Result(name, None, k, skipped=f"no batch has more than {k} cells")
-    n_clusters = len(cells.labels.present()) if cells.has_labels and cells.labels else 10
-    conserved = cluster_conservation(
-        cells.embedding, individual, cells.batches, max(2, n_clusters), seed=cells.seed
-    )
-    conservation = kind("cluster_conservation")
-    if not conserved:
-        return [result, Result(conservation, None, skipped="batches are too small")], groups
-    values = np.array(list(conserved.values()))
-    rows = np.arange(len(values), dtype=np.int64)
-    drawn = Sample(rows, np.zeros_like(rows), np.array([len(rows)]))
-    over_batches = Result(conservation, mean(values, drawn), backend="scikit-learn")
-    return [result, over_batches], groups

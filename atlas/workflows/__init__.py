@@ -19,9 +19,10 @@ from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
 from atlas.workflows.modelling import train
 from atlas.workflows.output import write_json, write_text
+from atlas.workflows.per_batch import embed_per_batch
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
-from atlas.workflows.results import compare, evaluate, report
+from atlas.workflows.results import check_scores_path, compare, evaluate, report, write_scores
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
@@ -33,12 +34,14 @@ __all__ = [
     "StoreInfo",
     "TransferredLabels",
     "baseline",
+    "check_scores_path",
     "check_target",
     "checkout",
     "compare",
     "differential_expression",
     "dropout_probability",
     "embed",
+    "embed_per_batch",
     "evaluate",
     "export",
     "extend_reference",
@@ -67,5 +70,6 @@ __all__ = [
     "update",
     "verify",
     "write_json",
+    "write_scores",
     "write_text",
 ]

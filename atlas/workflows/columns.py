@@ -29,11 +29,13 @@ def describe_columns(
     continuous: Sequence[str] = (),
     size_factor: str | None = None,
     label: str | None = None,
+    chosen: npt.NDArray[np.bool_] | None = None,
 ) -> ObsColumns:
-    """Names of columns with the categories that their cells have, sorted."""
+    """Names of columns with the categories that their cells have, or those chosen, sorted."""
     found = []
     for name in categorical:
         texts = texts_of(store, name)
+        texts = texts if chosen is None else texts[chosen]
         if texts.isna().any():
             raise _missing(store, name, texts)
         found.append((name, tuple(sorted(set(texts)))))

@@ -35,7 +35,14 @@ from atlas.workflows.columns import (
     read_hierarchy,
 )
 from atlas.workflows.projecting import advice, project
-from atlas.workflows.rows import Rows, rows_where
+from atlas.workflows.rows import (
+    Rows,
+    RowsOrMask,
+    batches_within,
+    mask_of,
+    rows_where,
+    split_within,
+)
 from loaders import RowSource, SequentialLoader
 
 
@@ -52,6 +59,7 @@ def train(
     genes: Sequence[str] | None = None,
     max_epochs: int | None = None,
     seed: int = 0,
+    rows: RowsOrMask = None,
     hold_out: Rows | None = None,
     label_key: str | None = None,
     hierarchy: Hierarchy | None = None,
@@ -63,7 +71,7 @@ def train(
     progress: bool = False,
     **options: Any,
 ) -> TrainedModel:
-    """Train a model on all studies of a store.
+    """Train a model on all studies of a store, or on some of its cells.
 
     Parameters
     ----------
@@ -79,6 +87,9 @@ def train(
         Passes over the cells; by default as scvi-tools (:func:`default_epochs`).
     seed
         Of weights, noise and order.
+    rows
+        Cells to train and validate on, by an obs column or a mask; all when None. The model then
+        knows their batches and covariates only; a scANVI's classes are the store's.
     hold_out
         Cells to validate on and never to train on, by an obs column, such as ``"donor=D3"``; by
         default a share of the cells by their hash.
@@ -128,7 +139,8 @@ def train(
     _check_taken(model, of_labels, of_covariates)
     if size_factor is not None:
         options["library"] = "size-factor"
-    epochs = default_epochs(store.n_obs) if max_epochs is None else max_epochs
+    chosen = mask_of(store, rows)
+    epochs = default_epochs(int(chosen.sum())) if max_epochs is None else max_epochs
     architecture, training = _configs(model, {**options, "seed": seed, "max_epochs": epochs})
     library = getattr(architecture, "library", None)
     if library == "size-factor" and size_factor is None:
@@ -153,8 +165,9 @@ def train(
         )
     check_run_folder(folder, resume=resume)
     view = store.select(genes)
-    batches = Categories(store.obs_codes["batch"], store.batches)
-    if caution := confounding(batches, Categories(store.obs_codes["label"], store.labels)):
+    batches = Categories(store.obs_codes["batch"], store.batches)[chosen]
+    classes = Categories(store.obs_codes["label"], store.labels)[chosen]
+    if caution := confounding(batches, classes):
         warnings.warn(caution, UserWarning, stacklevel=2)
     columns = describe_columns(
         store,
@@ -162,19 +175,19 @@ def train(
         continuous=continuous_covariates,
         size_factor=size_factor,
         label=label_key,
+        chosen=chosen,
     )
     labels = None
     if isinstance(architecture, ScanviConfig):
         labels = _labels(store, label_key, hierarchy, architecture.unobserved_classes)
-    prior = (
-        library_prior(view, store.obs_codes["batch"], len(store.batches))
-        if library == "latent"
-        else None
-    )
+    known, codes = store.batches, store.obs_codes["batch"]
+    if rows is not None:
+        known, codes = batches_within(store, chosen)
+    prior = library_prior(view, codes, len(known), chosen) if library == "latent" else None
     module = build_model(
         architecture,
         view.n_vars,
-        len(store.batches),
+        len(known),
         seed=seed,
         library_prior=prior,
         covariates=columns.sizes,
@@ -182,7 +195,7 @@ def train(
     )
     if isinstance(module, SCANVI) and start_from is not None:
         begin = start_from if isinstance(start_from, TrainedModel) else load_model(start_from)
-        _start_from(module, begin, genes, store)
+        _start_from(module, begin, genes, known)
     projected = folder / "projected"
     if not training.project and progress and (line := advice(view, epochs, folder)):
         print(line, file=sys.stderr)
@@ -192,9 +205,11 @@ def train(
     presence = view.presence
     if hold_out is None:
         split = store.split(training.validation_share)
+        if rows is not None:
+            split = split_within(split, chosen)
     else:
         held_out = rows_where(store, hold_out)
-        if held_out.all():
+        if not (chosen & ~held_out).any():
             raise ConfigError(
                 "All cells are held out, so none is left to train on",
                 found=f"hold_out={hold_out!r}",
@@ -202,7 +217,10 @@ def train(
                 do="hold out fewer values of the column",
                 path=store.path,
             )
-        split = Split(ranges_of(~held_out), ranges_of(held_out), [])
+        split = Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
+    values = cell_columns(store, columns, labels, chosen)
+    if rows is not None:
+        values = dataclasses.replace(values, batch=codes)
     record = fit(
         module,
         view,
@@ -215,12 +233,12 @@ def train(
         describe={
             "model": {"name": model, **architecture.to_json()},
             "genes": list(genes),
-            "batches": list(store.batches),
+            "batches": list(known),
             "obs_columns": columns.to_json(),
             "labels": None if labels is None else labels.to_json(),
             "start": weights_digest(module),
         },
-        columns=cell_columns(store, columns, labels),
+        columns=values,
         progress=progress,
         reading=reading,
     )
@@ -229,7 +247,7 @@ def train(
     trained = TrainedModel(
         module=module,
         genes=tuple(genes),
-        batches=store.batches,
+        batches=known,
         studies=store.studies,
         presence=presence,
         gene_ids=tuple(
@@ -312,14 +330,14 @@ def _labels(
 
 
 def _start_from(
-    module: SCANVI, begin: TrainedModel, genes: Sequence[str], store: CountStore | FilesSource
+    module: SCANVI, begin: TrainedModel, genes: Sequence[str], batches: Sequence[str]
 ) -> None:
     """Give a scANVI the weights of a trained scVI."""
     config = module.config.to_json()
     own = {f.name: config[f.name] for f in dataclasses.fields(ScviConfig)}
     sides = (
         {"model": begin.name, **begin.config.to_json(), "batches": list(begin.batches)},
-        {"model": "scvi", **own, "batches": list(store.batches)},
+        {"model": "scvi", **own, "batches": list(batches)},
     )
     differing = [name for name in sides[1] if sides[0].get(name) != sides[1][name]]
     if tuple(begin.genes) != tuple(genes):

@@ -24,8 +24,13 @@ def write_json(path: str | PathLike[str], values: Mapping[str, Any]) -> None:
 
 def write_text(path: str | PathLike[str], text: str) -> None:
     """Write a text file, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | PathLike[str], content: bytes) -> None:
+    """Write a file, whole or not at all."""
     with replacing(Path(path)) as partial:
-        files.write_bytes(partial, text.encode())
+        files.write_bytes(partial, content)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
@@ -13,12 +13,51 @@ from atlas.evaluation.figures import LossRecord
 from atlas.evaluation.measures import Options, compare_embeddings, evaluate_embedding
 from atlas.evaluation.metrics import Comparison, Difference, Metrics
 from atlas.evaluation.report import ReportInputs, write_report
+from atlas.evaluation.scib_table import ScibTable, scib_table
+from atlas.evaluation.score_figure import FigureFormat, draw_scores
 from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
+from atlas.workflows.output import write_bytes, write_text
+from atlas.workflows.proteins import proteins_of
 from atlas.workflows.rows import Rows, rows_where
 
 QUERIES = 5000
+GRAPH_CELLS = Options().graph_cells
+
+
+def check_scores_path(path: str | PathLike[str]) -> None:
+    """Refuse a file that the table of scores cannot be written to, before anything is measured.
+
+    Raises
+    ------
+    ConfigError
+        Its name ends in none of .csv, .svg, .png and .pdf.
+    """
+    suffix = Path(path).suffix.removeprefix(".")
+    if suffix != "csv" and suffix not in get_args(FigureFormat):
+        raise ConfigError(
+            "the table of scores cannot be written in this format",
+            found=suffix or "no suffix",
+            expected="one of csv, " + ", ".join(get_args(FigureFormat)),
+            path=Path(path),
+        )
+
+
+def write_scores(table: ScibTable, path: str | PathLike[str]) -> None:
+    """Write scib-metrics' aggregate table, whole or not at all: .csv, or drawn as .svg, .png, .pdf.
+
+    Raises
+    ------
+    ConfigError
+        Another name.
+    """
+    check_scores_path(path)
+    suffix: Any = Path(path).suffix.removeprefix(".")
+    if suffix == "csv":
+        write_text(path, table.to_csv())
+    else:
+        write_bytes(path, draw_scores(table, suffix))
 
 
 def evaluate(
@@ -29,7 +68,9 @@ def evaluate(
     query: Rows | None = None,
     individual: str | None = None,
     before: str | None = None,
+    protein: str | None = None,
     queries: int = QUERIES,
+    graph_cells: int = GRAPH_CELLS,
     seed: int = 0,
 ) -> Metrics:
     """Measure an embedding: mixing of batches, label transfer, silhouettes, and more.
@@ -48,8 +89,13 @@ def evaluate(
         :func:`atlas.baseline`.
     before
         Name of an embedding before integration, for the PCR comparison: ``"pca"``.
+    protein
+        Name of an obsm array of proteins measured in the same cells (CITE-seq), for the common
+        neighbours; counts are taken as centred log ratios. Studies without it are left out.
     queries
         Cells above this number are sampled; they are searched among all.
+    graph_cells
+        Graph connectivity is left out where there are more cells.
     seed
         Of the samples.
     """
@@ -58,7 +104,9 @@ def evaluate(
         **_categories(store, reference, query),
         individual=None if individual is None else store.embedding(individual),
         before=None if before is None else store.embedding(before),
+        proteins=None if protein is None else proteins_of(store, protein),
         max_queries=queries,
+        graph_cells=graph_cells,
         seed=seed,
     )
 
@@ -71,7 +119,9 @@ def compare(
     query: Rows | None = None,
     individual: str | None = None,
     before: str | None = None,
+    protein: str | None = None,
     queries: int = QUERIES,
+    graph_cells: int = GRAPH_CELLS,
     seed: int = 0,
 ) -> Comparison:
     """Measure several embeddings on the same cells, and their differences with paired errors.
@@ -82,7 +132,7 @@ def compare(
         An open store.
     embeddings
         Names of embeddings kept with it.
-    reference, query, individual, before, queries, seed
+    reference, query, individual, before, protein, queries, graph_cells, seed
         As in :func:`evaluate`.
     """
     if len(set(embeddings)) < len(embeddings):
@@ -92,7 +142,8 @@ def compare(
         **_categories(store, reference, query),
         individual=None if individual is None else store.embedding(individual),
         before=None if before is None else store.embedding(before),
-        options=Options(max_queries=queries, seed=seed),
+        proteins=None if protein is None else proteins_of(store, protein),
+        options=Options(max_queries=queries, graph_cells=graph_cells, seed=seed),
     )
 
 
@@ -115,7 +166,9 @@ def report(
     query: Rows | None = None,
     individual: str | None = None,
     before: str | None = None,
+    protein: str | None = None,
     queries: int = QUERIES,
+    graph_cells: int = GRAPH_CELLS,
     beside: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
@@ -136,16 +189,19 @@ def report(
         "query": query,
         "individual": individual,
         "before": before,
+        "protein": protein,
         "queries": queries,
+        "graph_cells": graph_cells,
         "seed": seed,
     }
     differences: tuple[Difference, ...] = ()
     if beside:
         compared = compare(store, [embedding, *beside], **options)
-        metrics = compared.metrics[embedding]
+        measured = compared.metrics
         differences = tuple(d for d in compared.differences if d.first == embedding)
     else:
-        metrics = evaluate(store, embedding=embedding, **options)
+        measured = {embedding: evaluate(store, embedding=embedding, **options)}
+    metrics = measured[embedding]
     inputs = ReportInputs(
         title=store.path.name,
         embedding_name=embedding,
@@ -158,6 +214,7 @@ def report(
         study_genes=tuple(int(n) for n in store.presence().sum(axis=1)),
         metrics=metrics,
         differences=differences,
+        scores=scib_table(measured) if metrics["nmi_kmeans"].value is not None else None,
         history=tuple(
             LossRecord(r["epoch"], r["train_loss"], r["validation_bound"])
             for r in training.get("history", [])

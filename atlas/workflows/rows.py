@@ -12,6 +12,7 @@ import pandas as pd
 from atlas.errors import ConfigError, MissingColumnError
 from atlas.store import CountStore, FilesSource
 from atlas.store.codes import text_of
+from atlas.store.split import Split, ranges_of
 
 Rows = str | Mapping[str, Sequence[str]]
 """Cells chosen by an obs column: ``"study=zheng,pbmc3k"`` or ``{"study": ["zheng", "pbmc3k"]}``."""
@@ -68,6 +69,26 @@ def mask_of(store: CountStore | FilesSource, rows: RowsOrMask) -> npt.NDArray[np
             path=store.path,
         )
     return rows
+
+
+def batches_within(
+    store: CountStore | FilesSource, chosen: npt.NDArray[np.bool_]
+) -> tuple[tuple[str, ...], npt.NDArray[np.int32]]:
+    """Batches that chosen cells have, and the code of each cell's; 0 for cells not chosen."""
+    met, own = np.unique(store.obs_codes["batch"][chosen], return_inverse=True)
+    codes = np.zeros(store.n_obs, np.int32)
+    codes[chosen] = own
+    return tuple(store.batches[i] for i in met), codes
+
+
+def split_within(split: Split, chosen: npt.NDArray[np.bool_]) -> Split:
+    """The chosen cells on either side; where none is left to train on, none is held out."""
+    held_out = np.zeros(len(chosen), bool)
+    for start, stop in split.validation:
+        held_out[start:stop] = True
+    if not (chosen & ~held_out).any():
+        held_out[:] = False
+    return Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
 
 
 def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:

@@ -2,6 +2,9 @@
 
 python tests/evaluation/scib_cells.py cells.npz
 PEER/bin/python benchmarks/peers/scib_side.py cells.npz tests/evaluation/scib_reference.json
+PEER/bin/python benchmarks/peers/scib_side.py cells.npz tables.json benchmarker
+
+The tables, of the last command, stand in the same file.
 """
 
 from __future__ import annotations
