@@ -234,3 +234,20 @@ def test_progress_goes_to_standard_error(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "cell/s" in captured.err
     assert captured.out == ""
+
+
+def test_the_last_study_can_have_a_type_of_its_own(tmp_path):
+    share = [draw_truth(3, 3, genes=50, types=8, new_type=new).type_share for new in (False, True)]
+    gone = (share[1] == 0) & (share[0] > 0)
+    assert np.argwhere(gone).tolist() == [[0, 4], [1, 4]]
+    assert share[1][2, 4] == share[0][2, 4] > 0
+    for studies in (2, 3, 5):  # also where the middle one is what the last study lacks
+        share = draw_truth(studies, 0, genes=50, types=4, new_type=True).type_share
+        own = (share[:-1] == 0).all(axis=0) & (share[-1] > 0)
+        assert own.sum() >= 1
+    simulate(tmp_path / "x", 600, 3, genes=50, types=8, new_type=True, progress=False)
+    types = [set(ad.read_h5ad(tmp_path / f"x/study_{i}.h5ad").obs["true_type"]) for i in (1, 2, 3)]
+    assert types[2] - types[0] - types[1] == {"type_5"}
+    for options in ({"tree": True}, {"types": 3}, {"studies": 1}):
+        with pytest.raises(ConfigError, match="no type of its own"):
+            simulate(tmp_path / "y", new_type=True, **{"studies": 3, **options})

@@ -31,6 +31,7 @@ def ingest(options: argparse.Namespace) -> None:
         feature_type=options.feature_type,
         transpose=options.transpose,
         gene_lengths=options.gene_lengths,
+        orthologs=options.orthologs,
         measurement=options.measurement,
         obs_filter=options.obs_filter,
         keep_layers=options.keep_layers.split(",") if options.keep_layers else (),
@@ -214,6 +215,7 @@ def extend(options: argparse.Namespace) -> None:
         strategy=options.strategy,
         initialisation=options.initialisation,
         label_key=options.label_key,
+        orthologs=options.orthologs,
         missing=options.missing,
         keep_apart=options.keep_apart,
         force=options.force,
@@ -227,6 +229,8 @@ def extend(options: argparse.Namespace) -> None:
         f"{model.name} + {', '.join(added.studies)}: {added.n_trained:,} of {total:,} parameters "
         f"trained ({added.strategy}, {added.initialisation})"
     )
+    if added.orthologs:
+        print(f"{len(added.orthologs):,} of {len(model.genes):,} genes are orthologs' counts")
     if added.labels:
         print(f"new classes: {', '.join(added.labels)}")
     print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
@@ -353,5 +357,6 @@ def simulate(options: argparse.Namespace) -> None:
         varying_genes=options.varying_genes,
         process=options.process,
         tree=options.tree,
+        new_type=options.new_type,
     )
     print("\n".join(map(str, paths)))

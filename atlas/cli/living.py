@@ -20,6 +20,7 @@ _APPEND = {
     "feature_type": "feature_type",
     "transpose": "transpose",
     "memory": "memory",
+    "orthologs": "orthologs",
 }
 _SURGERY = ("max_epochs", "keep_apart", "missing", "force", "lr", "seed", "threads", "device")
 
@@ -49,6 +50,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--transpose", action="store_true", help="of a table in text: a gene on each line"
     )
+    add_orthologs(sub)
     sub.add_argument("--memory", default="512MB", help="what counts may take at a time")
     sub.add_argument("--max-epochs", type=int, default=5, help="passes over the study's cells")
     sub.add_argument(
@@ -62,6 +64,14 @@ def add_commands(command: Command) -> None:
         choices=get_args(MissingGenes),
         default="mask",
         help="leave genes that the study lacks out, or take them as zero",
+    )
+    sub.add_argument(
+        "--false-unknown",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="call so many cells of known types Unknown at most, as leaving studies out of the "
+        "reference tells; 0: Unknown above an uncertainty of .5",
     )
     sub.add_argument("--force", action="store_true", help="with less than half of the genes too")
     sub.add_argument("--lr", type=float, default=0.01, help="of Adam")
@@ -82,6 +92,16 @@ def add_commands(command: Command) -> None:
     sub.add_argument("store")
     sub.add_argument("number", type=int, help="of the state, as in `atlas history`")
     sub.add_argument("--to", required=True, metavar="OUT", help="a path that is free")
+
+
+def add_orthologs(sub: Any) -> None:
+    """Add the option of a table of orthologs."""
+    sub.add_argument(
+        "--orthologs",
+        metavar="TABLE",
+        help="of a study of another species: its genes and the reference's, two columns; pairs "
+        "that are one-to-one are used",
+    )
 
 
 def keep(options: argparse.Namespace) -> None:
@@ -105,15 +125,25 @@ def update(options: argparse.Namespace) -> None:
         model=options.model,
         ingest={"batch_key": keys, **{to: values[name] for name, to in _APPEND.items()}},
         fresh=options.fresh,
+        false_unknown=options.false_unknown if options.false_unknown > 0 else None,
         progress=True,
         **{name: values[name] for name in _SURGERY},
     )
     for note in made.notes:
         print(note)
-    for name, n in sorted(made.labels.items(), key=lambda item: -item[1]):
-        print(f"  {name:<40} {n:>12,} cells")
-    if not made.labels:
+    if made.labels:
+        print(f"labels by neighbours ({options.model}_label):")
+    else:
         print("no cell had a label that could be transferred")
+    _print_cells(made.labels)
+    if made.classes:
+        print(f"labels by the model's classifier ({options.model}_class):")
+        _print_cells(made.classes)
+    for group in made.drift.unseen:
+        print(
+            f"Unknown cells that lie together ({options.model}_label_group): {group.name}, "
+            f"{group.n_obs:,} cells, high in {', '.join(group.markers)}"
+        )
     print(_drift(made.drift.to_json()))
     for said in made.drift.advice:
         print(f"advice: {said}")
@@ -121,6 +151,11 @@ def update(options: argparse.Namespace) -> None:
         f"{made.study}: {made.n_obs:,} cells added, model {made.model} {made.version}, manifest "
         f"{made.manifest}, in {made.seconds:.1f} s"
     )
+
+
+def _print_cells(counts: dict[str, int]) -> None:
+    for name, n in sorted(counts.items(), key=lambda item: -item[1]):
+        print(f"  {name:<40} {n:>12,} cells")
 
 
 def _drift(drift: dict[str, Any]) -> str:

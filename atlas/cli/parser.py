@@ -69,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="genes and lengths; divide counts of whole transcripts (Smart-seq2) by them",
     )
+    living.add_orthologs(sub)
     sub.add_argument("--measurement", metavar="NAME", help="of a SOMA experiment, e.g. RNA")
     sub.add_argument(
         "--obs-filter", metavar="CONDITION", help="of a SOMA experiment: \"tissue == 'lung'\""
@@ -200,6 +201,7 @@ def build_parser() -> argparse.ArgumentParser:
         "is; 0: none, as in the paper",
     )
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")
+    living.add_orthologs(sub)
     sub.add_argument(
         "--missing",
         choices=get_args(MissingGenes),
@@ -315,6 +317,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
         "--tree", action="store_true", help="cells along a tree; the end points are the types"
+    )
+    sub.add_argument(
+        "--new-type", action="store_true", help="the last study has a type that the others lack"
     )
     sub.add_argument("--seed", type=int, default=0)
     return parser

@@ -22,7 +22,9 @@ def add_commands(command: Command) -> None:
         "write a model with its reference's embedding and labels, for others to map onto",
     )
     sub.add_argument("store")
-    sub.add_argument("--model", required=True, metavar="RUN", help="the model's run folder")
+    sub.add_argument(
+        "--model", required=True, metavar="RUN|NAME", help="its run folder, or its name if kept"
+    )
     sub.add_argument(
         "--to", required=True, metavar="OUT", help="a new folder, or OUT.tar.gz or OUT.zip"
     )

@@ -21,8 +21,12 @@ def add_command(command: Command) -> None:
     )
     sub.add_argument("store")
     sub.add_argument("--embedding", required=True, help="in which reference and query lie")
-    sub.add_argument(
-        "--reference", required=True, metavar="CELLS", help="whose labels vote: column=value,value"
+    voting = sub.add_mutually_exclusive_group(required=True)
+    voting.add_argument(
+        "--reference", metavar="CELLS", help="whose labels vote: column=value,value"
+    )
+    voting.add_argument(
+        "--package", metavar="DIR", help="a reference that was fetched, in place of cells here"
     )
     sub.add_argument("--query", metavar="CELLS", help="all other cells if not given")
     sub.add_argument("--name", default="transferred", help="of the columns")
@@ -63,12 +67,13 @@ def add_command(command: Command) -> None:
 
 
 def transfer_labels(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
+    from atlas import load_package, open_store, workflows
 
     store = open_store(options.store)
-    chosen = {
-        name: value for name, value in vars(options).items() if name not in ("run", "store", "json")
-    }
+    others = ("run", "store", "json", "package")
+    chosen = {name: value for name, value in vars(options).items() if name not in others}
+    if options.package is not None:
+        chosen["reference"] = load_package(options.package)
     found = workflows.transfer_labels(store, **chosen)
     for name, n in sorted(found.counts.items(), key=lambda item: -item[1]):
         print(f"  {name:<40} {n:>12,} cells")

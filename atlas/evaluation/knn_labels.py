@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from atlas.config import VoteKernel
 from atlas.errors import ConfigError
 from atlas.evaluation.kernels import kernel_weights
-from atlas.evaluation.neighbours import Backend, Embedding, nearest
+from atlas.evaluation.neighbours import Backend, Embedding, Search, nearest
 from atlas.evaluation.novelty import DistanceScale
 
 Codes = npt.NDArray[np.int64]
@@ -89,6 +90,8 @@ class KnnLabels:
         Of the sample by which distances within the reference are known.
     backend
         Of :func:`atlas.evaluation.neighbours.nearest`.
+    search
+        What searches the rows of ``z`` in its place, such as an index.
 
     Raises
     ------
@@ -106,6 +109,7 @@ class KnnLabels:
         kernel: VoteKernel = "gaussian",
         seed: int = 0,
         backend: Backend = "auto",
+        search: Search | None = None,
     ) -> None:
         # one more than k: each cell's own distances are to k others
         if not 1 <= k < len(z):
@@ -117,14 +121,21 @@ class KnnLabels:
             )
         self.z, self.nodes, self.tree, self.k = z, nodes, tree, k
         self.backend = ""
-        self._kernel, self._backend = kernel, backend
+        self._kernel = kernel
+        self._search: Search = search or partial(nearest, z, backend=backend)
         self.scale = DistanceScale.of(
-            z, nodes, np.array(tree.parents, np.int64), k, seed=seed, backend=backend
+            z,
+            nodes,
+            np.array(tree.parents, np.int64),
+            k,
+            seed=seed,
+            backend=backend,
+            search=search,
         )
 
     def ask(self, queries: Embedding) -> Answer:
         """Label cells that are not in the reference: float32 (n_queries, d)."""
-        near = nearest(self.z, queries, self.k, backend=self._backend)
+        near = self._search(queries, self.k, None)
         self.backend = near.backend
         votes = self.nodes[near.indices]
         weights = kernel_weights(near.distances, self._kernel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +23,7 @@ from atlas.evaluation.exact import (
 )
 from atlas.evaluation.vectors import Embedding, check_values, column_means
 
-__all__ = ["Backend", "Embedding", "Indices", "Neighbours", "Recall", "nearest"]
+__all__ = ["Backend", "Embedding", "Indices", "Neighbours", "Recall", "Search", "nearest"]
 
 Backend = Literal["auto", "faiss", "torch"]
 
@@ -86,6 +87,10 @@ class Neighbours:
     def of(self, queries: Indices | npt.NDArray[np.bool_]) -> Neighbours:
         """Those of some of the queries."""
         return replace(self, indices=self.indices[queries], distances=self.distances[queries])
+
+
+Search = Callable[[Embedding, int, Indices | None], Neighbours]
+"""What finds the k nearest rows of something for queries; of these some rows' own numbers."""
 
 
 def nearest(

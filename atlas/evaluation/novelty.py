@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.evaluation.codes import sample_rows
-from atlas.evaluation.neighbours import Backend, Embedding, nearest
+from atlas.evaluation.neighbours import Backend, Embedding, Search, nearest
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -58,6 +58,7 @@ class DistanceScale:
         *,
         seed: int = 0,
         backend: Backend = "auto",
+        search: Search | None = None,
     ) -> Self:
         """Measure a reference; a sample of each label's cells is searched among all cells.
 
@@ -75,13 +76,18 @@ class DistanceScale:
             Of the sample.
         backend
             Of :func:`atlas.evaluation.neighbours.nearest`.
+        search
+            What searches the rows of ``z`` in its place.
         """
         drawn = [
             sample_rows(np.flatnonzero(nodes == node).astype(np.int64), CELLS_PER_LABEL, seed)
             for node in np.unique(nodes)
         ]
         cells = np.concatenate(drawn)
-        near = nearest(z, z[cells], k, cells, backend=backend)
+        if search is None:
+            near = nearest(z, z[cells], k, cells, backend=backend)
+        else:
+            near = search(z[cells], k, cells)
         mean = near.distances.mean(axis=1, dtype=np.float64)
         positive = mean[mean > 0]
         floor = _FLOOR * float(np.median(positive)) if len(positive) else np.finfo(float).tiny

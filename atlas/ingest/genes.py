@@ -300,7 +300,10 @@ def _nothing_in_common(table: GeneTable, names: list[str]) -> InputError:
             "beside symbols in the index"
         )
     else:
-        do = "check the species and the annotation; ids go into var['gene_ids']"
+        do = (
+            "check the species and the annotation; ids go into var['gene_ids']; a study of another "
+            "species needs a table of orthologs: --orthologs TABLE"
+        )
     return InputError(
         "the study has no gene in common with the store",
         found=", ".join(names[:5]),

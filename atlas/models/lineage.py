@@ -24,6 +24,9 @@ class Surgery:
         Whether genes that a study lacks were taken as measured and zero, instead of left out.
     n_trained
         Number of parameters that were trained.
+    orthologs
+        Of studies of another species: the gene that the store has, and the model's gene that it is
+        taken for.
     """
 
     studies: tuple[str, ...]
@@ -34,10 +37,11 @@ class Surgery:
     keep_apart: float
     zero_filled: bool
     n_trained: int
+    orthologs: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(self) | {"orthologs": [list(one) for one in self.orthologs]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
@@ -46,7 +50,7 @@ class Surgery:
         listed: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        return cls(**listed)
+        return cls(**listed | {"orthologs": tuple(map(tuple, values.get("orthologs", ())))})
 
 
 _TEXTS = {"type": "array", "items": {"type": "string"}}
@@ -62,8 +66,14 @@ SCHEMA: dict[str, Any] = {
             "keep_apart": {"type": "number", "minimum": 0},
             "zero_filled": {"type": "boolean"},
             "n_trained": {"type": "integer", "minimum": 1},
+            "orthologs": {
+                "type": "array",
+                "items": {**_TEXTS, "minItems": 2, "maxItems": 2},
+            },
         },
-        "required": [field.name for field in dataclasses.fields(Surgery)],
+        "required": [
+            field.name for field in dataclasses.fields(Surgery) if field.name != "orthologs"
+        ],
         "additionalProperties": False,
     },
 }

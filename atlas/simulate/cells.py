@@ -96,13 +96,14 @@ class Recipe:
         process: Process,
         capture: Capture | None,
         tree: bool,
+        new_type: bool = False,
     ) -> Self:
         """Arguments as of :func:`atlas.simulate.simulate`."""
         drawn = draw_tree(types, seed, N_LATENT) if tree else None
         truth = draw_truth(
             studies, seed, genes=genes, types=types, batches=batches, library=library,
             missing_genes=missing_genes, varying_genes=varying_genes, tree=drawn,
-            zinb=process == "zinb",
+            zinb=process == "zinb", new_type=new_type,
         )  # fmt: skip
         settings = capture or Capture()
         capture_genes = None if process == "zinb" else draw_capture_genes(genes, settings, seed)

@@ -42,6 +42,7 @@ def simulate(
     process: Process = "zinb",
     capture: Capture | None = None,
     tree: bool = False,
+    new_type: bool = False,
     threads: int | None = None,
     progress: bool = True,
 ) -> list[Path]:
@@ -92,6 +93,9 @@ def simulate(
     tree
         Spread the cells along the branches of a binary tree with ``types`` tips
         (:mod:`atlas.simulate.tree`) in place of separate types.
+    new_type
+        The last study has a type that the others lack; nothing else changes in what is drawn but
+        who the cells are.
     threads
         Threads that draw counts; by default one per core. Does not change the files.
     progress
@@ -124,6 +128,12 @@ def simulate(
     ):
         if not good:
             raise ConfigError(f"{name} is out of range", found=value, expected=expected)
+    if new_type and (tree or studies < 2 or types < 4):
+        raise ConfigError(
+            "The last study can have no type of its own",
+            found="a tree" if tree else f"{studies} studies of {types} types",
+            expected="separate types, 4 at least, and 2 studies at least",
+        )
     if capture is not None and process == "zinb":
         raise ConfigError(
             "Only a process with capture has settings of it",
@@ -141,7 +151,7 @@ def simulate(
     recipe = Recipe.draw(
         studies, seed, genes=genes, types=types, batches=batches, library=library,
         missing_genes=missing_genes, varying_genes=varying_genes, process=process,
-        capture=capture, tree=tree,
+        capture=capture, tree=tree, new_type=new_type,
     )  # fmt: skip
     weights = 2 * studies - np.arange(studies)
     bounds = np.cumsum(weights) * (cells - studies) // weights.sum()

@@ -103,6 +103,7 @@ def draw_truth(
     varying_genes: float | None = None,
     tree: Tree | None = None,
     zinb: bool = True,
+    new_type: bool = False,
 ) -> Truth:
     """Draw the truth alone; arguments as of :func:`atlas.simulate.simulate`.
 
@@ -133,6 +134,10 @@ def draw_truth(
     location = np.log(library) + rng.normal(0.0, 0.2, n_batches)
     if tree is None:
         share = _shares_of_types(rng, studies, types)
+        if new_type:
+            lacking = int(np.flatnonzero(share[-1] == 0)[0])
+            middle = types // 2
+            share[:-1, middle if middle != lacking else middle + 1] = 0
     else:
         share = np.tile(tree.length[1:], (studies, 1))
     # Bounded, so that the probability of zero stays far from underflow.

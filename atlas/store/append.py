@@ -19,6 +19,7 @@ from anndata import AnnData
 from atlas.config import Profile
 from atlas.errors import ConfigError, MissingColumnError, StudyExistsError
 from atlas.ingest.genes import align
+from atlas.ingest.orthologs import align_orthologs, read_orthologs
 from atlas.ingest.study import FILE_COLUMN, Reading, StudyCounts, open_study
 from atlas.store import layout
 from atlas.store import manifest as manifests
@@ -63,6 +64,7 @@ class Request:
     scheduler: str | None = None
     fresh: bool = False
     progress: bool = False
+    orthologs: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,15 @@ def _append(
                 )
         fixed = newest.gene_mode == "given" or (newest.gene_mode == "first" and newest.studies)
         old_table = manifests.read_gene_table(root, newest)
-        table, columns, _ = align(old_table, counts.var, mode="fixed" if fixed else "union")
+        said: list[str] = []
+        if request.orthologs is None:
+            table, columns, _ = align(old_table, counts.var, mode="fixed" if fixed else "union")
+        else:
+            partners = read_orthologs(request.orthologs)
+            table, columns, _, told = align_orthologs(
+                old_table, counts.var, partners, fixed=bool(fixed)
+            )
+            said.append(told)
         batches, batch_codes = extend(newest.batches, *own_batches)
         labels, label_codes = extend(newest.labels, *own_labels)
 
@@ -235,7 +245,7 @@ def _append(
         len(table) - len(np.unique(columns[columns >= 0])),
         _common(root, newest, index["content_hash"], "content_hash"),
         _common(root, newest, index["name_hash"], "name_hash"),
-        (*counts.notes, *notes),
+        (*counts.notes, *said, *notes),
         0.0,
     )
 

@@ -84,6 +84,47 @@ def write_part(
     return Part(path, digests)
 
 
+def copy_part(root: Path, path: str, source: Path) -> Part:
+    """Write a part of the files of a folder, whatever they hold.
+
+    Parameters
+    ----------
+    root, path
+        The store, and the new folder relative to it.
+    source
+        The folder, without further ones in it.
+    """
+    folder = root / path
+    folder.mkdir(parents=True)
+    digests = {}
+    for file in sorted(source.iterdir()):
+        files.write_bytes(folder / file.name, file.read_bytes())
+        digests[file.name] = files.digest_file(folder / file.name)
+    for changed in (folder, folder.parent, folder.parent.parent):
+        files.sync_folder(changed)
+    return Part(path, digests)
+
+
+def checked_folder(root: Path, part: Part, what: str) -> Path:
+    """The folder of a part, all its files compared with their digests.
+
+    Raises
+    ------
+    CorruptStoreError
+        A file is missing or is not what was written.
+    """
+    folder = root / part.path
+    for file, digest in part.files.items():
+        there = (folder / file).is_file()
+        if not there or files.digest_file(folder / file) != digest:
+            raise CorruptStoreError(
+                f"A file of {what} is " + ("not what was written" if there else "missing"),
+                do=RESTORE,
+                path=folder / file,
+            )
+    return folder
+
+
 def read_array(root: Path, part: Part, name: str) -> npt.NDArray[Any]:
     """One array of a part, checked against its digest."""
     file = f"{name}.npy"

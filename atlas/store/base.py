@@ -56,7 +56,13 @@ class CountStore(StoreState):
         self.see(embeddings.write(self.path, self.manifest, name, z, details))
 
     def extend_embedding(
-        self, name: str, study: str, z: npt.NDArray[np.float32], details: Mapping[str, Any]
+        self,
+        name: str,
+        study: str,
+        z: npt.NDArray[np.float32],
+        details: Mapping[str, Any],
+        *,
+        index: str | PathLike[str] | None = None,
     ) -> None:
         """Give an embedding the rows of one study; those of the others stay, byte for byte.
 
@@ -68,6 +74,9 @@ class CountStore(StoreState):
             float32, (n_obs of the study, n_latent).
         details
             How it was made, plain JSON.
+        index
+            Folder of an index of all rows as they are then, which is copied; without one the
+            embedding has none.
         """
         self.embedding_details(name)  # there is one
         n_obs = self.study(study).entry.n_obs
@@ -80,7 +89,15 @@ class CountStore(StoreState):
             )
         action = f"embed {name} of {study}"
         with manifests.writer(self.path, action) as newest:
-            changes = embeddings.put(self.path, newest, name, {study: z}, details, keep=True)
+            changes = embeddings.put(
+                self.path,
+                newest,
+                name,
+                {study: z},
+                details,
+                keep=True,
+                index=None if index is None else Path(index),
+            )
             state = manifests.commit(self.path, newest, action, **changes)
         self.see(state)
 
@@ -93,6 +110,7 @@ class CountStore(StoreState):
         after: int | None,
         embedding: Mapping[str, npt.NDArray[np.float32]] | None = None,
         details: Mapping[str, Any] | None = None,
+        index: str | PathLike[str] | None = None,
     ) -> int:
         """Keep a trained model as the next version of a name, and its embedding in the same step.
 
@@ -110,6 +128,8 @@ class CountStore(StoreState):
             Rows of some studies, float32 (n_obs, n_latent) each; other studies keep theirs.
         details
             How the embedding was made, plain JSON.
+        index
+            Folder of an index of all rows of the embedding, which is copied.
 
         Returns
         -------
@@ -132,7 +152,13 @@ class CountStore(StoreState):
             changes: dict[str, Any] = {"models": {**newest.models, name: entry}}
             if embedding is not None:
                 changes |= embeddings.put(
-                    self.path, newest, name, embedding, details or {}, keep=True
+                    self.path,
+                    newest,
+                    name,
+                    embedding,
+                    details or {},
+                    keep=True,
+                    index=None if index is None else Path(index),
                 )
             state = manifests.commit(self.path, newest, action, **changes)
         self.see(state)
@@ -174,6 +200,7 @@ class CountStore(StoreState):
         scheduler: str | None = None,
         fresh: bool = False,
         progress: bool = False,
+        orthologs: str | PathLike[str] | None = None,
     ) -> AppendReport:
         """Append a study; it is there whole afterwards, or not at all.
 
@@ -226,6 +253,9 @@ class CountStore(StoreState):
             Start anew, even if an earlier call was interrupted.
         progress
             Show rows and cells/s on stderr.
+        orthologs
+            Of a study of another species: a CSV or TSV of its genes and the store's. One-to-one
+            pairs are used; other genes are left out (:mod:`atlas.ingest.orthologs`).
 
         Raises
         ------
@@ -256,6 +286,7 @@ class CountStore(StoreState):
             scheduler,
             fresh,
             progress,
+            None if orthologs is None else str(orthologs),
         )
         state, report = append_study(self.path, source, request)
         self.see(state)

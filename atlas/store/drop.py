@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +88,15 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
         state = newest
         if dropped:
             left = tuple(entry for entry in newest.studies if entry.name != study)
-            state = manifests.commit(root, newest, f"drop {study}", studies=left)
+            embeddings = {  # an index of rows that are gone is none
+                name: replace(one, index=None)
+                if any(f"embedding:{name}" in entry.parts for entry in dropped)
+                else one
+                for name, one in newest.embeddings.items()
+            }
+            state = manifests.commit(
+                root, newest, f"drop {study}", studies=left, embeddings=embeddings
+            )
         if purge:  # the state without it is there by now: a crash leaves no more than it found
             try:
                 for number in holding:

@@ -13,7 +13,13 @@ import numpy.typing as npt
 
 from atlas.errors import StoreError
 from atlas.store import manifest as manifests
-from atlas.store.arrays import read_array, read_details, write_part
+from atlas.store.arrays import (
+    checked_folder,
+    copy_part,
+    read_array,
+    read_details,
+    write_part,
+)
 from atlas.store.options import check_name
 from atlas.store.schema import EmbeddingEntry, Manifest
 
@@ -43,6 +49,12 @@ def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
 def details(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:
     """How an embedding was made."""
     return read_details(root, _entry(root, manifest, name).details)
+
+
+def index_folder(root: Path, manifest: Manifest, name: str) -> Path | None:
+    """Folder of the index of an embedding, checked against its digests; None where it has none."""
+    index = _entry(root, manifest, name).index
+    return None if index is None else checked_folder(root, index, f"the index of {name!r}")
 
 
 def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
@@ -88,6 +100,7 @@ def put(
     how: Mapping[str, Any],
     *,
     keep: bool = False,
+    index: Path | None = None,
 ) -> dict[str, Any]:
     """Write rows of an embedding; the caller, who holds the lock, commits what is returned.
 
@@ -103,6 +116,9 @@ def put(
         How it was made, plain JSON.
     keep
         Other studies keep the rows they have; otherwise they are left without.
+    index
+        Folder of an index of neighbours of all rows as they are then, which is copied; without one
+        the embedding has none.
     """
     number = newest.number + 1
     part, studies, widths = f"embedding:{name}", [], set()
@@ -124,5 +140,8 @@ def put(
             path=root,
         )
     about = write_part(root, f"parts/.embeddings/{name}-{number:06d}", {}, how)
-    entry = EmbeddingEntry(widths.pop() if widths else 0, about)
+    copied = None
+    if index is not None:
+        copied = copy_part(root, f"parts/.indexes/{name}-{number:06d}", index)
+    entry = EmbeddingEntry(widths.pop() if widths else 0, about, copied)
     return {"studies": tuple(studies), "embeddings": {**newest.embeddings, name: entry}}

@@ -89,7 +89,12 @@ def publish(root: Path, newest: Manifest, forked: Path, action: str) -> Manifest
         batches=state.batches,
         labels=state.labels,
         embeddings={
-            name: replace(one, details=moved(one.details)) for name, one in state.embeddings.items()
+            name: replace(
+                one,
+                details=moved(one.details),
+                index=None if one.index is None else moved(one.index),
+            )
+            for name, one in state.embeddings.items()
         },
         gene_selection=state.gene_selection,
         models={name: replace(one, part=moved(one.part)) for name, one in state.models.items()},

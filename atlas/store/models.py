@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from atlas import files
-from atlas.codecs.chunks import RESTORE
-from atlas.errors import CorruptStoreError, StoreError
+from atlas.errors import StoreError
 from atlas.store import manifest as manifests
-from atlas.store.arrays import read_details, write_part
+from atlas.store.arrays import checked_folder, read_details, write_part
 from atlas.store.options import check_name
 from atlas.store.schema import Manifest, ModelEntry, Part
 
@@ -74,17 +73,7 @@ def folder_of(root: Path, name: str, entry: ModelEntry) -> Path:
     CorruptStoreError
         A file is missing or is not what was written.
     """
-    folder = root / entry.part.path
-    for file, digest in entry.part.files.items():
-        there = (folder / file).is_file()
-        if not there or files.digest_file(folder / file) != digest:
-            raise CorruptStoreError(
-                f"A file of the model {name!r} is "
-                + ("not what was written" if there else "missing"),
-                do=RESTORE,
-                path=folder / file,
-            )
-    return folder
+    return checked_folder(root, entry.part, f"the model {name!r}")
 
 
 def record(root: Path, entry: ModelEntry) -> dict[str, Any]:

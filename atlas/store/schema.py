@@ -105,7 +105,11 @@ SCHEMA: dict[str, Any] = {
                 "type": "object",
                 "required": ["n_latent", "details"],
                 "additionalProperties": False,
-                "properties": {"n_latent": _COUNT, "details": _PART},
+                "properties": {
+                    "n_latent": _COUNT,
+                    "details": _PART,
+                    "index": {"anyOf": [_PART, {"type": "null"}]},
+                },
             },
         },
         "models": {
@@ -187,10 +191,15 @@ class GenesFile:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingEntry:
-    """An embedding of the store: its width, and a part that says how it was made."""
+    """An embedding of the store: its width, a part that says how it was made, and its index.
+
+    The index of neighbours is of the rows of all studies, in the order of the state; None where
+    there is none. Whatever changes the rows or the studies takes it away or brings its own.
+    """
 
     n_latent: int
     details: Part
+    index: Part | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +272,7 @@ class Manifest:
         """All folders and files that belong to it, relative to the store."""
         parts = [part for study in self.studies for part in study.parts.values()]
         parts += [embedding.details for embedding in self.embeddings.values()]
+        parts += [one.index for one in self.embeddings.values() if one.index is not None]
         parts += [model.part for model in self.models.values()]
         studies = {study.path for study in self.studies}
         return {self.genes.path} | studies | {part.path for part in parts}
@@ -318,7 +328,11 @@ class Manifest:
         values["batches"] = tuple(values["batches"])
         values["labels"] = tuple(values["labels"])
         values["embeddings"] = {
-            name: EmbeddingEntry(e["n_latent"], Part(**e["details"]))
+            name: EmbeddingEntry(
+                e["n_latent"],
+                Part(**e["details"]),
+                None if e.get("index") is None else Part(**e["index"]),
+            )
             for name, e in values["embeddings"].items()
         }
         values["models"] = {

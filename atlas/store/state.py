@@ -292,6 +292,13 @@ class StoreState:
         """How an embedding was made, as given to :meth:`atlas.store.CountStore.write_embedding`."""
         return embeddings.details(self.path, self.manifest, name)
 
+    def index_folder(self, name: str) -> Path | None:
+        """Folder of the index of an embedding's neighbours, checked against its digests.
+
+        None where it has none: :func:`atlas.keep` and :func:`atlas.update` make one.
+        """
+        return embeddings.index_folder(self.path, self.manifest, name)
+
     @property
     def models(self) -> Mapping[str, int]:
         """Names of the models kept with the store, and the newest version of each."""

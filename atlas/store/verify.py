@@ -17,7 +17,7 @@ from tqdm import tqdm
 from atlas.errors import AtlasError, NotAStoreError
 from atlas.store import manifest as manifests
 from atlas.store import models
-from atlas.store.arrays import DETAILS, read_array, read_details
+from atlas.store.arrays import DETAILS, checked_folder, read_array, read_details
 from atlas.store.findings import Finding, Findings, VerifyReport, ingest_again, only_old
 from atlas.store.parallel import ordered_map, resolve_threads
 from atlas.store.schema import Manifest, ModelEntry, Part, StudyEntry
@@ -186,6 +186,10 @@ def _checks(root: Path, states: Sequence[Manifest]) -> Iterator[_Check]:
                 done.add(embedding.details.path)
                 do = _embed_again(root, states, state, name, embedding.details.path)
                 yield _Check(None, do, partial(_details, root, embedding.details), 0)
+            if embedding.index is not None and embedding.index.path not in done:
+                done.add(embedding.index.path)
+                do = _embed_again(root, states, state, name, embedding.index.path)
+                yield _Check(None, do, partial(_index, root, name, embedding.index), 0)
         for name, model in state.models.items():
             if model.part.path not in done:
                 done.add(model.part.path)
@@ -238,6 +242,10 @@ def _gene_table(root: Path, state: Manifest) -> Iterator[Task]:
 
 def _details(root: Path, part: Part) -> Iterator[Task]:
     yield Task(lambda: caught(lambda: read_details(root, part)))
+
+
+def _index(root: Path, name: str, part: Part) -> Iterator[Task]:
+    yield Task(lambda: caught(lambda: checked_folder(root, part, f"the index of {name!r}")))
 
 
 def _model(root: Path, name: str, entry: ModelEntry) -> Iterator[Task]:

@@ -17,6 +17,7 @@ from atlas.models import TrainedModel
 from atlas.models.base import evaluating
 from atlas.store import CountStore
 from atlas.workflows.streaming import CellStream
+from atlas.workflows.unseen import UnseenGroup
 
 K = 50
 """Neighbours among which new cells and the reference mix (scVI, Lopez et al. 2018, Methods)."""
@@ -49,6 +50,8 @@ class Drift:
         Share of the atlas' cells that came by surgery, this study included.
     advice
         What to do, in sentences; empty where all is well.
+    unseen
+        Groups of the Unknown cells, the largest first.
     """
 
     unknown_share: float | None
@@ -59,15 +62,19 @@ class Drift:
     nearest: dict[str, str]
     added_share: float
     advice: tuple[str, ...] = ()
+    unseen: tuple[UnseenGroup, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {**dataclasses.asdict(self), "advice": list(self.advice)}
+        values = dataclasses.asdict(self)
+        unseen = [{**one, "markers": list(one["markers"])} for one in values["unseen"]]
+        return {**values, "advice": list(self.advice), "unseen": unseen}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Drift:
         """The inverse of :meth:`to_json`."""
-        return cls(**{**values, "advice": tuple(values["advice"])})
+        unseen = tuple(UnseenGroup.from_json(one) for one in values.get("unseen", ()))
+        return cls(**{**values, "advice": tuple(values["advice"]), "unseen": unseen})
 
 
 def measure_drift(
@@ -77,6 +84,7 @@ def measure_drift(
     *,
     embedding: str,
     unknown_share: float | None,
+    unseen: tuple[UnseenGroup, ...] = (),
     device: str = "auto",
 ) -> Drift:
     """Measure how a study lies to the rest of a store.
@@ -89,7 +97,7 @@ def measure_drift(
         A store that has it.
     embedding
         Of all cells by the model.
-    unknown_share
+    unknown_share, unseen
         As found before.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
@@ -107,6 +115,7 @@ def measure_drift(
         bound_after=after,
         nearest=nearest_of,
         added_share=float(sum(int(sizes[name]) for name in added if name in sizes) / store.n_obs),
+        unseen=unseen,
     )
     return dataclasses.replace(drift, advice=tuple(_advice(drift)))
 
@@ -118,6 +127,11 @@ def _advice(drift: Drift) -> list[str]:
             f"{drift.unknown_share:.0%} of the cells are Unknown: look for types that the "
             "reference lacks; to have them in the model, train it anew on all studies"
         )
+    said += [
+        f"{one.n_obs:,} Unknown cells lie together ({one.name}, high in "
+        f"{', '.join(one.markers[:3]) or 'no gene'}): perhaps a type that the reference lacks"
+        for one in drift.unseen[:3]
+    ]
     if drift.entropy < LITTLE_MIXING * drift.entropy_ceiling:
         said.append(
             f"the cells hardly mix with the others ({drift.entropy:.2f} of "

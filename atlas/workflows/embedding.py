@@ -12,6 +12,7 @@ from atlas.models import TrainedModel
 from atlas.provenance import command, versions
 from atlas.store import CountStore, FilesSource
 from atlas.store.options import check_name
+from atlas.workflows.modelling import weights_digest
 from atlas.workflows.streaming import CellStream
 
 
@@ -70,6 +71,8 @@ def how_made(model: TrainedModel) -> dict[str, Any]:
     return {
         "model": {"name": model.name, **model.config.to_json()},
         "genes": list(model.genes),
+        "weights": weights_digest(model.module),
+        "strategies": [one.strategy for one in model.surgery],
         "training": model.training,
         "versions": versions(),
         "command": command(),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from atlas.errors import ModelError, OutputError
 from atlas.models import TrainedModel, load_model
@@ -15,6 +19,7 @@ from atlas.store import manifest as manifests
 from atlas.store.fork import fork
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable, embed_study, how_made
+from atlas.workflows.indexing import write_index
 from atlas.workflows.modelling import weights_digest
 
 
@@ -31,7 +36,9 @@ def keep(
     device: str = "auto",
     progress: bool = False,
 ) -> int:
-    """Keep a trained model with the store, and its embedding under the same name, in one step.
+    """Keep a trained model with the store, its embedding and an index of it, in one step.
+
+    The embedding has the model's name; the index is of the nearest neighbours in it.
 
     Under a name that is there, the model has to come after the newest version: extended from it, or
     trained anew on all studies that it knows. Rows of an embedding that a surgery left as they were
@@ -73,14 +80,37 @@ def keep(
         for study in store.studies
         if study not in covered
     }
-    return store.write_model(
-        name,
-        run,
-        record_of(trained, parent),
-        after=after,
-        embedding=rows,
-        details=how_made(trained),
-    )
+    with tempfile.TemporaryDirectory(prefix="atlas-keep-") as folder:
+        index = Path(folder) / "index"
+        _index(store, name, rows, index)
+        return store.write_model(
+            name,
+            run,
+            record_of(trained, parent),
+            after=after,
+            embedding=rows,
+            details=how_made(trained),
+            index=index,
+        )
+
+
+def _index(
+    store: CountStore, name: str, rows: Mapping[str, npt.NDArray[np.float32]], folder: Path
+) -> None:
+    """Write the index of an embedding that gets these rows; others, which come first, stay."""
+    studies, part = store.manifest.studies, f"embedding:{name}"
+    pieces = [
+        rows[study.name] if study.name in rows else store.part_array(study, part, "z")
+        for study in studies
+    ]
+    is_new = [study.name in rows for study in studies]
+    n_old = is_new.index(True) if True in is_new else len(is_new)
+    if n_old and all(is_new[n_old:]):
+        old = np.concatenate(pieces[:n_old])
+        new = np.concatenate([old[:0], *pieces[n_old:]])
+        write_index(store, name, new, old, folder)
+    else:
+        write_index(store, name, np.concatenate(pieces), None, folder)
 
 
 def record_of(trained: TrainedModel, parent: int | None, **further: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from anndata import AnnData
 
 from atlas import files
@@ -30,12 +31,14 @@ from atlas.store.fork import fork, publish
 from atlas.store.options import check_name
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
+from atlas.workflows.indexing import write_index
 from atlas.workflows.keeping import record_of, stored_model
+from atlas.workflows.newcomers import labels_by_classifier, labels_by_neighbours
 from atlas.workflows.surgery import extend_reference
-from atlas.workflows.transferring import transfer_labels
+from atlas.workflows.unseen import UnseenGroup, group_unseen
 
-K = 50
-"""Neighbours that vote for a label."""
+FALSE_UNKNOWN = 0.05
+"""Share of cells of known types that may be called Unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class UpdateReport:
         The model, its version and the state of the store that hold it now.
     labels
         New cells of each label, ``Unknown`` among them; empty where nothing was transferred.
+    classes
+        New cells of each class of a scANVI, by its classifier; empty for other models.
     drift
         How the study lies to the others.
     notes
@@ -64,6 +69,7 @@ class UpdateReport:
     version: int
     manifest: int
     labels: dict[str, int]
+    classes: dict[str, int]
     drift: Drift
     notes: tuple[str, ...]
     seconds: float
@@ -76,6 +82,7 @@ def update(
     study: str,
     model: str,
     ingest: Mapping[str, Any] | None = None,
+    false_unknown: float | None = FALSE_UNKNOWN,
     device: str = "auto",
     fresh: bool = False,
     progress: bool = False,
@@ -84,7 +91,8 @@ def update(
     """Add a study to a store and to a model kept with it, in one step.
 
     The study is ingested, the model extended by it (surgery of the strategy ``conditions``), the
-    new cells are embedded and labelled by their neighbours, and drift is measured. All of it
+    new cells are embedded, added to the index of neighbours and labelled by their neighbours, those
+    that are Unknown are grouped, and drift is measured. All of it
     becomes one state of the store at the end; until then, and after any failure, the store is as it
     was. After Ctrl-C or a kill the same call goes on from the last step that was finished.
 
@@ -96,10 +104,16 @@ def update(
         Where the counts are, and the name of the study.
     model
         Name of a model kept with the store (:func:`atlas.keep`); its embedding has the same name.
-        Labels go to the obs columns ``MODEL_label``, ``MODEL_label_uncertainty`` and
-        ``MODEL_label_distance``.
+        Labels by neighbours go to the obs columns ``MODEL_label``, ``MODEL_label_uncertainty`` and
+        ``MODEL_label_distance``, groups of Unknown cells to ``MODEL_label_group``; labels by the
+        classifier of a scANVI beside them to ``MODEL_class``, ``MODEL_class_probability`` and
+        ``MODEL_class_entropy``.
     ingest
         Further options of :meth:`atlas.store.CountStore.append`, such as ``batch_key``.
+    false_unknown
+        Share of cells of known types that may be called Unknown, by leaving studies out of the
+        reference (or batches, where it is one study); None, or a reference that cannot be divided
+        so: Unknown above an uncertainty of .5.
     device
         ``"auto"``, ``"cpu"``, ``"cuda"``, …
     fresh
@@ -130,7 +144,12 @@ def update(
     appending = {**(ingest or {}), "study": study}
     with manifests.writer(root, f"update {study}") as newest:
         store = CountStore(root, newest)
-        asked = _request(source, model, appending, {**options, "device": device})
+        asked = _request(
+            source,
+            model,
+            appending,
+            {**options, "device": device, "false_unknown": false_unknown},
+        )
         notes = []
         if _recorded(work) == {**asked, "manifest": newest.number - 1} and study in store.studies:
             notes.append("the update was whole already")  # killed after the last step
@@ -140,10 +159,11 @@ def update(
             with _clean_when_refused(work):
                 notes += _begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
                 forked = open_store(work / "store")
-                _ingest(forked, source, appending, progress)
+                notes += _ingest(forked, source, appending, progress)
                 before = newest.models[model].version
                 if forked.models[model] == before:
-                    _extend(forked, root, work, model, study, device, progress, options)
+                    asking = {**options, "device": device, "progress": progress}
+                    _extend(forked, root, work, model, study, false_unknown, asking)
                 version = forked.models[model]
             state = publish(
                 root, newest, work / "store", f"update {study}: model {model} {version}"
@@ -158,6 +178,7 @@ def update(
         version=version,
         manifest=state.number,
         labels=record["labels"],
+        classes=record.get("classes", {}),
         drift=Drift.from_json(record["drift"]),
         notes=tuple(notes),
         seconds=time.monotonic() - started,
@@ -209,6 +230,8 @@ def _request(
         paths = [Path(source), *sorted(Path(source).rglob("*"))]
         stats = [(str(path.absolute()), path.stat()) for path in paths if path.is_file()]
         found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+    if (table := appending.get("orthologs")) and Path(table).is_file():
+        found.append(files.digest_file(Path(table)))
     asked = {"source": found, "model": model, "append": appending, "options": options}
     return dict(json.loads(json.dumps(asked, default=str)))
 
@@ -257,9 +280,11 @@ def _ingest(
     source: str | PathLike[str] | AnnData,
     appending: Mapping[str, Any],
     progress: bool,
-) -> None:
-    if appending["study"] not in forked.studies:
-        forked.append(source, **appending, progress=progress)
+) -> tuple[str, ...]:
+    """Append the study where that is not done yet; returns what to say."""
+    if appending["study"] in forked.studies:
+        return ()
+    return forked.append(source, **appending, progress=progress).notes
 
 
 def _extend(
@@ -268,8 +293,7 @@ def _extend(
     work: Path,
     name: str,
     study: str,
-    device: str,
-    progress: bool,
+    false_unknown: float | None,
     options: Mapping[str, Any],
 ) -> None:
     """Surgery, embedding, labels, drift; the model is in the fork at the end."""
@@ -281,19 +305,24 @@ def _extend(
             [study],
             out=run,
             resume=True,
-            device=device,
-            progress=progress,
             **options,
         )
         # a run in the fork is one in the store, at the state that is to come
         number = manifests.numbers(root)[-1] + 1
         training = {**extended.training, "store": str(root), "manifest": number}
         replace(extended, training=training).save(run)
-    trained = load_model(run)
+    trained, device = load_model(run), options["device"]
     if f"embedding:{name}" not in forked.study(study).entry.parts:
-        z = embed_study(trained, forked, study, device=device, progress=progress)
-        forked.extend_embedding(name, study, z, how_made(trained))
-    labels = _labels(forked, name, study)
+        z = embed_study(trained, forked, study, device=device, progress=options["progress"])
+        covered = [one for one in forked.manifest.studies if one.name != study]
+        old = [forked.part_array(one, f"embedding:{name}", "z") for one in covered]
+        write_index(forked, name, z, np.concatenate(old) if old else None, work / "index")
+        forked.extend_embedding(name, study, z, how_made(trained), index=work / "index")
+    labels = labels_by_neighbours(forked, name, study, false_unknown)
+    classes = labels_by_classifier(trained, forked, name, study, device)
+    unseen: tuple[UnseenGroup, ...] = ()
+    if labels:
+        unseen = group_unseen(trained, forked, study, embedding=name, label=f"{name}_label")
     unknown = labels.get("Unknown", 0) / max(1, sum(labels.values()))
     drift = measure_drift(
         trained,
@@ -301,27 +330,10 @@ def _extend(
         study,
         embedding=name,
         unknown_share=unknown if labels else None,
+        unseen=unseen,
         device=device,
     )
-    record = record_of(trained, before, study=study, labels=labels, drift=drift.to_json())
+    record = record_of(
+        trained, before, study=study, labels=labels, classes=classes, drift=drift.to_json()
+    )
     forked.write_model(name, run, record, after=before)
-
-
-def _labels(forked: CountStore, name: str, study: str) -> dict[str, int]:
-    """Label the study's cells by the other cells that have a label; cells of each label."""
-    column = f"{name}_label"
-    new = forked.obs_codes["study"] == forked.studies.index(study)
-    n_labelled = int((~new & (forked.obs_codes["label"] >= 0)).sum())
-    if n_labelled < 2:
-        return {}
-    if f"{column}_distance" not in forked.study(study).obs():
-        transfer_labels(
-            forked,
-            embedding=name,
-            reference=~new,
-            query=new,
-            name=column,
-            k=min(K, n_labelled - 1),
-        )
-    given = forked.study(study).obs()[column].value_counts()
-    return {str(label): int(n) for label, n in given.items() if n}

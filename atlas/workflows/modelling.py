@@ -379,7 +379,7 @@ def weights_digest(module: Model) -> str:
     """What the weights that training starts from are."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+        digest.update(name.encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

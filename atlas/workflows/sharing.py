@@ -20,6 +20,7 @@ from atlas.models import TrainedModel, load_model
 from atlas.store import CountStore
 from atlas.store.tables import kind_of
 from atlas.workflows.genes import GenesInStore
+from atlas.workflows.keeping import stored_model
 from atlas.workflows.rows import texts_of
 from atlas.workflows.streaming import CellStream
 
@@ -56,7 +57,7 @@ def share(
     store
         The store of the reference; cells of studies that the model knows are taken.
     model
-        The model, or its run folder.
+        The model, its run folder, or its name where it is kept with the store.
     to
         A new folder, or an archive: ``.tar.gz`` or ``.zip``.
     embedding
@@ -130,7 +131,7 @@ def prepare_share(
 
     Parameters and errors are those of :func:`share`.
     """
-    trained = model if isinstance(model, TrainedModel) else load_model(model)
+    trained = model if isinstance(model, TrainedModel) else _model(store, model)
     rows = _rows(store, trained)
     name = trained.name if embedding is None else embedding
     z = _embedding(store, name, rows)
@@ -152,6 +153,11 @@ def prepare_share(
         columns={column: _column(store, column, rows) for column in obs_columns},
         counts=None if view is None else (view, rows),
     )
+
+
+def _model(store: CountStore, model: str | PathLike[str]) -> TrainedModel:
+    kept = str(model) in store.models and not Path(model).exists()
+    return stored_model(store, str(model)) if kept else load_model(model)
 
 
 def _rows(store: CountStore, model: TrainedModel) -> Mask:

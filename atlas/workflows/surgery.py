@@ -15,6 +15,7 @@ import torch
 
 from atlas.config import Initialisation, LibraryKind, MissingGenes, Strategy, TrainConfig
 from atlas.errors import ConfigError, MissingColumnError, ModelError
+from atlas.ingest.orthologs import read_orthologs
 from atlas.models import LabelTree, TrainedModel, load_model
 from atlas.models.apart import KeepApart, principal_components
 from atlas.models.base import evaluating
@@ -36,18 +37,12 @@ from atlas.training.inputs import CellColumns, InputsBuilder
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import cell_columns, label_codes, label_names
-from atlas.workflows.genes import GenesInStore
+from atlas.workflows.genes import GenesInStore, check_overlap
 from atlas.workflows.modelling import library_prior, weights_digest
 from atlas.workflows.rows import texts_of
 from loaders import SequentialLoader
 
 Codes = npt.NDArray[np.int32]
-
-FEW_GENES = 0.8
-"""Share of the model's genes below which a study is warned of."""
-
-TOO_FEW_GENES = 0.5
-"""Share below which it is refused."""
 
 LR = 0.01
 """Few parameters are trained, in few steps: ten times the learning rate of a whole model."""
@@ -68,6 +63,7 @@ def extend_reference(
     strategy: Strategy = "conditions",
     initialisation: Initialisation = "nearest",
     label_key: str | None = None,
+    orthologs: str | PathLike[str] | None = None,
     missing: MissingGenes = "mask",
     keep_apart: float = 0.7,
     force: bool = False,
@@ -102,6 +98,10 @@ def extend_reference(
     label_key
         For scANVI: the obs column of the studies' labels; the reference's when None. Labels that
         the reference does not have become classes.
+    orthologs
+        Of a store of another species: a CSV or TSV of its genes and the model's, by name or Ensembl
+        id. One-to-one pairs are used, other genes are taken as not measured
+        (:mod:`atlas.ingest.orthologs`); the pairs are kept with the model.
     missing
         What to do with genes of the model that a study lacks: ``"mask"`` leaves them out of
         likelihood and softmax, as in training; ``"zero"`` takes them as measured and zero.
@@ -145,18 +145,22 @@ def extend_reference(
     check_reference(trained.module)
     names = _new_studies(trained, store, studies)
     check_run_folder(folder, resume=resume)
-    genes = GenesInStore.of(trained, store)
+    if orthologs is None:
+        genes = GenesInStore.of(trained, store)
+    else:
+        genes = GenesInStore.of_orthologs(trained, store, read_orthologs(orthologs))
     view = genes.select(store)
     assert isinstance(view, CountView)
     study_codes = store.obs_codes["study"]
     chosen = np.isin(study_codes, [store.studies.index(name) for name in names])
     presence = view.presence
     shares = {name: float(presence[store.studies.index(name)].mean()) for name in names}
-    _check_overlap(shares, len(trained.genes), store, force)
+    check_overlap(trained, shares, store, orthologs, force)
     if missing == "zero":
         presence[:] = True
 
     batches, codes = _batch_codes(trained, store, chosen)
+    _say_same_names(trained, batches)
     columns = _grown_columns(trained, store, chosen, label_key)
     labels = _grown_labels(trained, store, columns, chosen)
     values = cell_columns(store, columns, labels, chosen)
@@ -217,6 +221,7 @@ def extend_reference(
         describe={
             "reference": weights_digest(trained.module),
             "genes": list(trained.genes),
+            "orthologs": [list(pair) for pair in genes.orthologs],
             "batches": list(batches),
             "strategy": strategy,
             "initialisation": initialisation,
@@ -239,6 +244,7 @@ def extend_reference(
         keep_apart=keep_apart,
         zero_filled=missing == "zero",
         n_trained=n_trained,
+        orthologs=genes.orthologs,
     )
     extended = TrainedModel(
         module=merged(tuned.cpu(), reference, growth),
@@ -306,24 +312,6 @@ def _new_studies(
     return names
 
 
-def _check_overlap(shares: dict[str, float], n_genes: int, store: CountStore, force: bool) -> None:
-    """Warn of, or refuse, studies that lack genes of the model."""
-    said = {name: f"{name} has {share:.0%} of {n_genes:,}" for name, share in shares.items()}
-    if not force and (few := [said[n] for n, share in shares.items() if share < TOO_FEW_GENES]):
-        raise ModelError(
-            "A study has too few of the model's genes",
-            found="; ".join(few),
-            expected=f"{TOO_FEW_GENES:.0%} at least",
-            do="ingest it with gene names or accessions of the reference's kind (of its species: "
-            "--orthologs), or add it all the same with force (--force)",
-            path=store.path,
-        )
-    if some := [said[n] for n, share in shares.items() if share < FEW_GENES]:
-        warnings.warn(
-            f"Genes of the model are missing: {'; '.join(some)}", UserWarning, stacklevel=3
-        )
-
-
 def _batch_codes(
     model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_]
 ) -> tuple[tuple[str, ...], Codes]:
@@ -334,6 +322,18 @@ def _batch_codes(
     code_of[met] = len(model.batches) + np.arange(len(met))
     codes = np.where(chosen, code_of[own], 0).astype(np.int32)
     return tuple(store.batches[i] for i in met), codes
+
+
+def _say_same_names(model: TrainedModel, batches: Sequence[str]) -> None:
+    """Warn of names that batches of the reference have too: in a store they are of their study."""
+    known = {name.partition("/")[2] for name in model.batches} - {""}
+    if same := [name for name in batches if name.partition("/")[2] in known]:
+        warnings.warn(
+            "Batches have the names of batches of the reference, and are taken for other ones, "
+            f"with weights of their own: {', '.join(same[:5])}" + (", …" if len(same) > 5 else ""),
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _grown_columns(
@@ -369,7 +369,15 @@ def _grown_labels(
     if every is None:
         return tree
     met = np.unique(label_codes(store, columns.label, every)[chosen])
-    new = [names[i] for i in met if i >= 0 and names[i] not in tree.names]
+    met = met[met >= 0]
+    new = [names[i] for i in met if names[i] not in tree.names]
+    if len(met) and len(new) == len(met):
+        warnings.warn(
+            "None of the studies' labels is a class of the model, so all become new classes: "
+            f"{', '.join(new[:5])}; the model's are {', '.join(tree.names[:5])}",
+            UserWarning,
+            stacklevel=3,
+        )
     return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
 
 

@@ -13,18 +13,19 @@ import pandas as pd
 from atlas.config import VoteKernel
 from atlas.errors import ConfigError
 from atlas.evaluation.calibration import PUBLISHED, SetRule, UnknownRule, leave_out
-from atlas.evaluation.codes import Categories
 from atlas.evaluation.knn_labels import Answer, KnnLabels
 from atlas.evaluation.neighbours import Backend
 from atlas.evaluation.transfer_score import UNKNOWN, QueryScore, Transferred, score_query
+from atlas.hub import Package
 from atlas.models import LabelTree
 from atlas.store import CountStore
 from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
-from atlas.workflows.columns import Hierarchy, label_names, read_hierarchy
+from atlas.workflows.columns import Hierarchy, read_hierarchy
 from atlas.workflows.embedding import check_writable
-from atlas.workflows.rows import RowsOrMask, mask_of, texts_of
+from atlas.workflows.rows import RowsOrMask, mask_of
 from atlas.workflows.transfer_result import TransferredLabels
+from atlas.workflows.voting import labels_of, of_package, of_store
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -37,7 +38,7 @@ def transfer_labels(
     store: CountStore,
     *,
     embedding: str,
-    reference: RowsOrMask,
+    reference: RowsOrMask | Package,
     query: RowsOrMask = None,
     name: str | None = "transferred",
     k: int = 50,
@@ -81,7 +82,10 @@ def transfer_labels(
         Name of an embedding kept with it, in which reference and query lie.
     reference, query
         Cells by an obs column (``"study=a,b"``), or masks (n_obs,). Cells of the reference without
-        a label do not vote. Without a query all cells outside the reference are labelled.
+        a label do not vote. Without a query all cells outside the reference are labelled. Or the
+        reference is a package that was fetched (:func:`atlas.load_package`), whose cells need not
+        be in the store: the embedding is then one by its model extended. An index that is kept with
+        the embedding is searched.
     name
         Keep what is found as these obs columns: ``NAME`` (a label, or ``Unknown``),
         ``NAME_uncertainty``, ``NAME_distance``, with sets ``NAME_set`` (labels joined by ``"; "``),
@@ -107,7 +111,8 @@ def transfer_labels(
     seed
         Of samples: of cells that are left out, and of those by which distances are known.
     backend
-        Of :func:`atlas.evaluation.neighbours.nearest`.
+        Of :func:`atlas.evaluation.neighbours.nearest`; another than ``"auto"`` searches exactly and
+        without the index of the embedding.
 
     Raises
     ------
@@ -116,7 +121,8 @@ def transfer_labels(
         more than k labelled cells; there is nothing to calibrate by; an option is out of range;
         ``name`` is an obs column that was not made here.
     StoreError, ModelError
-        The store has no such embedding, or it holds values that are not finite.
+        The store has no such embedding, or it holds values that are not finite; its index is not
+        its own; or the cells of the package do not lie in it.
     """
     for option, share in (("false_unknown", false_unknown), ("sets", sets)):
         if share is not None and not 0 < share < 1:
@@ -125,27 +131,34 @@ def transfer_labels(
         check_name(name, "label column")
         check_writable(store, f"name={name!r}")
         _check_free(store, name)
-    voting, asked = _cells(store, reference, query)
-    z = store.embedding(embedding)
-    texts = _labels(store, label_key)
-    voting = voting[texts[voting] != ""]
-    if not len(voting):
-        raise ConfigError(
-            "The reference has no labelled cell",
-            found=f"{reference!r}, and no label " + (f"in {label_key!r}" if label_key else "there"),
-            expected="cells with labels",
-            do="give the obs column of the labels (--label-key), or label them by `atlas annotate`",
-            path=store.path,
+    calibrated = false_unknown is not None or sets is not None
+    groups = calibrate_by if calibrated else None
+    if isinstance(reference, Package):
+        asked = np.flatnonzero(mask_of(store, query))
+        z = store.embedding(embedding)
+        voting = of_package(
+            reference, store, z, embedding=embedding, label_key=label_key, groups=groups
+        )
+    else:
+        rows, asked = _cells(store, reference, query)
+        z = store.embedding(embedding)
+        voting = of_store(
+            store,
+            rows,
+            z,
+            embedding=embedding,
+            label_key=label_key,
+            groups=groups,
+            backend=backend,
         )
     parent_of = {} if hierarchy is None else read_hierarchy(hierarchy)
-    tree = _tree(set(texts[voting]), parent_of)
-    nodes = tree.codes(texts[voting]).astype(np.int64)
+    tree = _tree(set(voting.texts), parent_of)
+    nodes = tree.codes(voting.texts).astype(np.int64)
     options = {"k": k, "kernel": kernel, "seed": seed, "backend": backend}
-    knn = KnnLabels(z[voting], nodes, tree, **options)  # type: ignore[arg-type]
+    knn = KnnLabels(voting.z, nodes, tree, search=voting.search, **options)  # type: ignore[arg-type]
     left_out, unknown_rule, set_rule = None, PUBLISHED, None
-    if false_unknown is not None or sets is not None:
-        groups = _groups(store, calibrate_by)[voting]
-        left_out = leave_out(z[voting], nodes, groups, tree, **options)  # type: ignore[arg-type]
+    if voting.groups is not None:
+        left_out = leave_out(voting.z, nodes, voting.groups, tree, **options)  # type: ignore[arg-type]
         if false_unknown is not None:
             unknown_rule = left_out.unknown_rule(false_unknown)
         if sets is not None:
@@ -160,7 +173,7 @@ def transfer_labels(
     return TransferredLabels(
         table=table,
         counts={str(label): int(n) for label, n in table[column].value_counts().items()},
-        n_reference=len(voting),
+        n_reference=len(voting.z),
         k=k,
         kernel=kernel,
         mean_uncertainty=float(found.uncertainty[:, -1].mean()),
@@ -172,7 +185,7 @@ def transfer_labels(
         false_unknown=false_unknown,
         sets=sets,
         folds=() if left_out is None else left_out.folds(false_unknown, sets, per_label),
-        score=_score(found, texts[asked], tree, parent_of),
+        score=_score(found, labels_of(store, label_key)[asked], tree, parent_of),
         backend=knn.backend,
     )
 
@@ -243,22 +256,6 @@ def _cells(store: CountStore, reference: RowsOrMask, query: RowsOrMask) -> tuple
                 path=store.path,
             )
     return np.flatnonzero(voting), np.flatnonzero(asking)
-
-
-def _labels(store: CountStore, label_key: str | None) -> npt.NDArray[np.object_]:
-    """The label of each cell, "" for none."""
-    if label_key is None:
-        names = np.array([*store.labels, ""], object)
-        return names[store.obs_codes["label"]]
-    texts = texts_of(store, label_key)
-    known = texts.isin(label_names(store, label_key))
-    return texts.where(known, "").to_numpy(object)
-
-
-def _groups(store: CountStore, column: str) -> Categories:
-    """What is left out in turn; cells without a value never are."""
-    texts = texts_of(store, column).astype("category")
-    return Categories(texts.cat.codes.to_numpy(), list(texts.cat.categories))
 
 
 def _tree(labels: set[str], parent_of: Mapping[str, str]) -> LabelTree:

@@ -20,6 +20,8 @@ import atlas.store.base
 import atlas.store.fork
 import atlas.training.loop
 import atlas.workflows.living as living
+import atlas.workflows.newcomers as newcomers
+from atlas.evaluation.index import NeighborIndex
 
 OPTIONS: dict[str, Any] = {
     "study": "kang",
@@ -63,7 +65,11 @@ def steps() -> dict[str, tuple[Any, str, Callable[..., Any]]]:
         "within surgery": (trainer, "save", _after(trainer.save, 3)),
         "after surgery": (living, "extend_reference", _after(living.extend_reference)),
         "embedding": (living, "embed_study", _kill),
-        "after the labels": (living, "transfer_labels", _after(living.transfer_labels)),
+        "index": (living, "write_index", _after(living.write_index)),
+        "within the index": (NeighborIndex, "save", _kill),
+        "index linked": (atlas.store.base.embeddings, "copy_part", _kill),
+        "after the labels": (newcomers, "transfer_labels", _after(newcomers.transfer_labels)),
+        "after the groups": (living, "group_unseen", _after(living.group_unseen)),
         "drift": (living, "measure_drift", _kill),
         "model": (
             atlas.store.base.models,

@@ -12,45 +12,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from anndata import AnnData
+from living_helpers import KEYS, SMALL, files_of, living_atlas, train_small, update
 from workflows_helpers import study as make_study
 
 import atlas
 from atlas.cli import main
 from atlas.errors import (
-    ConfigError,
     CorruptStoreError,
-    CountsError,
-    InputError,
     LockedError,
     ModelError,
     OutputError,
     StoreError,
-    StudyExistsError,
 )
-from atlas.store import manifest as manifests
 from atlas.workflows import living
-
-KEYS = {"batch_key": "batch", "label_key": "cell_type"}
-SMALL: dict[str, Any] = {"minibatch_size": 64, "average_steps": 4, "threads": 1, "device": "cpu"}
-
-
-def _train(store: atlas.CountStore, out: Path, **options: Any) -> Path:
-    settings = {"n_hidden": 16, "n_latent": 3, "max_epochs": 2, "lr": 1e-2, **SMALL, **options}
-    atlas.train(store, "scvi", out=out, genes=list(store.var.index), **settings)
-    return out
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``s.atlas`` of two studies with a model kept, its run, and a study to add: ``q.h5ad``."""
-    folder = tmp_path_factory.mktemp("living")
-    store = atlas.create_store(folder / "s.atlas")
-    for i in (1, 2):
-        store.append(make_study(i, 300, range(60)), study=f"reference_{i}", **KEYS)
-    atlas.keep(store, _train(store, folder / "run"), device="cpu")
-    make_study(3, 200, range(60)).write_h5ad(folder / "q.h5ad")
-    return folder
+    """``s.atlas`` with a model kept, its run, and ``q.h5ad``."""
+    return living_atlas(tmp_path_factory.mktemp("living"))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +38,7 @@ def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store after one update; tests do not write to it."""
     path = tmp_path_factory.mktemp("updated") / "s.atlas"
     shutil.copytree(made / "s.atlas", path)
-    _update(path, made / "q.h5ad")
+    update(path, made / "q.h5ad", false_unknown=None)
     return path
 
 
@@ -66,19 +46,6 @@ def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store(made: Path, tmp_path: Path) -> Path:
     """A copy of the store to write to."""
     return Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
-
-
-def _update(store: Path, source: Path | AnnData, **options: Any) -> living.UpdateReport:
-    chosen = {"study": "kang", "model": "scvi", "ingest": KEYS, "max_epochs": 2, **SMALL}
-    return atlas.update(store, source, **{**chosen, **options})
-
-
-def _files(store: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(store).as_posix(): path.read_bytes()
-        for path in store.rglob("*")
-        if path.is_file() and path.name != "writer.lock"
-    }
 
 
 def test_a_model_is_kept_with_its_embedding_and_record(made: Path) -> None:
@@ -209,7 +176,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
         "manifests": [f"00000{i}.json" for i in range(1, 5)],
         "notes": [],
     }
-    assert len(found) == 11
+    assert len(found) == 15
     for name, outcome in found.items():
         assert outcome["killed"], name
         last = name == "at-the-end"
@@ -217,6 +184,8 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
         gone_on = ["going on with the update that was interrupted"]
         expected = ["the update was whole already"] if last else gone_on
         begun = name != "after-the-fork"
+        if name == "ingest":
+            expected = [*gone_on, "going on with the ingest that was interrupted"]
         assert outcome["notes"] == (expected if begun else []), name
         store = atlas.open_store(tmp_path / name)
         assert store.number == straight.number == 5
@@ -227,58 +196,14 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
             ]
             assert weights[0] == weights[1], name
         np.testing.assert_array_equal(store.embedding("scvi"), straight.embedding("scvi"))
+        index, whole = (one.manifest.embeddings["scvi"].index for one in (store, straight))
+        assert index == whole is not None, name  # the same path and digests
         assert store.obs().equals(straight.obs()), name
         records = [one.model_record("scvi") for one in (store, straight)]
         assert records[0]["drift"] == records[1]["drift"], name
         assert store.fingerprint == straight.fingerprint
         assert atlas.verify(tmp_path / name).whole
         assert {p.name for p in store.path.iterdir()} == {p.name for p in straight.path.iterdir()}
-
-
-def _log_normalised(path: Path) -> Path:
-    adata = make_study(3, 200, range(60))
-    adata.X = np.log1p(adata.X)
-    adata.write_h5ad(path / "log.h5ad")
-    return path / "log.h5ad"
-
-
-def _other_genes(path: Path, n_known: int) -> Path:
-    adata = make_study(3, 200, range(60))
-    others = [f"ENSMUSG{i:011d}" for i in range(n_known, 60)]
-    adata.var_names = [*adata.var_names[:n_known], *others]
-    adata.write_h5ad(path / "mouse.h5ad")
-    return path / "mouse.h5ad"
-
-
-def test_bad_input_leaves_everything_as_it_was(made: Path, store: Path, tmp_path: Path) -> None:
-    before = _files(store)
-    query = made / "q.h5ad"
-    with pytest.raises(StudyExistsError, match="in the store already\n  found: reference_2"):
-        _update(store, query, study="reference_2")
-    with pytest.raises(CountsError):
-        _update(store, _log_normalised(tmp_path))
-    with pytest.raises(InputError, match="no gene in common with the store"):
-        _update(store, _other_genes(tmp_path, 0))
-    with pytest.raises(ModelError, match=r"too few of the model's genes\n  found: kang has 30%"):
-        _update(store, _other_genes(tmp_path, 18))
-    with pytest.raises(StoreError, match=r"no such model\n  found: scanvi\n  expected: one of s"):
-        _update(store, query, model="scanvi")
-    with pytest.raises(ConfigError, match="leaves the reference where it is"):
-        _update(store, query, strategy="all")
-    with pytest.raises(ConfigError, match="no such options\n  found: epochs"):
-        _update(store, query, epochs=3)
-    with pytest.raises(ConfigError, match="cannot have this name"):
-        _update(store, query, study="../kang")
-    assert _files(store) == before
-
-
-def test_a_second_update_is_refused_by_the_lock(made: Path, store: Path) -> None:
-    with (
-        manifests.writer(store, "update other"),
-        pytest.raises(LockedError, match=r"Another writer is at work[\s\S]*: update other"),
-    ):
-        _update(store, made / "q.h5ad")
-    assert not list(store.glob(".update-*"))
 
 
 def test_the_store_is_locked_and_as_it_was_until_the_end(
@@ -295,27 +220,8 @@ def test_the_store_is_locked_and_as_it_was_until_the_end(
 
     measure = living.measure_drift
     monkeypatch.setattr(living, "measure_drift", look)
-    _update(store, made / "q.h5ad")
+    update(store, made / "q.h5ad")
     assert seen == [(4, ("reference_1", "reference_2"), 1)]
-
-
-def test_a_full_disk_is_an_error_and_the_same_call_goes_on(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    before = _files(store / "manifests")
-    with monkeypatch.context() as patch:
-        patch.setattr("atlas.store.fork.os.link", full)
-        with pytest.raises(StoreError, match="No space left"):
-            _update(store, made / "q.h5ad")
-    assert _files(store / "manifests") == before
-    assert not (store / "studies" / "kang").exists()
-    assert _update(store, made / "q.h5ad").notes == (
-        "going on with the update that was interrupted",
-    )
-    assert atlas.verify(store).whole
 
 
 def test_another_request_or_state_starts_anew(
@@ -327,11 +233,11 @@ def test_another_request_or_state_starts_anew(
     with monkeypatch.context() as patch:
         patch.setattr(living, "extend_reference", stop)
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            _update(store, made / "q.h5ad")
+            update(store, made / "q.h5ad")
         with pytest.raises(KeyboardInterrupt):
-            _update(store, made / "q.h5ad", max_epochs=1)
+            update(store, made / "q.h5ad", max_epochs=1)
     atlas.open_store(store).record_genes(["gene1", "gene2"], "given", 2)
-    report = _update(store, made / "q.h5ad", max_epochs=1)
+    report = update(store, made / "q.h5ad", max_epochs=1)
     assert report.notes == (
         "an interrupted update was not gone on with: it was of another manifest",
     )
@@ -344,7 +250,7 @@ def test_the_counts_of_the_reference_are_not_needed(made: Path, updated: Path, s
     for array in ("data", "indices"):
         for i in (1, 2):
             shutil.rmtree(store / f"studies/reference_{i}/X/{array}/c")
-    _update(store, made / "q.h5ad")
+    update(store, made / "q.h5ad", false_unknown=None)
     one, other = (atlas.open_store(path) for path in (store, updated))
     np.testing.assert_array_equal(one.embedding("scvi"), other.embedding("scvi"))
     assert one.obs().equals(other.obs())
@@ -356,7 +262,7 @@ def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Pat
     before = atlas.open_store(store).embedding("scvi")
     more = make_study(4, 150, range(60))[:, :50].copy()
     more.var_names = [*more.var_names[:48], "new_1", "new_2"]
-    made_report = _update(store, more, study="stim", max_epochs=1)
+    made_report = update(store, more, study="stim", max_epochs=1)
     assert (made_report.version, made_report.manifest) == (3, 6)
     opened = atlas.open_store(store)
     assert opened.n_vars == 62
@@ -380,7 +286,7 @@ def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Pat
     assert report.embeddings == ("scvi",)
     assert opened.embedding("scvi").shape == (750, 3)
     with pytest.raises(ModelError, match="knows a study of this name, which was dropped"):
-        _update(store, made / "q.h5ad")
+        update(store, made / "q.h5ad")
 
 
 def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path: Path) -> None:
@@ -398,7 +304,7 @@ def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path
     with pytest.raises(ModelError, match="found: another model extended"):
         atlas.keep(opened, behind, "scvi", device="cpu")
     with pytest.raises(ModelError, match=r"do not cover the store\n  found: no embedding of late"):
-        _update(store, made / "q.h5ad", study="again")
+        update(store, made / "q.h5ad", study="again")
     before = opened.manifest.studies
     atlas.extend_reference(opened.model_folder("scvi"), opened, ["late"], out=after, **few)
     assert atlas.keep(opened, after, device="cpu") == 3
@@ -407,7 +313,7 @@ def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path
         assert old == new  # rows of the embedding were left where they are
     assert opened.embedding("scvi").shape == (900, 3)
     assert atlas.keep(opened, behind, "other", device="cpu") == 1  # a name of its own
-    anew = _train(opened, tmp_path / "anew", max_epochs=1)
+    anew = train_small(opened, tmp_path / "anew", max_epochs=1)
     assert atlas.keep(opened, anew, device="cpu") == 4
     assert opened.model_record("scvi")["parent"] is None
     z = atlas.embed(atlas.load_model(anew), opened, name=None, device="cpu")
@@ -441,7 +347,7 @@ def test_stores_of_the_version_before_are_read(made: Path, tmp_path: Path) -> No
 
 
 def test_an_earlier_state_is_checked_out_by_links(updated: Path, tmp_path: Path) -> None:
-    before = _files(updated)
+    before = files_of(updated)
     made = atlas.checkout(updated, 4, tmp_path / "old.atlas")
     assert (made.number, made.studies) == (4, ("reference_1", "reference_2"))
     assert dict(made.models) == {"scvi": 1}
@@ -452,7 +358,7 @@ def test_an_earlier_state_is_checked_out_by_links(updated: Path, tmp_path: Path)
     )
     made.annotate(made.obs()[["cell_type"]].rename(columns={"cell_type": "copy"}))
     made.drop("reference_2", purge=True)
-    assert _files(updated) == before
+    assert files_of(updated) == before
     with pytest.raises(OutputError, match="something here already"):
         atlas.checkout(updated, 4, tmp_path / "old.atlas")
     with pytest.raises(StoreError, match="no manifest of this number"):
@@ -485,3 +391,11 @@ def test_the_commands(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "models that know it, and stay as they are: second 2" in out
     assert "embeddings, now without its cells: second" in out
+
+
+def test_a_model_is_shared_by_the_name_it_is_kept_under(updated: Path, tmp_path: Path) -> None:
+    store = atlas.open_store(updated)
+    atlas.share(store, "scvi", tmp_path / "package")
+    package = atlas.load_package(tmp_path / "package")
+    np.testing.assert_array_equal(package.embedding, store.embedding("scvi"))
+    assert package.studies.names == ("reference_1", "reference_2", "kang")

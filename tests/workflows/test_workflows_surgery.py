@@ -347,3 +347,17 @@ def test_genes_of_another_kind(references: dict[str, Path], tmp_path: Path) -> N
             **options,
         )
     assert made.presence[-1].sum() == 20
+
+
+def test_labels_of_which_the_model_knows_none(references: dict[str, Path], tmp_path: Path) -> None:
+    query = make_study(6, 200, range(60))
+    query.obs["cell_type"] = ["other " + name for name in query.obs["cell_type"]]
+    store = atlas.create_store(tmp_path / "q.atlas")
+    store.append(query, study="query", batch_key="batch", label_key="cell_type")
+    with pytest.warns(UserWarning, match=r"None of the studies' labels is a class.*other type_1"):
+        made = atlas.extend_reference(
+            references["scanvi"], store, out=tmp_path / "run", label_key="cell_type", **COMMON
+        )
+    known = atlas.load_model(references["scanvi"]).labels.names
+    assert made.labels.names == (*known, *made.surgery[0].labels)
+    assert set(made.surgery[0].labels) >= {f"other type_{i}" for i in range(1, 5)}
