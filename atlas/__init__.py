@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from atlas.workflows import (
         baseline,
+        bench,
         checkout,
         compare,
         differential_expression,
@@ -66,6 +67,7 @@ _HOME = {
     "ScviDataModule": "atlas.hub.scvi_data",
     "TrainedModel": "atlas.models",
     "baseline": "atlas.workflows",
+    "bench": "atlas.workflows",
     "checkout": "atlas.workflows",
     "compare": "atlas.workflows",
     "convert_store": "atlas.store",
@@ -115,6 +117,7 @@ __all__ = [
     "ScviDataModule",
     "TrainedModel",
     "baseline",
+    "bench",
     "checkout",
     "compare",
     "convert_store",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
-from atlas.cli import applied, commands, living, measuring, sharing, transfer
+from atlas.cli import applied, benching, commands, living, measuring, sharing, transfer
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -142,6 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", required=True, metavar="PATH")
     sub.add_argument("--threads", type=int, help="as many as cores if not given")
+
+    benching.add_bench(command)
 
     sub = command("train", commands.train, "train a model on all studies of a store")
     sub.add_argument("store")

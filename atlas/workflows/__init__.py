@@ -23,6 +23,7 @@ from atlas.workflows.per_batch import embed_per_batch
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
 from atlas.workflows.results import check_scores_path, compare, evaluate, report, write_scores
+from atlas.workflows.scaling import bench
 from atlas.workflows.seeding import SeedLabels, seed_labels
 from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
@@ -34,6 +35,7 @@ __all__ = [
     "StoreInfo",
     "TransferredLabels",
     "baseline",
+    "bench",
     "check_scores_path",
     "check_target",
     "checkout",
