@@ -17,7 +17,7 @@ from loaders.pipeline import Pipeline, Work, default_threads
 from loaders.plan import EpochPlan, sizes
 from loaders.pool import POOL
 from loaders.reader import Ahead, read_held
-from loaders.selection import RowsLike, Selection
+from loaders.selection import Ints, RowsLike, Selection
 from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
 from loaders.stalls import Stalls
 from loaders.state import Fingerprint, Position, restore, save
@@ -294,6 +294,10 @@ class MinibatchLoader:
         position = restore(state, self._fingerprint(), self.steps_per_epoch)
         self._end_iteration()
         self._go_to(position)
+
+    def rows_of(self, epoch: int, step: int) -> Ints:
+        """Rows of the source in a minibatch of any epoch, this rank's: int64, (n_rows,)."""
+        return next(self._plan_of(epoch=epoch).minibatches(step))
 
     def skip_to_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless the loader is in it already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from atlas.training.progress import ProgressLine, deferred_interrupt
 from atlas.training.ranks import Ranks, told_of_peers
 from atlas.training.schedule import KlSchedule, epochs_without_improvement
 from atlas.training.state import TrainingState, seeded
+from atlas.training.writing import io_errors
 from loaders import Minibatch, SequentialLoader
 
 Penalty = Callable[[Model, Inputs], Tensor | None]
@@ -34,6 +36,9 @@ Penalty = Callable[[Model, Inputs], Tensor | None]
 
 _READ_SECONDS = 1.0
 """How often losses are read from the device, to show them and to see that they are finite."""
+
+_ROWS = "not_finite.json"
+"""Rows of the step whose loss was not finite, in the run folder."""
 
 _ASKED_STEPS = 16
 """Steps after which ranks look whether one of them was asked to stop."""
@@ -252,7 +257,8 @@ class Trainer:
             self.unread.clear()
             for step, objective in enumerate(objectives, first_step):
                 if not math.isfinite(objective):
-                    raise self.not_finite("The loss is not finite", objective, step)
+                    listed = self.list_rows(step)
+                    raise self.not_finite("The loss is not finite", objective, step, listed)
         self.read_at = time.monotonic()
         return tuple((state.sums / state.epoch_cells).tolist())
 
@@ -282,11 +288,22 @@ class Trainer:
             f"({self.out})"
         )
 
-    def not_finite(self, what: str, found: object, step: int) -> TrainingError:
+    def list_rows(self, step: int) -> str:
+        """Write the rows of a step, counted from 1 over the training; says which and where."""
+        loader = self.state.loader
+        epoch = self.epoch - 1
+        rows = loader.rows_of(epoch, step - 1 - epoch * loader.steps_per_epoch).tolist()
+        with io_errors("The rows of the step cannot be written", self.out):
+            content = {"epoch": self.epoch, "step": step, "rows": rows}
+            (self.out / _ROWS).write_text(json.dumps(content) + "\n")
+        some = ", ".join(map(str, rows[:5]))
+        return f"; its rows of the store are {some}, … ({len(rows)}, listed in {_ROWS})"
+
+    def not_finite(self, what: str, found: object, step: int, listed: str = "") -> TrainingError:
         """The error for a value that cannot be trained on."""
         return TrainingError(
             what,
-            found=f"{found} at step {step}, epoch {self.epoch}",
+            found=f"{found} at step {step}, epoch {self.epoch}{listed}",
             expected="a finite number",
             do="train with a lower --lr or without --precision bfloat16, and look for extreme "
             "counts; the last checkpoint is as it was",

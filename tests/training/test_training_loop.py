@@ -22,6 +22,7 @@ from atlas.models.base import Conditions, Inputs, Losses, Model
 from atlas.models.build import build_model
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.history import History
+from atlas.training.inputs import InputsBuilder
 from atlas.training.loop import fit
 from atlas.training.state import seeded_generator
 from loaders import ArraySource, SequentialLoader
@@ -383,8 +384,18 @@ def test_early_stopping_needs_validation(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model()
+    seen: list[list[int]] = []
+    take = InputsBuilder.__call__
+
+    def taking(self: InputsBuilder, minibatch: Any) -> Inputs:
+        seen.append(minibatch.rows.tolist())
+        return take(self, minibatch)
+
+    monkeypatch.setattr(InputsBuilder, "__call__", taking)
 
     def spoil(call: int) -> None:
         if call == STEPS + 3:
@@ -394,6 +405,9 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="nan at step 8, epoch 2") as caught:
         train(tmp_path, Hooked(model, spoil), replace(CONFIG, checkpoint_steps=1))
     assert "the last checkpoint is as it was" in str(caught.value)
+    told = json.loads((tmp_path / "not_finite.json").read_text())
+    assert (told["epoch"], told["step"]) == (2, 8)
+    assert told["rows"] == seen[-1]
     checkpoint = load_checkpoint(tmp_path)
     assert checkpoint is not None
     assert checkpoint.progress.step == 7
