@@ -242,6 +242,7 @@ def _listed(text: str | None) -> list[str]:
 
 def embed(options: argparse.Namespace) -> None:
     from atlas import load_model, open_store, workflows
+    from atlas.training.ranks import first_rank
 
     store = open_store(options.store)
     model = load_model(options.model)
@@ -252,7 +253,8 @@ def embed(options: argparse.Namespace) -> None:
         given |= {"max_epochs": options.max_epochs, "resume": options.resume}
         z = workflows.embed_per_batch(model, store, out=options.per_batch, **given)
         name = options.name or f"{model.name}_batch"
-    print(f"embedding {name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
+    if first_rank():
+        print(f"embedding {name}: {z.shape[0]:,} cells × {z.shape[1]} dimensions")
 
 
 def seed_labels(options: argparse.Namespace) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from atlas.errors import ConfigError
 from atlas.models import TrainedModel
 from atlas.provenance import command, versions
 from atlas.store import CountStore, FilesSource
 from atlas.store.options import check_name
+from atlas.training.environment import resolve_device
+from atlas.training.ranks import first_rank, joined
 from atlas.workflows.modelling import weights_digest
 from atlas.workflows.streaming import CellStream
 
@@ -28,6 +31,8 @@ def embed(
 
     Each minibatch lies in one study and has the same number of rows, the last one padded with
     empty cells, so that the embedding of a cell does not depend on what else is in the store.
+    Started by ``torchrun``, each process embeds a share of the cells and returns all of them; the
+    first keeps them.
 
     Parameters
     ----------
@@ -57,11 +62,19 @@ def embed(
     if name is not None:
         check_name(name, "embedding")
         check_writable(store, f"name={name!r}")
-    stream = CellStream(model, store, device=device, progress="embedding" if progress else None)
-    out = np.empty((store.n_obs, model.config.n_latent), np.float32)
-    for cells in stream:
-        out[cells.rows] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
-    if name is not None and isinstance(store, CountStore):
+    out = np.zeros((store.n_obs, model.config.n_latent), np.float32)
+    with joined(device) as ranks:
+        mine = np.zeros(store.n_obs, bool)
+        mine[slice(*(store.n_obs * (ranks.rank + i) // ranks.world_size for i in (0, 1)))] = True
+        showing = "embedding" if progress and ranks.first else None
+        rows = None if ranks.alone else mine
+        if ranks.alone or mine.any():
+            for cells in CellStream(model, store, rows=rows, device=device, progress=showing):
+                out[cells.rows] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
+        if not ranks.alone:  # each row is 0 but on one of them
+            whole = torch.from_numpy(out).to(resolve_device(device))
+            out = ranks.add_up(whole).cpu().numpy()
+    if name is not None and isinstance(store, CountStore) and first_rank():
         store.write_embedding(name, out, how_made(model))
     return out
 

@@ -54,20 +54,22 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def command(ranks: int, *arguments: str) -> list[str]:
+def command(ranks: int, *arguments: str, name: str = "train") -> list[str]:
     if ranks == 1:
-        return [*COMMAND, "atlas", "train", *arguments]
+        return [*COMMAND, "atlas", name, *arguments]
     start = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [*COMMAND, *start, "-m", "atlas", "train", *arguments]
+    return [*COMMAND, *start, "-m", "atlas", name, *arguments]
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
 
-def run(ranks: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def run(
+    ranks: int, arguments: Sequence[str], name: str = "train"
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(ranks, *arguments),
+        command(ranks, *arguments, name=name),
         capture_output=True,
         text=True,
         check=False,
@@ -115,6 +117,21 @@ def test_the_trajectory_is_that_of_one_process(
     weights = [load_file(out / "weights.safetensors") for out in outs.values()]
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
+def test_the_embedding_is_that_of_one_process(store_path: Path, tmp_path: Path) -> None:
+    store = atlas.open_store(store_path)
+    options: dict[str, Any] = {"max_epochs": 1, "n_hidden": 8, "device": "cpu"}
+    atlas.train(store, out=tmp_path / "run", **options)
+    found = []
+    for ranks in (1, 2):
+        given = [str(tmp_path / "run"), str(store_path), "--name", f"z{ranks}", "--device", "cpu"]
+        done = run(ranks, given, "embed")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("410 cells × 10 dimensions") == 1
+        found.append(atlas.open_store(store_path).embedding(f"z{ranks}"))
+    assert np.array_equal(*found)
 
 
 @pytest.mark.long
