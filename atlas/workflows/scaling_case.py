@@ -35,6 +35,8 @@ _ADDED = 2000
 _SEARCHED, _K = 5000, 50
 _LATENT = 10
 _WARM = 20
+_SECONDS = 3.0
+"""The loader reads whole epochs for so long at least."""
 
 Case = dict[str, Any]
 """The task and its settings, see :func:`atlas.workflows.scaling.bench`."""
@@ -133,11 +135,13 @@ def _trained(store: CountStore, case: Case, out: Path, **options: Any) -> Traine
 def _loader(case: Case, folder: Path) -> Case:
     store = _store(case)
     loader = MinibatchLoader(store, case["minibatch_size"], case["seed"])
-    minibatches = iter(loader)
-    for _ in range(min(_WARM, loader.steps_per_epoch // 4)):
-        next(minibatches)
+    for _, minibatch in zip(range(_WARM), loader, strict=False):
+        assert minibatch.n_rows
+    cells = 0
     with measured() as found:
-        cells = sum(minibatch.n_rows for minibatch in minibatches)
+        began = time.perf_counter()
+        while time.perf_counter() - began < _SECONDS:
+            cells += sum(minibatch.n_rows for minibatch in loader)
     return _outcome(found, cells, "cells/s")
 
 
