@@ -22,6 +22,7 @@ from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
 from atlas.models import SCANVI, LabelTree, Model, TrainedModel, build_model, load_model
+from atlas.models.start import start_at
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.split import Split, ranges_of
@@ -44,6 +45,7 @@ from atlas.workflows.rows import (
     rows_where,
     split_within,
 )
+from atlas.workflows.starting import profile_of
 from loaders import RowSource, SequentialLoader
 
 
@@ -219,6 +221,8 @@ def train(
                 path=store.path,
             )
         split = Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
+    if start_from is None and split.train:
+        start_at(module, profile_of(view, split.train, seed))
     values = cell_columns(store, columns, labels, chosen)
     if rows is not None:
         values = dataclasses.replace(values, batch=codes)
