@@ -26,6 +26,7 @@ from atlas.models.start import start_at
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView, FilesSource
 from atlas.store.split import Split, ranges_of
+from atlas.training.loading import n_rows
 from atlas.training.loop import fit
 from atlas.training.ranks import Ranks, first_rank, joined
 from atlas.training.run import check_run_folder
@@ -221,7 +222,7 @@ def train(
                 path=store.path,
             )
         split = Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
-    if start_from is None and split.train:
+    if start_from is None and n_rows(split.train):
         start_at(module, profile_of(view, split.train, seed))
     values = cell_columns(store, columns, labels, chosen)
     if rows is not None:

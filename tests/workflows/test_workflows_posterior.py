@@ -114,7 +114,7 @@ def test_library_observed_and_latent(applied: Applied, tmp_path: Path) -> None:
         store,
         out=tmp_path / "run",
         genes=list(model.genes),
-        max_epochs=8,
+        max_epochs=16,
         library="latent",
         lr=1e-2,
         minibatch_size=64,
