@@ -20,7 +20,7 @@ _LEAST_THETA, _MOST_THETA = 0.05, 50.0
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class GeneProfile:
     """Moments of each gene over cells.
 
     Attributes
@@ -42,7 +42,7 @@ class Profile:
         counts: sparse.csr_matrix,
         study: npt.NDArray[np.int32],
         presence: npt.NDArray[np.bool_],
-    ) -> Profile:
+    ) -> GeneProfile:
         """The profile of some cells.
 
         Parameters
@@ -74,13 +74,13 @@ class Profile:
         )
 
 
-def start_at(model: Model, profile: Profile) -> None:
+def start_at(model: Model, profile: GeneProfile) -> None:
     """Let a model of counts that is not trained yet decode every z to about the mean profile.
 
     The papers leave the initial weights open, and public code draws them all at random. Then the
-    output has to learn the mean of every gene first, which takes Adam a thousand steps; z is noise
-    meanwhile, the decoder learns not to look at it, and with two layers and LayerNorm the posterior
-    falls to the prior and may stay there: benchmarks/LOG.md has by how much. So the biases of the
+    output has to learn the mean of every gene first, and z is noise meanwhile. With two layers and
+    LayerNorm the posterior then falls to the prior in some trainings of few steps and stays there;
+    not from here (benchmarks/LOG.md, "Where training starts"). So the biases of the
     last layer begin at the logarithm of the mean profile, dispersions at those of the counts. Other
     models are left as they are.
     """

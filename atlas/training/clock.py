@@ -15,14 +15,14 @@ from atlas.training.writing import io_errors
 from loaders.stalls import Stalls
 
 STAGES = ("waiting", "copying", "forward", "backward", "optimiser", "between")
-"""What the training does with its time, one after the other; see :class:`Profile`."""
+"""What the training does with its time, one after the other; see :class:`Times`."""
 
 _STARVED = 0.3
 _JUDGED_SECONDS = 5.0
 
 
 @dataclass
-class Profile:
+class Times:
     """Seconds of a training by stage.
 
     Attributes
@@ -74,7 +74,7 @@ class Clock:
     """
 
     def __init__(self, device: torch.device, *, on: bool) -> None:
-        self.profile = Profile()
+        self.times = Times()
         self._device, self._on = device, on
         self._at = time.perf_counter()
         self._warned = False
@@ -86,7 +86,7 @@ class Clock:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.profile.seconds[stage] += now - self._at
+        self.times.seconds[stage] += now - self._at
         self._at = now
 
     def end_epoch(self, stalls: Stalls, seconds: float, cells: int) -> None:
@@ -100,9 +100,9 @@ class Clock:
             Of the epoch, without validation.
         """
         told = stalls.seconds
-        self.profile.reading += told["reading"]
-        self.profile.gathering += told["gathering"]
-        self.profile.cells += cells
+        self.times.reading += told["reading"]
+        self.times.gathering += told["gathering"]
+        self.times.cells += cells
         share = told["wait_for_minibatch"] / max(seconds, 1e-9)
         if seconds < _JUDGED_SECONDS or share < _STARVED or self._warned:
             return

@@ -161,7 +161,7 @@ def fit(
             with ProgressLine(config.max_epochs, epoch_cells, done, show=show) as line:
                 trainer.run(line)
             if config.profile and ranks.first:
-                trainer.clock.profile.write(out, show=progress)
+                trainer.clock.times.write(out, show=progress)
             model.load_state_dict(state.final_weights() if state.best is None else state.best)
             if alternation is not None:
                 # The classifier was trained on the last encoder, not on the average that is kept.

@@ -65,7 +65,7 @@ class TrainingState:
     model: Model
     optimizer: torch.optim.Adam
     loader: MinibatchLoader
-    generator: torch.Generator | SharedGenerator
+    generator: torch.Generator
     sums: Tensor
     step: int = 0
     epoch_cells: int = 0

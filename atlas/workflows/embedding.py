@@ -15,7 +15,7 @@ from atlas.store import CountStore, FilesSource
 from atlas.store.options import check_name
 from atlas.training.environment import resolve_device
 from atlas.training.ranks import first_rank, joined
-from atlas.workflows.modelling import weights_digest
+from atlas.workflows.starting import weights_digest
 from atlas.workflows.streaming import CellStream
 
 

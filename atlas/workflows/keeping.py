@@ -20,7 +20,7 @@ from atlas.store.fork import fork
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable, embed_study, how_made
 from atlas.workflows.indexing import write_index
-from atlas.workflows.modelling import weights_digest
+from atlas.workflows.starting import weights_digest
 
 
 def stored_model(store: CountStore, name: str, version: int | None = None) -> TrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import shutil
 import sys
 import warnings
@@ -13,18 +12,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
 from atlas.config import ARCHITECTURES, Architecture, ScanviConfig, ScviConfig, TrainConfig
-from atlas.errors import ConfigError, ModelError
+from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
-from atlas.models import SCANVI, LabelTree, Model, TrainedModel, build_model, load_model
+from atlas.models import SCANVI, LabelTree, TrainedModel, build_model, load_model
 from atlas.models.start import start_at
 from atlas.provenance import command, versions
-from atlas.store import CountStore, CountView, FilesSource
+from atlas.store import CountStore, FilesSource
 from atlas.store.split import Split, ranges_of
 from atlas.training.loading import n_rows
 from atlas.training.loop import fit
@@ -46,8 +41,13 @@ from atlas.workflows.rows import (
     rows_where,
     split_within,
 )
-from atlas.workflows.starting import profile_of
-from loaders import RowSource, SequentialLoader
+from atlas.workflows.starting import (
+    library_prior,
+    profile_of,
+    take_weights,
+    weights_digest,
+)
+from loaders import RowSource
 
 
 def default_epochs(n_obs: int) -> int:
@@ -201,7 +201,7 @@ def train(
     )
     if isinstance(module, SCANVI) and start_from is not None:
         begin = start_from if isinstance(start_from, TrainedModel) else load_model(start_from)
-        _start_from(module, begin, genes, known)
+        take_weights(module, begin, genes, known)
     projected = folder / "projected"
     progress = progress and first_rank()
     if not training.project and progress and (line := advice(view, epochs, folder)):
@@ -349,63 +349,3 @@ def _labels(
         )
     parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
     return LabelTree.make(names, parent_of, unobserved)
-
-
-def _start_from(
-    module: SCANVI, begin: TrainedModel, genes: Sequence[str], batches: Sequence[str]
-) -> None:
-    """Give a scANVI the weights of a trained scVI."""
-    config = module.config.to_json()
-    own = {f.name: config[f.name] for f in dataclasses.fields(ScviConfig)}
-    sides = (
-        {"model": begin.name, **begin.config.to_json(), "batches": list(begin.batches)},
-        {"model": "scvi", **own, "batches": list(batches)},
-    )
-    differing = [name for name in sides[1] if sides[0].get(name) != sides[1][name]]
-    if tuple(begin.genes) != tuple(genes):
-        differing.append("genes")
-    if differing:
-        raise ModelError(
-            "The model to start from does not fit",
-            found="; ".join(
-                f"{name}: {sides[0].get(name, 'absent')!s:.80}" if name in sides[1] else name
-                for name in differing
-            ),
-            expected="; ".join(
-                f"{name}: {sides[1][name]!s:.80}" if name in sides[1] else name
-                for name in differing
-            ),
-            do="train scVI with the same options on the same store, or leave out start_from",
-        )
-    module.scvi.load_state_dict(begin.module.state_dict())
-
-
-def weights_digest(module: Model) -> str:
-    """What the weights that training starts from are."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def library_prior(
-    view: CountView | FilesSource,
-    batch: npt.NDArray[np.int32],
-    n_batches: int,
-    chosen: npt.NDArray[np.bool_] | None = None,
-) -> torch.Tensor:
-    """Mean and variance of the log library of each batch: float32, (n_batches, 2).
-
-    ``batch`` has the code of each row, ``chosen`` the rows that count. Empty cells count as one
-    count; a batch of one cell has variance 0 and is given a small one.
-    """
-    chosen = np.ones(view.n_obs, bool) if chosen is None else chosen
-    sums = np.zeros(view.n_obs)
-    for minibatch in SequentialLoader(view, 4096, rows=chosen):
-        sums[minibatch.rows] = minibatch.to_scipy().sum(axis=1).A1
-    log_library = np.log(np.maximum(sums, 1))
-    prior = np.tile(np.array([log_library[chosen].mean(), 1.0], np.float32), (n_batches, 1))
-    for code in np.unique(batch[chosen]):
-        mine = log_library[chosen & (batch == code)]
-        prior[code] = mine.mean(), max(mine.var(), 1e-2)
-    return torch.from_numpy(prior)

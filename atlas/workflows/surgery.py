@@ -38,8 +38,8 @@ from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import cell_columns, label_codes, label_names
 from atlas.workflows.genes import GenesInStore, check_overlap
-from atlas.workflows.modelling import library_prior, weights_digest
 from atlas.workflows.rows import texts_of
+from atlas.workflows.starting import library_prior, weights_digest
 from loaders import SequentialLoader
 
 Codes = npt.NDArray[np.int32]

@@ -17,8 +17,8 @@ from atlas.hub import Package
 from atlas.store import CountStore
 from atlas.workflows.columns import label_names
 from atlas.workflows.indexing import stored_index
-from atlas.workflows.modelling import weights_digest
 from atlas.workflows.rows import texts_of
+from atlas.workflows.starting import weights_digest
 
 Codes = npt.NDArray[np.int64]
 Embedding = npt.NDArray[np.float32]

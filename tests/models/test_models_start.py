@@ -17,7 +17,7 @@ from atlas.config import (
 )
 from atlas.models import LabelTree, build_model
 from atlas.models.base import Conditions
-from atlas.models.start import Profile, start_at
+from atlas.models.start import GeneProfile, start_at
 
 N_GENES = 40
 
@@ -37,7 +37,7 @@ def test_shares_and_dispersions_are_those_of_the_cells() -> None:
     # many genes, as the noise of one is in the size of its cell too
     counts, share, theta = cells(4000, 500)
     study, presence = np.zeros(4000, np.int32), np.ones((1, 500), bool)
-    found = Profile.of(sp.csr_matrix(counts), study, presence)
+    found = GeneProfile.of(sp.csr_matrix(counts), study, presence)
     frequent = share > 0.001
     np.testing.assert_allclose(found.share[frequent], share[frequent], rtol=0.1)
     ratio = found.inverse_dispersion[frequent] / theta[frequent]
@@ -52,7 +52,7 @@ def test_genes_count_over_the_cells_that_have_them() -> None:
     presence = np.ones((3, N_GENES), bool)
     presence[1, :10] = False
     counts[200:, :10] = 0
-    found = Profile.of(sp.csr_matrix(counts), study, presence)
+    found = GeneProfile.of(sp.csr_matrix(counts), study, presence)
     library = counts.sum(axis=1)
     alone = (counts[:200, :10].sum(axis=0) + 0.5) / library[:200].sum()
     np.testing.assert_allclose(found.share[:10], alone, rtol=1e-6)
@@ -62,7 +62,7 @@ def test_genes_count_over_the_cells_that_have_them() -> None:
 
 def test_empty_cells_and_genes_are_finite() -> None:
     counts = sp.csr_matrix((3, N_GENES), dtype=np.float32)
-    found = Profile.of(counts, np.zeros(3, np.int32), np.zeros((1, N_GENES), bool))
+    found = GeneProfile.of(counts, np.zeros(3, np.int32), np.zeros((1, N_GENES), bool))
     assert np.isfinite(found.share).all()
     assert (found.share > 0).all()
     assert (found.inverse_dispersion == 50.0).all()
@@ -81,7 +81,7 @@ COUNT_MODELS: dict[str, Architecture] = {
 @pytest.mark.parametrize("name", COUNT_MODELS)
 def test_every_z_is_decoded_to_about_the_profile(name: str) -> None:
     counts, *_ = cells(500)
-    profile = Profile.of(
+    profile = GeneProfile.of(
         sp.csr_matrix(counts), np.zeros(500, np.int32), np.ones((1, N_GENES), bool)
     )
     config = COUNT_MODELS[name]
@@ -105,7 +105,9 @@ def test_every_z_is_decoded_to_about_the_profile(name: str) -> None:
 )
 def test_models_of_normalised_expression_are_left_as_they_are(config: Architecture) -> None:
     counts, *_ = cells(50)
-    profile = Profile.of(sp.csr_matrix(counts), np.zeros(50, np.int32), np.ones((1, N_GENES), bool))
+    profile = GeneProfile.of(
+        sp.csr_matrix(counts), np.zeros(50, np.int32), np.ones((1, N_GENES), bool)
+    )
     model = build_model(config, N_GENES, 2, seed=0)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     start_at(model, profile)
