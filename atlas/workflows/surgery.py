@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -14,12 +13,11 @@ import numpy.typing as npt
 import torch
 
 from atlas.config import Initialisation, LibraryKind, MissingGenes, Strategy, TrainConfig
-from atlas.errors import ConfigError, MissingColumnError, ModelError
+from atlas.errors import ConfigError
 from atlas.ingest.orthologs import read_orthologs
-from atlas.models import LabelTree, TrainedModel, load_model
+from atlas.models import TrainedModel, load_model
 from atlas.models.apart import KeepApart, principal_components
 from atlas.models.base import evaluating
-from atlas.models.columns import ObsColumns
 from atlas.models.lineage import Surgery
 from atlas.models.surgery import (
     Growth,
@@ -31,18 +29,16 @@ from atlas.models.surgery import (
 )
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView
-from atlas.store.split import ranges_of
 from atlas.training.environment import resolve_device
 from atlas.training.inputs import CellColumns, InputsBuilder
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
-from atlas.workflows.columns import cell_columns, label_codes, label_names
+from atlas.workflows.columns import cell_columns
 from atlas.workflows.genes import GenesInStore, check_overlap
-from atlas.workflows.rows import texts_of
+from atlas.workflows.growing import Codes, grown_columns, grown_labels, new_batches, new_studies
+from atlas.workflows.rows import split_within
 from atlas.workflows.starting import library_prior, weights_digest
 from loaders import SequentialLoader
-
-Codes = npt.NDArray[np.int32]
 
 LR = 0.01
 """Few parameters are trained, in few steps: ten times the learning rate of a whole model."""
@@ -143,7 +139,7 @@ def extend_reference(
     folder = Path(out)
     config = _training_config({"lr": LR, "weight_decay": 0.0, **options}, max_epochs, seed)
     check_reference(trained.module)
-    names = _new_studies(trained, store, studies)
+    names = new_studies(trained, store, studies)
     check_run_folder(folder, resume=resume)
     if orthologs is None:
         genes = GenesInStore.of(trained, store)
@@ -159,10 +155,9 @@ def extend_reference(
     if missing == "zero":
         presence[:] = True
 
-    batches, codes = _batch_codes(trained, store, chosen)
-    _say_same_names(trained, batches)
-    columns = _grown_columns(trained, store, chosen, label_key)
-    labels = _grown_labels(trained, store, columns, chosen)
+    batches, codes = new_batches(trained, store, chosen)
+    columns = grown_columns(trained, store, chosen, label_key)
+    labels = grown_labels(trained, store, columns, chosen)
     values = cell_columns(store, columns, labels, chosen)
     values = dataclasses.replace(values, batch=codes)
     if values.label is not None:
@@ -205,15 +200,12 @@ def extend_reference(
     if keep_apart > 0 and len(batches) > 1:
         cells = (to_inputs(minibatch) for minibatch in SequentialLoader(view, 4096, rows=chosen))
         penalty = KeepApart(*principal_components(cells, _COMPONENTS), keep_apart)
-    split = store.split(config.validation_share)
-    held_out = np.zeros(store.n_obs, bool)
-    for start, stop in split.validation:
-        held_out[start:stop] = True
+    split = split_within(store.split(config.validation_share), chosen)
     record = fit(
         tuned,
         view,
-        train_rows=ranges_of(chosen & ~held_out),
-        validation_rows=ranges_of(chosen & held_out),
+        train_rows=split.train,
+        validation_rows=split.validation,
         presence=None if presence.all() else presence,
         config=config,
         out=folder,
@@ -280,105 +272,6 @@ def _training_config(options: dict[str, Any], max_epochs: int, seed: int) -> Tra
             expected="some of " + ", ".join(sorted(known)),
         )
     return TrainConfig(**{**options, "max_epochs": max_epochs, "seed": seed})
-
-
-def _new_studies(
-    model: TrainedModel, store: CountStore, studies: Sequence[str] | None
-) -> tuple[str, ...]:
-    """Names of the studies to add."""
-    known = set(model.studies)
-    if studies is None:
-        names = tuple(name for name in store.studies if name not in known)
-    else:
-        names = tuple(dict.fromkeys([studies] if isinstance(studies, str) else studies))
-    if unknown := [name for name in names if name not in store.studies]:
-        raise ConfigError(
-            "The store has no such study",
-            found=", ".join(unknown),
-            expected="some of " + ", ".join(store.studies),
-            do="ingest it first",
-            path=store.path,
-        )
-    taken = [name for name in names if name in known]
-    if taken or not names:
-        raise ModelError(
-            "There is no study to add",
-            found=(", ".join(taken) if taken else "only studies")
-            + " that the model was trained on or extended by",
-            expected="studies that are new to it",
-            do="embed them with the model as it is; a study's new cells need a study of their own",
-            path=store.path,
-        )
-    return names
-
-
-def _batch_codes(
-    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_]
-) -> tuple[tuple[str, ...], Codes]:
-    """The new batches, and the code of each row's batch in the new model; 0 for rows not chosen."""
-    own = store.obs_codes["batch"]
-    met = np.unique(own[chosen])
-    code_of = np.zeros(len(store.batches), np.int32)
-    code_of[met] = len(model.batches) + np.arange(len(met))
-    codes = np.where(chosen, code_of[own], 0).astype(np.int32)
-    return tuple(store.batches[i] for i in met), codes
-
-
-def _say_same_names(model: TrainedModel, batches: Sequence[str]) -> None:
-    """Warn of names that batches of the reference have too: in a store they are of their study."""
-    known = {name.partition("/")[2] for name in model.batches} - {""}
-    if same := [name for name in batches if name.partition("/")[2] in known]:
-        warnings.warn(
-            "Batches have the names of batches of the reference, and are taken for other ones, "
-            f"with weights of their own: {', '.join(same[:5])}" + (", …" if len(same) > 5 else ""),
-            UserWarning,
-            stacklevel=3,
-        )
-
-
-def _grown_columns(
-    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_], label_key: str | None
-) -> ObsColumns:
-    """The model's columns, with the categories that only the new studies have after its own."""
-    grown = []
-    for name, known in model.columns.categorical:
-        found = set(texts_of(store, name)[chosen].dropna())
-        grown.append((name, (*known, *sorted(found - set(known)))))
-    if label_key is not None and model.labels is None:
-        raise ConfigError(
-            "The model has no classes, so it takes no labels",
-            found=f"label_key={label_key!r} with a {model.name}",
-            do="leave it out, or train a scanvi as reference",
-        )
-    label = model.columns.label if label_key is None else label_key
-    return dataclasses.replace(model.columns, categorical=tuple(grown), label=label)
-
-
-def _grown_labels(
-    model: TrainedModel, store: CountStore, columns: ObsColumns, chosen: npt.NDArray[np.bool_]
-) -> LabelTree | None:
-    """The model's labels, with those that only the new studies have after them, at the root."""
-    tree = model.labels
-    if tree is None:
-        return None
-    try:
-        names = label_names(store, columns.label)
-    except MissingColumnError:
-        return tree  # none of the studies has labels
-    every = LabelTree(tuple(names), (-1,) * len(names)) if names else None
-    if every is None:
-        return tree
-    met = np.unique(label_codes(store, columns.label, every)[chosen])
-    met = met[met >= 0]
-    new = [names[i] for i in met if names[i] not in tree.names]
-    if len(met) and len(new) == len(met):
-        warnings.warn(
-            "None of the studies' labels is a class of the model, so all become new classes: "
-            f"{', '.join(new[:5])}; the model's are {', '.join(tree.names[:5])}",
-            UserWarning,
-            stacklevel=3,
-        )
-    return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
 
 
 def _new_prior(

@@ -1,0 +1,113 @@
+"""What a study adds to a model: batches, categories of covariates, and classes of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from atlas.errors import ConfigError, MissingColumnError, ModelError
+from atlas.models import LabelTree, ObsColumns, TrainedModel
+from atlas.store import CountStore
+from atlas.workflows.columns import label_codes, label_names
+from atlas.workflows.rows import batches_within, texts_of
+
+Codes = npt.NDArray[np.int32]
+
+
+def new_studies(
+    model: TrainedModel, store: CountStore, studies: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Names of the studies to add."""
+    known = set(model.studies)
+    if studies is None:
+        names = tuple(name for name in store.studies if name not in known)
+    else:
+        names = tuple(dict.fromkeys([studies] if isinstance(studies, str) else studies))
+    if unknown := [name for name in names if name not in store.studies]:
+        raise ConfigError(
+            "The store has no such study",
+            found=", ".join(unknown),
+            expected="some of " + ", ".join(store.studies),
+            do="ingest it first",
+            path=store.path,
+        )
+    taken = [name for name in names if name in known]
+    if taken or not names:
+        raise ModelError(
+            "There is no study to add",
+            found=(", ".join(taken) if taken else "only studies")
+            + " that the model was trained on or extended by",
+            expected="studies that are new to it",
+            do="embed them with the model as it is; a study's new cells need a study of their own",
+            path=store.path,
+        )
+    return names
+
+
+def new_batches(
+    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_]
+) -> tuple[tuple[str, ...], Codes]:
+    """The new batches, and the code of each row's batch in the new model; 0 for rows not chosen.
+
+    Warns of names that batches of the reference have too: in a store they are of their study.
+    """
+    batches, codes = batches_within(store, chosen)
+    codes[chosen] += len(model.batches)
+    known = {name.partition("/")[2] for name in model.batches} - {""}
+    if same := [name for name in batches if name.partition("/")[2] in known]:
+        warnings.warn(
+            "Batches have the names of batches of the reference, and are taken for other ones, "
+            f"with weights of their own: {', '.join(same[:5])}" + (", …" if len(same) > 5 else ""),
+            UserWarning,
+            stacklevel=3,
+        )
+    return batches, codes
+
+
+def grown_columns(
+    model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_], label_key: str | None
+) -> ObsColumns:
+    """The model's columns, with the categories that only the new studies have after its own."""
+    grown = []
+    for name, known in model.columns.categorical:
+        found = set(texts_of(store, name)[chosen].dropna())
+        grown.append((name, (*known, *sorted(found - set(known)))))
+    if label_key is not None and model.labels is None:
+        raise ConfigError(
+            "The model has no classes, so it takes no labels",
+            found=f"label_key={label_key!r} with a {model.name}",
+            do="leave it out, or train a scanvi as reference",
+        )
+    label = model.columns.label if label_key is None else label_key
+    return dataclasses.replace(model.columns, categorical=tuple(grown), label=label)
+
+
+def grown_labels(
+    model: TrainedModel, store: CountStore, columns: ObsColumns, chosen: npt.NDArray[np.bool_]
+) -> LabelTree | None:
+    """The model's labels, with those that only the new studies have after them, at the root."""
+    tree = model.labels
+    if tree is None:
+        return None
+    try:
+        names = label_names(store, columns.label)
+    except MissingColumnError:
+        return tree  # none of the studies has labels
+    every = LabelTree(tuple(names), (-1,) * len(names)) if names else None
+    if every is None:
+        return tree
+    met = np.unique(label_codes(store, columns.label, every)[chosen])
+    met = met[met >= 0]
+    new = [names[i] for i in met if names[i] not in tree.names]
+    if len(met) and len(new) == len(met):
+        warnings.warn(
+            "None of the studies' labels is a class of the model, so all become new classes: "
+            f"{', '.join(new[:5])}; the model's are {', '.join(tree.names[:5])}",
+            UserWarning,
+            stacklevel=3,
+        )
+    return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
