@@ -6,6 +6,7 @@ They propose candidates; distances and order come from float64 afterwards, as wi
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,6 +86,15 @@ class Approximate:
             self.index.nprobe = self.breadth
             found = self.index.search(points, k)[1]
         return np.asarray(found, dtype=np.int64)
+
+    def tune(self, queries: Embedding, k: int, enough: Callable[[], bool]) -> None:
+        """Double the breadth until it is enough for the queries, or all is looked at."""
+        while self.breadth < self.broadest:
+            # Queries that find too few rows are searched exactly, which is slow and no recall.
+            found = self.propose(queries, k)
+            if (found >= 0).all(axis=1).mean() > 0.99 and enough():
+                return
+            self.breadth = min(2 * self.breadth, self.broadest)
 
     def _on_device(self, k: int) -> bool:
         return self.device == "cuda" and k <= FAISS_GPU_MAX_K

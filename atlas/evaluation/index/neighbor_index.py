@@ -31,7 +31,7 @@ from atlas.evaluation.neighbours import (
     check_space,
     recall_of,
 )
-from atlas.evaluation.vectors import Embedding, check_values, column_means, digest, tiles
+from atlas.evaluation.vectors import Embedding, check_values, column_means, digest
 
 RECALL_QUERIES = 1000
 _TUNING_QUERIES = 300
@@ -90,9 +90,6 @@ class NeighborIndex:
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._spool = Spool(n_dimensions, file)
-        self._n_dimensions = n_dimensions
-        self._mapped: Embedding | None = None
-        self._digest: str | None = None
         self._choice: Choice | None = None
         self._centre: Floats = np.zeros(n_dimensions)
         self._lists: lists.Approximate | None = None
@@ -114,8 +111,7 @@ class NeighborIndex:
         check_space(embedding, embedding)
         check_values(embedding, "embedding")
         index = cls(embedding.shape[1], **options)
-        index._mapped = embedding
-        index._digest = digest(embedding)
+        index._spool = Spool.of(embedding)
         index._make()
         return index
 
@@ -134,11 +130,6 @@ class NeighborIndex:
                 "an index whose files are mapped takes no more rows",
                 do="load it with mapped=False, or build it anew with all rows",
             )
-        if self._mapped is not None:
-            spool = Spool(self.n_dimensions)
-            for part in tiles(len(self._mapped)):
-                spool.append(self._mapped[part])
-            self._spool, self._mapped, self._digest = spool, None, None
         self._spool.append(rows)
         self._recalls.clear()
         if self._lists is not None:
@@ -147,25 +138,21 @@ class NeighborIndex:
     # what it is
 
     def __len__(self) -> int:
-        return len(self.vectors)
+        return len(self._spool)
 
     @property
     def vectors(self) -> Embedding:
         """The rows: float32 (N, d)."""
-        if self._mapped is not None:
-            return self._mapped
         return self._spool.array()
 
     @property
     def n_dimensions(self) -> int:
         """Columns of the embedding."""
-        return self._n_dimensions
+        return self._spool.n_dimensions
 
     @property
     def digest(self) -> str:
         """SHA-256 of the rows it was built from."""
-        if self._digest is not None:
-            return self._digest
         return self._spool.digest
 
     @property
@@ -248,9 +235,7 @@ class NeighborIndex:
         Exact kinds have 1, without queries: each of their answers is proved by a bound.
         """
         self._built()
-        if self._lists is None:
-            return EXACT
-        if len(self) < 2:
+        if self._lists is None or len(self) < 2:
             return EXACT
         if k not in self._recalls:
             rows = self._sample(RECALL_QUERIES, salt=1)
@@ -317,22 +302,20 @@ class NeighborIndex:
         self._choice = choice
 
     def _tune(self) -> None:
-        """Double the breadth until a sample of rows finds its neighbours, or all is looked at."""
+        """Have the lists searched broadly enough for a sample of rows to find its neighbours."""
         assert self._lists is not None
         rows = self._sample(_TUNING_QUERIES, salt=2)
         k = min(_TUNING_K, len(self) - 1)
         if k < 1:
             return
         exact = self._exactly(rows, k)
+
+        def enough() -> bool:
+            near = self._search(self.vectors[rows], k, rows, EXACT)
+            return recall_of(near, exact).value >= self.recall_target
+
         wanted = min(k + 1 + SPARE_CANDIDATES, len(self))
-        while self._lists.breadth < self._lists.broadest:
-            # Queries that find too few rows are searched exactly, which is slow and no recall.
-            found = self._lists.propose(self.vectors[rows], wanted)
-            if (found >= 0).all(axis=1).mean() > 0.99:
-                near = self._search(self.vectors[rows], k, rows, EXACT)
-                if recall_of(near, exact).value >= self.recall_target:
-                    return
-            self._lists.breadth = min(2 * self._lists.breadth, self._lists.broadest)
+        self._lists.tune(self.vectors[rows], wanted, enough)
 
     # on disk
 
@@ -406,7 +389,7 @@ class NeighborIndex:
             seed=about.seed,
             recall_target=about.recall_target,
         )
-        index._mapped, index._digest = vectors, about.digest
+        index._spool = Spool.of(vectors, about.digest)
         index._centre = np.array(about.centre)
         chosen = choose(about.n, about.n_dimensions, 0, kind=about.kind, device=device)
         index._choice = Choice(about.kind, chosen.device, about.why)

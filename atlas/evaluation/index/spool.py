@@ -1,13 +1,15 @@
-"""Vectors that come part after part: kept in memory, or in a file that is mapped."""
+"""The rows of an index: given whole, or part after part; in memory, or in a file that is mapped."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation.vectors import Embedding, RowDigest, check_values
+from atlas.evaluation.vectors import Embedding, RowDigest, check_values, tiles
+from atlas.evaluation.vectors import digest as digest_of
 
 
 class Spool:
@@ -27,8 +29,26 @@ class Spool:
         self._parts: list[Embedding] = []
         self._n = 0
         self._digest = RowDigest(n_dimensions)
+        self._given: Embedding | None = None
+        self._given_digest = ""
         if file is not None:
             file.write_bytes(b"")
+
+    @classmethod
+    def of(cls, rows: Embedding, digest: str | None = None) -> Self:
+        """Rows that are there, kept by reference until others come after them.
+
+        Parameters
+        ----------
+        rows
+            float32 (n, d), which may be a mapped file.
+        digest
+            Theirs, where it is known.
+        """
+        spool = cls(rows.shape[1])
+        spool._given, spool._n = rows, len(rows)
+        spool._given_digest = digest_of(rows) if digest is None else digest
+        return spool
 
     def append(self, rows: Embedding) -> None:
         """Take in rows: float32 (n, d)."""
@@ -40,6 +60,10 @@ class Spool:
                 expected=f"(n, {self.n_dimensions})",
             )
         check_values(rows, "rows to index")
+        if self._given is not None:
+            given, self._given, self._n = self._given, None, 0
+            for part in tiles(len(given)):
+                self.append(given[part])
         self._digest.update(rows)
         self._n += len(rows)
         if self.file is None:
@@ -54,10 +78,12 @@ class Spool:
     @property
     def digest(self) -> str:
         """Digest of all rows, as :func:`atlas.evaluation.vectors.digest` gives it."""
-        return self._digest.hexdigest()
+        return self._digest.hexdigest() if self._given is None else self._given_digest
 
     def array(self) -> Embedding:
         """All rows: float32 (N, d); mapped from the file where there is one."""
+        if self._given is not None:
+            return self._given
         shape = (self._n, self.n_dimensions)
         if self.file is not None and self._n:
             return np.memmap(self.file, dtype=np.float32, mode="r", shape=shape)
