@@ -20,6 +20,9 @@ ScanviTraining = Literal["alternating", "joint", "scvi-tools"]
 ExpressionLikelihood = Literal["nb", "zinb", "gaussian"]
 MmdOn = Literal["decoder", "z"]
 Strategy = Literal["conditions", "input_layers", "all"]
+BenchTask = Literal["loader", "train", "embed", "neighbours", "update"]
+"""What ``atlas bench`` measures."""
+
 Initialisation = Literal["random", "zero", "mean", "nearest"]
 MissingGenes = Literal["mask", "zero"]
 VoteKernel = Literal["gaussian", "scarches", "uniform"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
+
+from atlas.config import BenchTask
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
 
@@ -21,8 +23,7 @@ def sizes(text: str) -> list[int]:
 def add_bench(command: Callable[..., Any]) -> None:
     """The command and its options."""
     sub = command("bench", bench, "measure how the cost of a task grows with its size")
-    # written out, because --help imports nothing slow
-    sub.add_argument("task", choices=("loader", "train", "embed", "neighbours", "update"))
+    sub.add_argument("task", choices=get_args(BenchTask))
     sub.add_argument("--cells", type=sizes, default="10k,100k", help="of simulated stores")
     sub.add_argument("--genes", type=sizes, default="10k", help="of simulated stores")
     sub.add_argument("--batches", type=sizes, default="4", help="of simulated stores")
@@ -46,7 +47,10 @@ def bench(options: argparse.Namespace) -> int:
     from atlas import workflows
     from atlas.workflows import scaling
 
+    # what can be refused is, before anything is measured
     old = None if options.against is None else scaling.read_report(options.against)
+    if options.plot:
+        scaling.check_plot_path(options.plot)
     report = scaling.bench(
         options.task,
         options.cells,

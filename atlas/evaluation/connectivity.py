@@ -122,33 +122,3 @@ def _strong_parts(
         graph = graph + sp.csr_matrix((back, (twin[rows[twins]], twins)), shape=graph.shape)
     _, part = connected_components(graph, directed=True, connection="strong")
     return np.asarray(part)
-
-
-def in_largest_part(neighbours: Neighbours, labels: Categories) -> npt.NDArray[np.bool_]:
-    """Whether each cell lies in the largest strongly connected part of its label's graph.
-
-    The mean over labels of the share that does is the graph connectivity.
-
-    Parameters
-    ----------
-    neighbours
-        Of all cells, in order.
-    labels
-        Label of every cell, -1 for none.
-
-    Returns
-    -------
-    bool, (n_cells,), False for cells without a label.
-    """
-    n = len(neighbours.indices)
-    if n != len(labels):
-        raise ConfigError(
-            "graph connectivity needs the neighbours of all cells",
-            found=f"neighbours of {n} cells",
-            expected=f"of {len(labels)}",
-        )
-    graphs = LabelGraphs(labels, neighbours.k)
-    for rows in tiles(n):
-        some = np.arange(rows.start, rows.stop)
-        graphs.add(some, neighbours.of(some))
-    return graphs.in_largest_part()

@@ -25,7 +25,8 @@ RESOLUTIONS = tuple(2 * step / 10 for step in range(1, 11))
 """scib-metrics' ten."""
 SEED = 42
 """scib-metrics' too, so that clusters are the same ones."""
-NEEDED = "Leiden clusters need igraph: pip install igraph, which is GPL-2"
+_INSTALL = "pip install 'atlas-trainer[leiden]', which is GPL-2"
+NEEDED = f"Leiden clusters need igraph: {_INSTALL}"
 
 
 def import_igraph() -> ModuleType | None:
@@ -66,7 +67,7 @@ def leiden(
     """
     igraph = import_igraph()
     if igraph is None:
-        raise ConfigError("Leiden clusters need igraph", do="pip install igraph, which is GPL-2")
+        raise ConfigError("Leiden clusters need igraph", do=_INSTALL)
     # As scib-metrics and scanpy: every edge twice, which leaves modularity as it is and decides
     # which of several equally good clusterings is found.
     graph = igraph.Graph.Weighted_Adjacency(connectivities, mode="directed")

@@ -117,11 +117,11 @@ def fit(
     device = resolve_device(config.device)
     columns = CellColumns() if columns is None else columns
     ranks = Ranks() if ranks is None else ranks
-    ranks.join(model)
     loader = training_loader(model, source, train_rows, config, device, columns, ranks)
     described = {**describe, "columns": columns.digests()}
     run = identity(config, source, train_rows, validation_rows, presence, described)
-    with open_run(out, resume=resume) if ranks.first else nullcontext():
+    held = open_run(out, resume=resume) if ranks.first else nullcontext()
+    with ranks.sharing(model), held:
         ranks.wait()
         found = load_checkpoint(out)
         recorded_threads = None
@@ -166,5 +166,4 @@ def fit(
             if alternation is not None:
                 # The classifier was trained on the last encoder, not on the average that is kept.
                 alternation.run(0)
-    ranks.leave(model)
     return state.history

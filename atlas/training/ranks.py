@@ -78,8 +78,6 @@ class Ranks:
         -------
         The sums of ``parts``.
         """
-        if self.alone:
-            return parts
         gradients = [p.grad for p in parameters if p.grad is not None]
         sums = self.add_up(torch.cat([parts, *(g.reshape(-1) for g in gradients)]))
         at = len(parts)
@@ -88,32 +86,30 @@ class Ranks:
             at += gradient.numel()
         return sums[: len(parts)]
 
-    def join(self, model: Model) -> None:
-        """Have a model's statistics of minibatches taken over all ranks.
+    @contextmanager
+    def sharing(self, model: Model) -> Iterator[None]:
+        """Have a model's statistics of minibatches taken over all ranks, inside the block.
 
         Raises
         ------
         ConfigError
             Its loss is no mean over cells.
         """
-        if self.alone:
-            return
-        if not model.over_ranks:
+        if not (self.alone or model.over_ranks):
             raise ConfigError(
                 "This model is not trained by several processes",
                 found=f"{type(model).__name__}, {self.world_size} processes",
                 expected="scvi or cvae, whose loss is a mean over cells",
                 do="start it without torchrun; it uses all cores of the machine by itself",
             )
-        for part in model.modules():
-            if isinstance(part, BatchNorm):
-                part.add_up = _add_up_with_gradient
-
-    def leave(self, model: Model) -> None:
-        """Undo :meth:`join`."""
-        for part in model.modules():
-            if isinstance(part, BatchNorm):
-                part.add_up = None
+        norms = [part for part in model.modules() if isinstance(part, BatchNorm)]
+        for norm in norms:
+            norm.add_up = None if self.alone else _add_up_with_gradient
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.add_up = None
 
 
 def _add_up_with_gradient(tensor: Tensor) -> Tensor:

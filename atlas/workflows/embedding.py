@@ -62,20 +62,30 @@ def embed(
     if name is not None:
         check_name(name, "embedding")
         check_writable(store, f"name={name!r}")
-    out = np.zeros((store.n_obs, model.config.n_latent), np.float32)
     with joined(device) as ranks:
+        start, stop = (store.n_obs * (ranks.rank + i) // ranks.world_size for i in (0, 1))
         mine = np.zeros(store.n_obs, bool)
-        mine[slice(*(store.n_obs * (ranks.rank + i) // ranks.world_size for i in (0, 1)))] = True
+        mine[start:stop] = True
         showing = "embedding" if progress and ranks.first else None
-        rows = None if ranks.alone else mine
-        if ranks.alone or mine.any():
-            for cells in CellStream(model, store, rows=rows, device=device, progress=showing):
-                out[cells.rows] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
+        out = np.zeros((store.n_obs, model.config.n_latent), np.float32)
+        if stop > start or ranks.alone:
+            stream = CellStream(
+                model, store, rows=None if ranks.alone else mine, device=device, progress=showing
+            )
+            out[start:stop] = embedded(model, stream)
         if not ranks.alone:  # each row is 0 but on one of them
             whole = torch.from_numpy(out).to(resolve_device(device))
             out = ranks.add_up(whole).cpu().numpy()
     if name is not None and isinstance(store, CountStore) and first_rank():
         store.write_embedding(name, out, how_made(model))
+    return out
+
+
+def embedded(model: TrainedModel, stream: CellStream) -> npt.NDArray[np.float32]:
+    """The cells of a stream, in its order: float32, (n_cells, n_latent)."""
+    out = np.empty((len(stream.chosen), model.config.n_latent), np.float32)
+    for cells in stream:
+        out[cells.place] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
     return out
 
 
@@ -109,10 +119,7 @@ def embed_study(
     mine = store.obs_codes["study"] == store.studies.index(study)
     progressing = f"embedding {study}" if progress else None
     stream = CellStream(model, store, rows=mine, device=device, progress=progressing)
-    out = np.empty((len(stream.chosen), model.config.n_latent), np.float32)
-    for cells in stream:
-        out[cells.place] = model.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
-    return out
+    return embedded(model, stream)
 
 
 def check_writable(store: CountStore | FilesSource, found: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -25,6 +25,24 @@ def write_json(path: str | PathLike[str], values: Mapping[str, Any]) -> None:
 def write_text(path: str | PathLike[str], text: str) -> None:
     """Write a text file, whole or not at all."""
     write_bytes(path, text.encode())
+
+
+def check_suffix(path: str | PathLike[str], known: Sequence[str], what: str) -> None:
+    """Refuse a file whose name ends in none of the known suffixes.
+
+    Raises
+    ------
+    ConfigError
+        Says what would be written, and which suffixes are known.
+    """
+    suffix = Path(path).suffix.removeprefix(".")
+    if suffix not in known:
+        raise ConfigError(
+            f"{what} cannot be written in this format",
+            found=suffix or "no suffix",
+            expected="one of " + ", ".join(known),
+            path=Path(path),
+        )
 
 
 def write_bytes(path: str | PathLike[str], content: bytes) -> None:

@@ -18,7 +18,7 @@ from atlas.models import TrainedModel
 from atlas.store import CountStore
 from atlas.store.options import check_name
 from atlas.training.run import check_run_folder
-from atlas.workflows.embedding import check_writable, how_made
+from atlas.workflows.embedding import check_writable, embedded, how_made
 from atlas.workflows.modelling import train
 from atlas.workflows.streaming import CellStream
 
@@ -107,9 +107,7 @@ def embed_per_batch(
             **options,
         )
         told[batch]["validation_bound"] = own.training["history"][-1]["validation_bound"]
-        stream = CellStream(own, store, rows=mine, device=device)
-        for cells in stream:
-            embedding[cells.rows] = own.embed(cells.inputs)[: cells.n_cells].cpu().numpy()
+        embedding[mine] = embedded(own, CellStream(own, store, rows=mine, device=device))
     if all(each["n_obs"] < LEAST_CELLS for each in told.values()):
         raise ConfigError(
             "no batch can be trained on", found="batches of one cell", expected="two cells or more"

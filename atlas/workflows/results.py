@@ -18,7 +18,7 @@ from atlas.evaluation.score_figure import FigureFormat, draw_scores
 from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
-from atlas.workflows.output import write_bytes, write_text
+from atlas.workflows.output import check_suffix, write_bytes, write_text
 from atlas.workflows.proteins import proteins_of
 from atlas.workflows.rows import Rows, rows_where
 
@@ -34,14 +34,7 @@ def check_scores_path(path: str | PathLike[str]) -> None:
     ConfigError
         Its name ends in none of .csv, .svg, .png and .pdf.
     """
-    suffix = Path(path).suffix.removeprefix(".")
-    if suffix != "csv" and suffix not in get_args(FigureFormat):
-        raise ConfigError(
-            "the table of scores cannot be written in this format",
-            found=suffix or "no suffix",
-            expected="one of csv, " + ", ".join(get_args(FigureFormat)),
-            path=Path(path),
-        )
+    check_suffix(path, ("csv", *get_args(FigureFormat)), "the table of scores")
 
 
 def write_scores(table: ScibTable, path: str | PathLike[str]) -> None:

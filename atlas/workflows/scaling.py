@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -14,12 +15,20 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
+import torch
+from matplotlib.figure import Figure
+
+from atlas.config import BenchTask
 from atlas.errors import ConfigError, InputError
+from atlas.evaluation.score_figure import FigureFormat
 from atlas.provenance import command, versions
+from atlas.store import open_store
+from atlas.workflows.output import check_suffix, write_bytes
+from loaders.pipeline import cores
 
-TASKS: Final = ("loader", "train", "embed", "neighbours", "update")
+TASKS: Final[tuple[str, ...]] = get_args(BenchTask)
 SCHEMA: Final = "atlas-bench"
 VERSION: Final = 1
 TOLERANCE: Final = 0.2
@@ -187,8 +196,6 @@ def bench(
                 found=f"store {store}",
                 do="leave out --store, and give --cells",
             )
-        from atlas.store import open_store
-
         opened = open_store(store)
         sizes = [(opened.n_obs, opened.n_vars, len(opened.batches))]
     rows = []
@@ -259,9 +266,14 @@ def read_report(path: str | PathLike[str]) -> BenchReport:
 
 
 def draw_report(report: BenchReport, path: str | PathLike[str]) -> None:
-    """Draw rate and peak memory against the size that varies most, by the others; by suffix."""
-    from matplotlib.figure import Figure
+    """Draw rate and peak memory against the size that varies most: .svg, .png or .pdf.
 
+    Raises
+    ------
+    ConfigError
+        Another suffix; :func:`check_plot_path` tells before anything is measured.
+    """
+    check_plot_path(path)
     names = ("cells", "genes", "batches")
     counts = [len({row.size[i] for row in report.rows}) for i in range(3)]
     along = counts.index(max(counts))
@@ -286,7 +298,14 @@ def draw_report(report: BenchReport, path: str | PathLike[str]) -> None:
     left.legend(frameon=False, fontsize=8)
     figure.suptitle(f"atlas bench {report.task}")
     figure.tight_layout()
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix.removeprefix("."))
+    write_bytes(path, drawn.getvalue())
+
+
+def check_plot_path(path: str | PathLike[str]) -> None:
+    """Refuse a file that a figure cannot be written to."""
+    check_suffix(path, get_args(FigureFormat), "a figure")
 
 
 def _measure(case: dict[str, Any], work: Path, temporary: Path) -> Row:
@@ -315,9 +334,6 @@ def _measure(case: dict[str, Any], work: Path, temporary: Path) -> Row:
 
 
 def _machine() -> dict[str, Any]:
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     names = [
         line.split(":", 1)[1].strip()
         for line in (_lines("/proc/cpuinfo"))
@@ -327,7 +343,7 @@ def _machine() -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": names[0] if names else platform.processor(),
-        "cores": cores,
+        "cores": cores(),
         "memory_gib": round(memory / 2**30, 1),
         "gpu": gpu,
         "system": platform.platform(),

@@ -139,13 +139,16 @@ def transfer_labels(
         voting = of_package(
             reference, store, z, embedding=embedding, label_key=label_key, groups=groups
         )
+        texts = labels_of(store, None)
     else:
         rows, asked = _cells(store, reference, query)
         z = store.embedding(embedding)
+        texts = labels_of(store, label_key)
         voting = of_store(
             store,
             rows,
             z,
+            texts,
             embedding=embedding,
             label_key=label_key,
             groups=groups,
@@ -185,7 +188,7 @@ def transfer_labels(
         false_unknown=false_unknown,
         sets=sets,
         folds=() if left_out is None else left_out.folds(false_unknown, sets, per_label),
-        score=_score(found, labels_of(store, label_key)[asked], tree, parent_of),
+        score=_score(found, texts[asked], tree, parent_of),
         backend=knn.backend,
     )
 

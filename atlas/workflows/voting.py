@@ -50,6 +50,7 @@ def of_store(
     store: CountStore,
     rows: Codes,
     z: Embedding,
+    texts: npt.NDArray[np.object_],
     *,
     embedding: str,
     label_key: str | None,
@@ -58,6 +59,8 @@ def of_store(
 ) -> Voting:
     """Cells of the store itself, searched through the embedding's index where it has one.
 
+    ``z`` and ``texts``, as :func:`labels_of` gives them, are of all cells.
+
     Raises
     ------
     ConfigError
@@ -65,8 +68,7 @@ def of_store(
     StoreError
         The index is not of the embedding as it is.
     """
-    texts = labels_of(store, label_key)[rows]
-    rows, texts = rows[texts != ""], texts[texts != ""]
+    rows = rows[texts[rows] != ""]
     if not len(rows):
         raise ConfigError(
             "The reference has no labelled cell",
@@ -78,7 +80,7 @@ def of_store(
     index = stored_index(store, embedding, z) if backend == "auto" else None
     return Voting(
         z=z[rows],
-        texts=texts,
+        texts=texts[rows],
         groups=None if groups is None else _groups(store, groups)[rows],
         search=None if index is None else Among(index, rows).search,
     )

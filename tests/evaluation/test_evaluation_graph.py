@@ -9,12 +9,13 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 import pytest
+from graph_helpers import in_largest_part
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
 from atlas.errors import ConfigError
 from atlas.evaluation import cells, connectivity, leiden
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.connectivity import LabelGraphs, in_largest_part
+from atlas.evaluation.connectivity import LabelGraphs
 from atlas.evaluation.index import choice, to_scanpy_graph
 from atlas.evaluation.leiden import RESOLUTIONS, best_leiden
 from atlas.evaluation.measures import evaluate_embedding
@@ -88,8 +89,8 @@ def test_leiden_of_many_cells_is_of_a_sample_and_says_so() -> None:
 def test_without_igraph_leiden_is_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "igraph", None)
     metrics = evaluate_embedding(Z, BATCHES, LABELS)
-    assert "pip install igraph" in str(metrics["nmi_leiden"].skipped)
-    with pytest.raises(ConfigError, match="pip install igraph"):
+    assert "pip install 'atlas-trainer[leiden]'" in str(metrics["nmi_leiden"].skipped)
+    with pytest.raises(ConfigError, match=r"pip install 'atlas-trainer\[leiden\]'"):
         leiden.leiden(to_scanpy_graph(nearest(Z, Z, 14, np.arange(N))).connectivities)
 
 

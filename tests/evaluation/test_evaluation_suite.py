@@ -8,6 +8,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import scipy.stats
+from graph_helpers import in_largest_part
 from scipy.optimize import brentq
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
@@ -23,7 +24,6 @@ from atlas.evaluation.clustering import (
     normalised_mutual_information,
 )
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.connectivity import in_largest_part
 from atlas.evaluation.estimates import draw, mean
 from atlas.evaluation.lisi import lisi
 from atlas.evaluation.mixing import reweighted_entropies

@@ -86,9 +86,10 @@ class NeighborIndex:
         self._n_queries = n_queries
         self._folder = None if folder is None else Path(folder)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        file = None if self._folder is None else self._folder / ".vectors.f32"
+        file = None
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
+            file = self._folder / ".vectors.f32"
         self._spool = Spool(n_dimensions, file)
         self._choice: Choice | None = None
         self._centre: Floats = np.zeros(n_dimensions)
@@ -134,8 +135,6 @@ class NeighborIndex:
         self._recalls.clear()
         if self._lists is not None:
             self._lists.add(np.ascontiguousarray(rows, dtype=np.float32))
-
-    # what it is
 
     def __len__(self) -> int:
         return len(self._spool)
@@ -194,8 +193,6 @@ class NeighborIndex:
                 expected=f"one of the {embedding.shape} values given",
                 do="build the index again from this embedding",
             )
-
-    # search
 
     def search(self, queries: Embedding, k: int, query_ids: Indices | None = None) -> Neighbours:
         """The k nearest rows for each query, nearest first, equal distances by row.
@@ -267,8 +264,6 @@ class NeighborIndex:
         n = len(self)
         rng = np.random.default_rng([self.seed, salt])
         return np.sort(rng.choice(n, min(most, n), replace=False, shuffle=False)).astype(np.int64)
-
-    # building
 
     def _built(self) -> Choice:
         if self._choice is None:
