@@ -9,10 +9,15 @@ The tables, of the last command, stand in the same file.
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import numpy as np
 import numpy.typing as npt
+
+from atlas.evaluation.codes import Categories
+from atlas.evaluation.measures import evaluate_embedding
+from atlas.evaluation.metrics import Metrics
 
 
 def scib_cells() -> dict[str, npt.NDArray[np.generic]]:
@@ -40,6 +45,18 @@ def scib_cells() -> dict[str, npt.NDArray[np.generic]]:
         "indices": indices,
         "distances": distances,
     }
+
+
+@functools.cache
+def measured_cells() -> Metrics:
+    """What we measure on them."""
+    cells = scib_cells()
+    return evaluate_embedding(
+        cells["z"],
+        Categories(cells["batches"], "xyz"),
+        Categories(cells["labels"], "abcde"),
+        before=cells["before"],
+    )
 
 
 if __name__ == "__main__":

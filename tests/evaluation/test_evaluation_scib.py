@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scib_cells import scib_cells
+from scib_cells import measured_cells, scib_cells
 
-from atlas.evaluation.codes import Categories
-from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.metrics import Metrics
 from atlas.evaluation.neighbours import nearest
 
@@ -41,13 +39,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def ours() -> Metrics:
-    cells = scib_cells()
-    return evaluate_embedding(
-        cells["z"],
-        Categories(cells["batches"], "xyz"),
-        Categories(cells["labels"], "abcde"),
-        before=cells["before"],
-    )
+    return measured_cells()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scib_cells import scib_cells
+from scib_cells import measured_cells, scib_cells
 
 import atlas
 from atlas.cli import main
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.measures import compare_embeddings, evaluate_embedding
+from atlas.evaluation.measures import compare_embeddings
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.scib_table import BATCH, BIO, scib_table
 from atlas.evaluation.score_figure import draw_scores, inline_scores
@@ -45,13 +45,7 @@ def metrics_of(values: dict[str, float | None], error: float | None = 0.01) -> M
 
 @pytest.fixture(scope="module")
 def measured() -> Metrics:
-    cells = scib_cells()
-    return evaluate_embedding(
-        cells["z"],
-        Categories(cells["batches"], "xyz"),
-        Categories(cells["labels"], "abcde"),
-        before=cells["before"],
-    )
+    return measured_cells()
 
 
 def test_the_rule_is_that_of_get_results() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
+from living_helpers import living_atlas, update
 from workflows_helpers import Applied, study
 
 import atlas
@@ -40,3 +44,24 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Applied:
         **options,
     )
     return made
+
+
+@pytest.fixture(scope="session")
+def living_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``s.atlas`` with a model kept, its run, and ``q.h5ad``; tests do not write to it."""
+    return living_atlas(tmp_path_factory.mktemp("living"))
+
+
+@pytest.fixture(scope="session")
+def updated_atlas(living_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store after one update; tests do not write to it."""
+    path = tmp_path_factory.mktemp("updated") / "s.atlas"
+    shutil.copytree(living_folder / "s.atlas", path)
+    update(path, living_folder / "q.h5ad", false_unknown=None)
+    return path
+
+
+@pytest.fixture
+def living_store(living_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the store to write to."""
+    return Path(shutil.copytree(living_folder / "s.atlas", tmp_path / "s.atlas"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from living_helpers import KEYS, SMALL, files_of, living_atlas, train_small, update
+from living_helpers import KEYS, SMALL, files_of, train_small, update
 from workflows_helpers import study as make_study
 
 import atlas
@@ -27,35 +27,14 @@ from atlas.errors import (
 from atlas.workflows import living
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``s.atlas`` with a model kept, its run, and ``q.h5ad``."""
-    return living_atlas(tmp_path_factory.mktemp("living"))
-
-
-@pytest.fixture(scope="module")
-def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store after one update; tests do not write to it."""
-    path = tmp_path_factory.mktemp("updated") / "s.atlas"
-    shutil.copytree(made / "s.atlas", path)
-    update(path, made / "q.h5ad", false_unknown=None)
-    return path
-
-
-@pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    """A copy of the store to write to."""
-    return Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
-
-
-def test_a_model_is_kept_with_its_embedding_and_record(made: Path) -> None:
-    store = atlas.open_store(made / "s.atlas")
+def test_a_model_is_kept_with_its_embedding_and_record(living_folder: Path) -> None:
+    store = atlas.open_store(living_folder / "s.atlas")
     assert dict(store.models) == {"scvi": 1}
     record = store.model_record("scvi")
     assert record["parent"] is None
     assert record["studies"] == ["reference_1", "reference_2"]
     kept = atlas.stored_model(store, "scvi")
-    run = atlas.load_model(made / "run")
+    run = atlas.load_model(living_folder / "run")
     own = kept.module.state_dict()
     assert all((own[name] == value).all() for name, value in run.module.state_dict().items())
     z = atlas.embed(run, store, name=None, device="cpu")
@@ -66,12 +45,14 @@ def test_a_model_is_kept_with_its_embedding_and_record(made: Path) -> None:
         store.model_folder("none")
 
 
-def test_an_update_is_one_state_and_leaves_the_reference(made: Path, updated: Path) -> None:
-    before, after = atlas.open_store(made / "s.atlas"), atlas.open_store(updated)
+def test_an_update_is_one_state_and_leaves_the_reference(
+    living_folder: Path, updated_atlas: Path
+) -> None:
+    before, after = atlas.open_store(living_folder / "s.atlas"), atlas.open_store(updated_atlas)
     assert after.number == before.number + 1
     assert after.studies == (*before.studies, "kang")
     assert dict(after.models) == {"scvi": 2}
-    assert not list(updated.glob(".update-*"))
+    assert not list(updated_atlas.glob(".update-*"))
     old = before.manifest.studies
     assert after.manifest.studies[:2] == old  # the very same parts, embedding included
     assert after.manifest.genes == before.manifest.genes
@@ -80,13 +61,13 @@ def test_an_update_is_one_state_and_leaves_the_reference(made: Path, updated: Pa
     # what the new model gives for all cells, computed anew, is what was kept in two parts
     model = atlas.stored_model(after, "scvi")
     np.testing.assert_array_equal(z, atlas.embed(model, after, name=None, device="cpu"))
-    assert model.training["store"] == str(updated)
+    assert model.training["store"] == str(updated_atlas)
     assert model.training["manifest"] == after.number
     record = after.model_record("scvi")
     assert (record["parent"], record["study"]) == (1, "kang")
     assert record["studies"] == ["reference_1", "reference_2", "kang"]
-    assert atlas.verify(updated).whole
-    assert sorted(p.name for p in updated.glob("parts/kang/*")) == [
+    assert atlas.verify(updated_atlas).whole
+    assert sorted(p.name for p in updated_atlas.glob("parts/kang/*")) == [
         "embedding-scvi-000005",
         "index",
         "obs-000005",
@@ -94,8 +75,8 @@ def test_an_update_is_one_state_and_leaves_the_reference(made: Path, updated: Pa
     ]
 
 
-def test_labels_are_those_of_the_neighbours_in_the_embedding(updated: Path) -> None:
-    store = atlas.open_store(updated)
+def test_labels_are_those_of_the_neighbours_in_the_embedding(updated_atlas: Path) -> None:
+    store = atlas.open_store(updated_atlas)
     new = store.obs_codes["study"] == 2
     z, codes = store.embedding("scvi"), store.obs_codes["label"]
     voting = np.flatnonzero(~new & (codes >= 0))
@@ -113,8 +94,8 @@ def test_labels_are_those_of_the_neighbours_in_the_embedding(updated: Path) -> N
     assert store.model_record("scvi")["labels"] == {k: v for k, v in found.items() if v}
 
 
-def test_drift_is_what_can_be_counted(updated: Path) -> None:
-    store = atlas.open_store(updated)
+def test_drift_is_what_can_be_counted(updated_atlas: Path) -> None:
+    store = atlas.open_store(updated_atlas)
     drift = store.model_record("scvi")["drift"]
     new = store.obs_codes["study"] == 2
     z = store.embedding("scvi").astype(np.float64)
@@ -161,10 +142,12 @@ def test_drift_comes_with_advice(figures: dict[str, Any], advice: list[str]) -> 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
-def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_killed_at_any_step_it_goes_on_to_the_same_bytes(
+    living_folder: Path, tmp_path: Path
+) -> None:
     script = Path(__file__).with_name("living_kills.py")
     subprocess.run(
-        [sys.executable, script, made / "s.atlas", made / "q.h5ad", tmp_path],
+        [sys.executable, script, living_folder / "s.atlas", living_folder / "q.h5ad", tmp_path],
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=580,
@@ -207,12 +190,12 @@ def test_killed_at_any_step_it_goes_on_to_the_same_bytes(made: Path, tmp_path: P
 
 
 def test_the_store_is_locked_and_as_it_was_until_the_end(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    living_folder: Path, living_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
 
     def look(*arguments: Any, **options: Any) -> Any:
-        reader = atlas.open_store(store)
+        reader = atlas.open_store(living_store)
         seen.append((reader.number, reader.studies, reader.models["scvi"]))
         with pytest.raises(LockedError, match="update kang"):
             reader.drop("reference_1")
@@ -220,12 +203,12 @@ def test_the_store_is_locked_and_as_it_was_until_the_end(
 
     measure = living.measure_drift
     monkeypatch.setattr(living, "measure_drift", look)
-    update(store, made / "q.h5ad")
+    update(living_store, living_folder / "q.h5ad")
     assert seen == [(4, ("reference_1", "reference_2"), 1)]
 
 
 def test_another_request_or_state_starts_anew(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    living_folder: Path, living_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -233,32 +216,36 @@ def test_another_request_or_state_starts_anew(
     with monkeypatch.context() as patch:
         patch.setattr(living, "extend_reference", stop)
         with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
-            update(store, made / "q.h5ad")
+            update(living_store, living_folder / "q.h5ad")
         with pytest.raises(KeyboardInterrupt):
-            update(store, made / "q.h5ad", max_epochs=1)
-    atlas.open_store(store).record_genes(["gene1", "gene2"], "given", 2)
-    report = update(store, made / "q.h5ad", max_epochs=1)
+            update(living_store, living_folder / "q.h5ad", max_epochs=1)
+    atlas.open_store(living_store).record_genes(["gene1", "gene2"], "given", 2)
+    report = update(living_store, living_folder / "q.h5ad", max_epochs=1)
     assert report.notes == (
         "an interrupted update was not gone on with: it was of another manifest",
     )
-    opened = atlas.open_store(store)
+    opened = atlas.open_store(living_store)
     assert opened.genes == ("gene1", "gene2")
     assert (opened.number, opened.models["scvi"]) == (6, 2)
 
 
-def test_the_counts_of_the_reference_are_not_needed(made: Path, updated: Path, store: Path) -> None:
+def test_the_counts_of_the_reference_are_not_needed(
+    living_folder: Path, updated_atlas: Path, living_store: Path
+) -> None:
     for array in ("data", "indices"):
         for i in (1, 2):
-            shutil.rmtree(store / f"studies/reference_{i}/X/{array}/c")
-    update(store, made / "q.h5ad", false_unknown=None)
-    one, other = (atlas.open_store(path) for path in (store, updated))
+            shutil.rmtree(living_store / f"studies/reference_{i}/X/{array}/c")
+    update(living_store, living_folder / "q.h5ad", false_unknown=None)
+    one, other = (atlas.open_store(path) for path in (living_store, updated_atlas))
     np.testing.assert_array_equal(one.embedding("scvi"), other.embedding("scvi"))
     assert one.obs().equals(other.obs())
 
 
-def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Path) -> None:
-    store = updated.with_name("more.atlas")
-    shutil.copytree(updated, store)
+def test_studies_follow_one_another_and_lineage_is_kept(
+    living_folder: Path, updated_atlas: Path
+) -> None:
+    store = updated_atlas.with_name("more.atlas")
+    shutil.copytree(updated_atlas, store)
     before = atlas.open_store(store).embedding("scvi")
     more = make_study(4, 150, range(60))[:, :50].copy()
     more.var_names = [*more.var_names[:48], "new_1", "new_2"]
@@ -286,25 +273,27 @@ def test_studies_follow_one_another_and_lineage_is_kept(made: Path, updated: Pat
     assert report.embeddings == ("scvi",)
     assert opened.embedding("scvi").shape == (750, 3)
     with pytest.raises(ModelError, match="knows a study of this name, which was dropped"):
-        update(store, made / "q.h5ad")
+        update(store, living_folder / "q.h5ad")
 
 
-def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(updated, tmp_path / "s.atlas"))
+def test_a_run_behind_the_lineage_is_refused(
+    living_folder: Path, updated_atlas: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(updated_atlas, tmp_path / "s.atlas"))
     opened = atlas.open_store(store)
     with pytest.raises(ModelError, match=r"not come after[\s\S]*found: the model of version 1"):
-        atlas.keep(opened, made / "run")
+        atlas.keep(opened, living_folder / "run")
     with pytest.raises(ModelError, match="found: the model of version 2"):
         atlas.keep(opened, opened.model_folder("scvi"))
     opened.append(make_study(5, 100, range(60)), study="late", **KEYS)
     few = {"max_epochs": 1, **SMALL}
     behind, after = tmp_path / "behind", tmp_path / "after"
     studies = ["kang", "late"]
-    atlas.extend_reference(made / "run", opened, studies, out=behind, **few)
+    atlas.extend_reference(living_folder / "run", opened, studies, out=behind, **few)
     with pytest.raises(ModelError, match="found: another model extended"):
         atlas.keep(opened, behind, "scvi", device="cpu")
     with pytest.raises(ModelError, match=r"do not cover the store\n  found: no embedding of late"):
-        update(store, made / "q.h5ad", study="again")
+        update(store, living_folder / "q.h5ad", study="again")
     before = opened.manifest.studies
     atlas.extend_reference(opened.model_folder("scvi"), opened, ["late"], out=after, **few)
     assert atlas.keep(opened, after, device="cpu") == 3
@@ -321,20 +310,20 @@ def test_a_run_behind_the_lineage_is_refused(made: Path, updated: Path, tmp_path
     assert atlas.verify(store).whole
 
 
-def test_a_damaged_model_is_found(store: Path) -> None:
-    weights = store / "models" / "scvi" / "1" / "weights.safetensors"
+def test_a_damaged_model_is_found(living_store: Path) -> None:
+    weights = living_store / "models" / "scvi" / "1" / "weights.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(CorruptStoreError, match="not what was written"):
-        atlas.open_store(store).model_folder("scvi")
-    (finding,) = atlas.verify(store).findings
+        atlas.open_store(living_store).model_folder("scvi")
+    (finding,) = atlas.verify(living_store).findings
     assert finding.path == str(weights)
-    assert f"atlas keep {store} RUN --name scvi" in finding.do
+    assert f"atlas keep {living_store} RUN --name scvi" in finding.do
 
 
-def test_stores_of_the_version_before_are_read(made: Path, tmp_path: Path) -> None:
-    store = Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
+def test_stores_of_the_version_before_are_read(living_folder: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(living_folder / "s.atlas", tmp_path / "s.atlas"))
     (store / "manifests" / "000004.json").unlink()
     path = store / "manifests" / "000003.json"
     values = json.loads(path.read_bytes())
@@ -343,34 +332,39 @@ def test_stores_of_the_version_before_are_read(made: Path, tmp_path: Path) -> No
     path.write_text(json.dumps(values))
     opened = atlas.open_store(store)
     assert dict(opened.models) == {}
-    assert atlas.keep(opened, made / "run", "mine", device="cpu") == 1
+    assert atlas.keep(opened, living_folder / "run", "mine", device="cpu") == 1
 
 
-def test_an_earlier_state_is_checked_out_by_links(updated: Path, tmp_path: Path) -> None:
-    before = files_of(updated)
-    made = atlas.checkout(updated, 4, tmp_path / "old.atlas")
+def test_an_earlier_state_is_checked_out_by_links(updated_atlas: Path, tmp_path: Path) -> None:
+    before = files_of(updated_atlas)
+    made = atlas.checkout(updated_atlas, 4, tmp_path / "old.atlas")
     assert (made.number, made.studies) == (4, ("reference_1", "reference_2"))
     assert dict(made.models) == {"scvi": 1}
     assert all(p.is_symlink() for p in (tmp_path / "old.atlas").glob("*/*") if not p.is_dir())
     assert atlas.verify(tmp_path / "old.atlas").whole
     np.testing.assert_array_equal(
-        made.embedding("scvi"), atlas.open_store(updated).embedding("scvi")[:600]
+        made.embedding("scvi"), atlas.open_store(updated_atlas).embedding("scvi")[:600]
     )
     made.annotate(made.obs()[["cell_type"]].rename(columns={"cell_type": "copy"}))
     made.drop("reference_2", purge=True)
-    assert files_of(updated) == before
+    assert files_of(updated_atlas) == before
     with pytest.raises(OutputError, match="something here already"):
-        atlas.checkout(updated, 4, tmp_path / "old.atlas")
+        atlas.checkout(updated_atlas, 4, tmp_path / "old.atlas")
     with pytest.raises(StoreError, match="no manifest of this number"):
-        atlas.checkout(updated, 9, tmp_path / "other.atlas")
+        atlas.checkout(updated_atlas, 9, tmp_path / "other.atlas")
 
 
-def test_the_commands(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = str(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
+def test_the_commands(
+    living_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(shutil.copytree(living_folder / "s.atlas", tmp_path / "s.atlas"))
     few = ["--max-epochs", "1", "--threads", "1", "--device", "cpu"]
     keys = ["--batch-key", "batch", "--label-key", "cell_type"]
-    query = ["update", store, str(made / "q.h5ad"), "--study", "kang"]
-    assert main(["keep", store, str(made / "run"), "--name", "second", "--device", "cpu"]) == 0
+    query = ["update", store, str(living_folder / "q.h5ad"), "--study", "kang"]
+    assert (
+        main(["keep", store, str(living_folder / "run"), "--name", "second", "--device", "cpu"])
+        == 0
+    )
     assert "model second 1 and its embedding kept; manifest 5" in capsys.readouterr().out
     assert main([*query, "--model", "second", *keys, *few]) == 0
     out = capsys.readouterr().out
@@ -393,8 +387,10 @@ def test_the_commands(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "embeddings, now without its cells: second" in out
 
 
-def test_a_model_is_shared_by_the_name_it_is_kept_under(updated: Path, tmp_path: Path) -> None:
-    store = atlas.open_store(updated)
+def test_a_model_is_shared_by_the_name_it_is_kept_under(
+    updated_atlas: Path, tmp_path: Path
+) -> None:
+    store = atlas.open_store(updated_atlas)
     atlas.share(store, "scvi", tmp_path / "package")
     package = atlas.load_package(tmp_path / "package")
     np.testing.assert_array_equal(package.embedding, store.embedding("scvi"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from living_helpers import index_of, living_atlas, update
+from living_helpers import index_of, update
 
 import atlas
 from atlas.errors import (
@@ -18,34 +18,13 @@ from atlas.errors import (
 )
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``s.atlas`` with a model kept, its run, and ``q.h5ad``."""
-    return living_atlas(tmp_path_factory.mktemp("living"))
-
-
-@pytest.fixture(scope="module")
-def updated(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The store after one update; tests do not write to it."""
-    path = tmp_path_factory.mktemp("updated") / "s.atlas"
-    shutil.copytree(made / "s.atlas", path)
-    update(path, made / "q.h5ad", false_unknown=None)
-    return path
-
-
-@pytest.fixture
-def store(made: Path, tmp_path: Path) -> Path:
-    """A copy of the store to write to."""
-    return Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
-
-
 def test_the_index_grows_by_the_new_cells_and_is_named_with_the_embedding(
-    made: Path, updated: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    living_folder: Path, updated_atlas: Path, living_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, after = atlas.open_store(made / "s.atlas"), atlas.open_store(updated)
+    before, after = atlas.open_store(living_folder / "s.atlas"), atlas.open_store(updated_atlas)
     assert len(index_of(before)) == 600
     assert len(index_of(after)) == 800
-    values = json.loads((updated / "manifests" / "000005.json").read_bytes())
+    values = json.loads((updated_atlas / "manifests" / "000005.json").read_bytes())
     named = values["embeddings"]["scvi"]["index"]
     assert named["path"] == "parts/.indexes/scvi-000005"
     assert values["models"]["scvi"]["version"] == 2
@@ -66,12 +45,12 @@ def test_the_index_grows_by_the_new_cells_and_is_named_with_the_embedding(
         add(index, rows)
 
     monkeypatch.setattr(atlas.NeighborIndex, "add", counted)
-    update(store, made / "q.h5ad")
+    update(living_store, living_folder / "q.h5ad")
     assert added == [(600, 200)]
 
 
 def test_an_approximate_index_gives_labels_too(
-    made: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    living_folder: Path, living_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from atlas.workflows import indexing
 
@@ -79,13 +58,13 @@ def test_an_approximate_index_gives_labels_too(
     monkeypatch.setattr(
         indexing.NeighborIndex, "build", lambda z, **options: build(z, kind="ivf", **options)
     )
-    opened = atlas.open_store(store)
+    opened = atlas.open_store(living_store)
     opened.write_embedding("scvi", opened.embedding("scvi"), {})
     assert opened.index_folder("scvi") is None  # of the rows before
-    atlas.keep(opened, made / "run", "again", device="cpu")
+    atlas.keep(opened, living_folder / "run", "again", device="cpu")
     monkeypatch.undo()
-    update(store, made / "q.h5ad", model="again")
-    opened = atlas.open_store(store)
+    update(living_store, living_folder / "q.h5ad", model="again")
+    opened = atlas.open_store(living_store)
     folder = opened.index_folder("again")
     index = atlas.NeighborIndex.load(folder, embedding=opened.embedding("again"))
     assert index.choice.kind == "ivf"
@@ -101,10 +80,10 @@ def test_an_approximate_index_gives_labels_too(
 
 
 def test_an_index_that_is_not_of_the_embedding_is_refused(
-    made: Path, updated: Path, store: Path, tmp_path: Path
+    living_folder: Path, updated_atlas: Path, living_store: Path, tmp_path: Path
 ) -> None:
     # a state that names the index of the state before: what no command writes
-    changed = Path(shutil.copytree(updated, tmp_path / "changed.atlas"))
+    changed = Path(shutil.copytree(updated_atlas, tmp_path / "changed.atlas"))
     path = changed / "manifests" / "000005.json"
     values = json.loads(path.read_bytes())
     old = json.loads((changed / "manifests" / "000004.json").read_bytes())
@@ -113,7 +92,7 @@ def test_an_index_that_is_not_of_the_embedding_is_refused(
     opened = atlas.open_store(changed)
     for call in (
         lambda: atlas.transfer_labels(opened, embedding="scvi", reference="study=reference_1"),
-        lambda: update(changed, made / "q.h5ad", study="another"),
+        lambda: update(changed, living_folder / "q.h5ad", study="another"),
     ):
         with pytest.raises(
             StoreError,
@@ -122,23 +101,25 @@ def test_an_index_that_is_not_of_the_embedding_is_refused(
             call()
     assert atlas.open_store(changed).number == 5
     # damaged files are refused, and found by verify
-    damaged = store / "parts" / ".indexes" / "scvi-000004" / "vectors.npy"
+    damaged = living_store / "parts" / ".indexes" / "scvi-000004" / "vectors.npy"
     data = bytearray(damaged.read_bytes())
     data[-1] ^= 1
     damaged.write_bytes(data)
     with pytest.raises(CorruptStoreError, match="A file of the index of 'scvi' is not what"):
         atlas.transfer_labels(
-            atlas.open_store(store), embedding="scvi", reference="study=reference_1"
+            atlas.open_store(living_store), embedding="scvi", reference="study=reference_1"
         )
-    (finding,) = atlas.verify(store).findings
+    (finding,) = atlas.verify(living_store).findings
     assert finding.path == str(damaged)
 
 
-def test_a_study_that_is_dropped_leaves_no_row_in_an_index(made: Path, store: Path) -> None:
-    opened = atlas.open_store(store)
+def test_a_study_that_is_dropped_leaves_no_row_in_an_index(
+    living_folder: Path, living_store: Path
+) -> None:
+    opened = atlas.open_store(living_store)
     opened.drop("reference_2", purge=True)
     assert opened.index_folder("scvi") is None
-    assert not list(store.glob("parts/.indexes/*"))
-    report = update(store, made / "q.h5ad")  # without it: the index is built anew
+    assert not list(living_store.glob("parts/.indexes/*"))
+    report = update(living_store, living_folder / "q.h5ad")  # without it: the index is built anew
     assert report.n_obs == 200
-    assert len(index_of(atlas.open_store(store))) == 500
+    assert len(index_of(atlas.open_store(living_store))) == 500

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 from anndata import AnnData
+from living_helpers import KEYS, SMALL, train_small
 from workflows_helpers import study as make_study
 
 import atlas
 from atlas.cli import main
 from atlas.errors import InputError, ModelError
-
-SMALL: dict[str, Any] = {"minibatch_size": 64, "average_steps": 4, "threads": 1, "device": "cpu"}
-KEYS = {"batch_key": "batch", "label_key": "cell_type"}
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +24,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = atlas.create_store(folder / "s.atlas")
     for i in (1, 2):
         store.append(_named(make_study(i, 300, range(60)), str.upper), study=f"r_{i}", **KEYS)
-    options = {"n_hidden": 16, "n_latent": 3, "max_epochs": 2, "lr": 1e-2, **SMALL}
-    atlas.train(store, "scvi", out=folder / "run", genes=list(store.var.index), **options)
-    atlas.keep(store, folder / "run", device="cpu")
+    atlas.keep(store, train_small(store, folder / "run"), device="cpu")
     pairs = [f"mm{i},GENE{i}" for i in range(58)] + ["mm58,GENE58", "mm58,GENE59"]
     (folder / "orthologs.csv").write_text("\n".join(["mouse,human", *pairs]))
     return folder

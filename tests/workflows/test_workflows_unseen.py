@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from living_helpers import KEYS, SMALL
 from workflows_helpers import study as make_study
 
 import atlas
 from atlas.cli import main
-
-SMALL: dict[str, Any] = {"minibatch_size": 64, "average_steps": 4, "threads": 1, "device": "cpu"}
-KEYS = {"batch_key": "batch", "label_key": "cell_type"}
 
 
 @pytest.fixture(scope="module")
