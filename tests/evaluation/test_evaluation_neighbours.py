@@ -186,8 +186,13 @@ def test_a_memory_mapped_database_is_read_as_it_is(backend: Backend, tmp_path: P
 
 
 @pytest.mark.parametrize("kernel", ["faiss", "torch"])
-def test_tiles_are_merged(kernel: exact.Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exact, "_FAISS_TILE", 300)
+@pytest.mark.parametrize("n_devices", [1, 3, 9])
+def test_tiles_are_merged(
+    kernel: exact.Kernel, n_devices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as over several GPUs, of which there is none here: each searches tiles of its own
+    monkeypatch.setattr(exact, "_devices", lambda kernel, device: ["cpu"] * n_devices)
+    monkeypatch.setitem(exact._TILE_ROWS, (kernel, "cpu"), 300)
     monkeypatch.setattr(exact, "_QUERY_BLOCK", 17)
     rng = np.random.default_rng(9)
     database = rng.standard_normal((1000, 3)).astype(np.float32)
