@@ -60,35 +60,45 @@ def exact(arguments: Json, phases: Phases) -> Json:
     _exact_side(side, np.array(z[:300]), np.arange(64), 5)()  # imports and what is compiled
     phases.begin("search")
     start = time.perf_counter()
-    indices = run()
+    indices, what = run()
     seconds = time.perf_counter() - start
     phases.begin("after")
     np.save(arguments["out"], np.asarray(indices, dtype=np.int64))
-    return {"seconds": seconds, "pairs": float(len(z)) * len(rows)}
+    return {"seconds": seconds, "pairs": float(len(z)) * len(rows), "what": what}
 
 
 def _exact_side(side: str, z: Any, rows: np.ndarray, k: int) -> Any:
+    """What searches; called, it gives the neighbours and says where it ran."""
     if side.startswith("ours"):
         from atlas.evaluation.neighbours import nearest
 
         backend = "torch" if "torch" in side else "faiss"
-        return lambda: nearest(z, z[rows], k, rows, backend=backend).indices  # type: ignore[arg-type]
+
+        def ours() -> tuple[np.ndarray, str]:
+            found = nearest(z, z[rows], k, rows, backend=backend)  # type: ignore[arg-type]
+            return found.indices, found.backend
+
+        return ours
     if side.startswith("FAISS"):
         import faiss
 
-        def flat() -> np.ndarray:
-            index = faiss.IndexFlatL2(z.shape[1])
+        def flat() -> tuple[np.ndarray, str]:
+            index, gpus = faiss.IndexFlatL2(z.shape[1]), faiss.get_num_gpus()
+            if gpus:
+                index = faiss.index_cpu_to_all_gpus(index)
             index.add(z)
-            return _without_self(index.search(z[rows], k + 1)[1], rows)
+            indices = _without_self(index.search(z[rows], k + 1)[1], rows)
+            return indices, f"{gpus} GPUs" if gpus else "CPU"
 
         return flat
     from sklearn.neighbors import NearestNeighbors
 
     algorithm = "brute" if side.endswith("brute") else "kd_tree"
 
-    def theirs() -> np.ndarray:
+    def theirs() -> tuple[np.ndarray, str]:
         found = NearestNeighbors(algorithm=algorithm, n_jobs=-1).fit(z)
-        return _without_self(found.kneighbors(z[rows], k + 1, return_distance=False), rows)
+        indices = found.kneighbors(z[rows], k + 1, return_distance=False)
+        return _without_self(indices, rows), "CPU"
 
     return theirs
 
@@ -244,7 +254,7 @@ def main() -> None:
     lines = []
     for row in found["exact"]:
         if row["skipped"]:
-            lines.append([row["side"], row["skipped"], "", "", "", ""])
+            lines.append([row["side"], row["skipped"], "", "", "", "", ""])
             continue
         ratio = row["pairs_a_second"] / peer["pairs_a_second"] if peer.get("pairs") else 0
         row["ratio_to_faiss_flat"] = ratio
@@ -256,9 +266,11 @@ def main() -> None:
                 f"{ratio:.2f}",
                 f"{row['same_neighbours']:.5f}",
                 megabytes(row["peak_bytes"]),
+                row["what"],
             ]
         )
     header = ["side", "seconds", "G pairs/s", "of FAISS flat", "same as the first", "peak above"]
+    header.append("where")
     say(table(header, lines))
     say()
     say(f"approximate: all {options.near_cells:,} cells, k {options.k}, target recall .99")
