@@ -40,6 +40,7 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.knn_labels import Answer, Codes, Floats, KnnLabels, Tree
 from atlas.evaluation.neighbours import Backend, Embedding
+from atlas.evaluation.vectors import rows_of
 
 Mask = npt.NDArray[np.bool_]
 
@@ -281,7 +282,7 @@ def leave_out(
             )
         own = rows[groups.codes[rows] == code]
         others = KnnLabels(
-            z[rest], nodes[rest], tree, k=k, kernel=kernel, seed=seed, backend=backend
+            rows_of(z, rest), nodes[rest], tree, k=k, kernel=kernel, seed=seed, backend=backend
         )
         answers.append(others.ask(z[own]))
         asked.append(own)

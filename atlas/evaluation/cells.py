@@ -14,7 +14,7 @@ from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Sample, draw, mean
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.neighbours import Backend, Neighbours, nearest
-from atlas.evaluation.vectors import Embedding, tiles
+from atlas.evaluation.vectors import Embedding, rows_of, tiles
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -116,7 +116,7 @@ class Cells:
         if len(rows) <= LISI_K:
             return None
         own = np.searchsorted(rows, self.labeled.rows)
-        z = self.embedding[rows]
+        z = rows_of(self.embedding, rows)
         found = nearest(z, z[own], LISI_K, own, backend=self.backend)
         return Neighbours(rows[found.indices], found.distances, found.backend, found.recall)
 

@@ -17,6 +17,7 @@ from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Sample, draw
 from atlas.evaluation.kernels import kernel_weights
 from atlas.evaluation.neighbours import Backend, Embedding, Neighbours, nearest
+from atlas.evaluation.vectors import rows_of
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -280,7 +281,7 @@ def label_accuracy(
         found = found.first(k)
     else:
         found = nearest(
-            embedding[voting],
+            rows_of(embedding, voting),
             embedding[asked],
             k,
             np.searchsorted(voting, asked) if leave_one_out else None,

@@ -16,7 +16,7 @@ from atlas.evaluation.clustering import adjusted_rand, contingency, kmeans
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.estimates import Sample
 from atlas.evaluation.neighbours import Backend, Neighbours, nearest
-from atlas.evaluation.vectors import Embedding
+from atlas.evaluation.vectors import Embedding, rows_of
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -111,7 +111,7 @@ def purity(
             continue
         own = np.searchsorted(rows, sample.rows[asked])
         found = [
-            nearest(z[rows], z[sample.rows[asked]], k, own, backend=backend)
+            nearest(rows_of(z, rows), z[sample.rows[asked]], k, own, backend=backend)
             for z in (embedding, individual)
         ]
         values[asked] = overlap(*found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,6 +15,7 @@ Embedding = npt.NDArray[np.float32]
 """float32 (N, d); a memory-mapped array will do, as it is read by tiles."""
 
 LARGEST_VALUE = 1e18  # its square still fits float32
+IN_MEMORY = 256 * 2**20
 _TILE_ROWS = 65536
 
 
@@ -21,6 +23,19 @@ def tiles(n: int, size: int = _TILE_ROWS) -> Iterator[slice]:
     """Slices of ``size`` rows that cover ``n``."""
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
+
+
+def rows_of(values: Embedding, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Embedding:
+    """Some rows: float32 (n, d); above 256 MiB mapped from a temporary file without a name."""
+    if rows.dtype == bool:
+        rows = np.flatnonzero(rows)
+    if 4 * len(rows) * values.shape[1] <= IN_MEMORY:
+        return values[rows]
+    with tempfile.TemporaryFile() as file:
+        out = np.memmap(file, np.float32, "w+", shape=(len(rows), values.shape[1]))
+    for part in tiles(len(rows)):
+        out[part] = values[rows[part]]
+    return out
 
 
 def check_values(values: Embedding, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
@@ -23,9 +24,15 @@ from atlas.store.arrays import (
 from atlas.store.options import check_name
 from atlas.store.schema import EmbeddingEntry, Manifest
 
+IN_MEMORY = 256 * 2**20
+"""Bytes above which an embedding is mapped from a file."""
+
 
 def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
     """An embedding: float32 (n_obs, n_latent), in the order of the store.
+
+    Above 256 MiB it is put together in a temporary file without a name and mapped from there, so
+    that memory need not hold it.
 
     Raises
     ------
@@ -33,7 +40,13 @@ def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
         There is none of this name, or a study was appended after it was made.
     """
     entry = _entry(root, manifest, name)
-    parts = []
+    shape = (manifest.n_obs, entry.n_latent)
+    if 4 * shape[0] * shape[1] > IN_MEMORY:
+        with tempfile.TemporaryFile() as file:
+            z: npt.NDArray[np.float32] = np.memmap(file, np.float32, "w+", shape=shape)
+    else:
+        z = np.empty(shape, np.float32)
+    start = 0
     for study in manifest.studies:
         if f"embedding:{name}" not in study.parts:
             raise StoreError(
@@ -42,8 +55,9 @@ def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
                 do="run `atlas embed` again",
                 path=root,
             )
-        parts.append(read_array(root, study.parts[f"embedding:{name}"], "z"))
-    return np.concatenate([np.empty((0, entry.n_latent), np.float32), *parts])
+        z[start : start + study.n_obs] = read_array(root, study.parts[f"embedding:{name}"], "z")
+        start += study.n_obs
+    return z
 
 
 def details(root: Path, manifest: Manifest, name: str) -> dict[str, Any]:

@@ -285,7 +285,10 @@ class StoreState:
     # embeddings, and the genes chosen
 
     def embedding(self, name: str) -> npt.NDArray[np.float32]:
-        """An embedding kept with the store: float32 (n_obs, n_latent), in store order."""
+        """An embedding kept with the store: float32 (n_obs, n_latent), in store order.
+
+        Above 256 MiB mapped from a temporary file, as memory need not hold it.
+        """
         return embeddings.read(self.path, self.manifest, name)
 
     def embedding_details(self, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from atlas.errors import ConfigError, FormatError
+from atlas.evaluation import vectors
 from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.labels import label_accuracy
 from atlas.evaluation.measures import evaluate_embedding
@@ -55,6 +56,16 @@ def test_backends_give_the_same_figures() -> None:
             theirs.value,
             theirs.standard_error,
         )
+
+
+def test_rows_mapped_from_a_file_give_the_same_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of labeled cells, of a reference and of batches, where memory need not hold them."""
+    individual = Z[:, :3].copy()
+    held = evaluate_embedding(Z, BATCHES, LABELS, individual=individual)
+    monkeypatch.setattr(vectors, "IN_MEMORY", 0)
+    assert isinstance(vectors.rows_of(Z, np.arange(7)), np.memmap)
+    mapped = evaluate_embedding(Z, BATCHES, LABELS, individual=individual)
+    assert mapped.to_json() == held.to_json()
 
 
 def test_sampling_queries_keeps_the_database_and_the_seed() -> None:

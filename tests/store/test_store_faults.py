@@ -24,7 +24,7 @@ from atlas.errors import (
     NotAStoreError,
     StoreError,
 )
-from atlas.store import CountStore, create_store, open_store, to_anndata
+from atlas.store import CountStore, create_store, embeddings, open_store, to_anndata
 from atlas.store import manifest as manifests
 
 MakeStudy = Callable[..., AnnData]
@@ -274,6 +274,18 @@ def test_folders_that_are_no_stores(tmp_path: Path, store: CountStore) -> None:
     with pytest.raises(CorruptStoreError, match="not JSON"):
         open_store(store.path)
     assert open_store(store.path, number=1).n_obs == 0
+
+
+def test_a_large_embedding_is_mapped_from_a_file(
+    store: CountStore, make_study: MakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.append(make_study(prefix="o"), study="two")
+    z = np.random.default_rng(0).normal(size=(store.n_obs, 3)).astype(np.float32)
+    store.write_embedding("scvi", z, {})
+    monkeypatch.setattr(embeddings, "IN_MEMORY", 0)
+    mapped = store.embedding("scvi")
+    assert isinstance(mapped, np.memmap)
+    np.testing.assert_array_equal(mapped, z)
 
 
 def test_embeddings_keep_their_history_and_say_when_they_are_old(
