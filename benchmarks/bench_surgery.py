@@ -85,12 +85,15 @@ class Side:
         Studies that are mapped at once, step after step; none trains on all cells instead.
     options
         Of :func:`atlas.extend_reference`.
+    apart_from
+        Its ``apart_from``, from the step on at which these studies are known.
     """
 
     name: str
     worker: str
     steps: tuple[tuple[str, ...], ...]
     options: dict[str, Any] = field(default_factory=dict)
+    apart_from: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ QUESTIONS = {
                 Side("scvi-tools, in turn", "peer", IN_TURN),
                 OURS,
                 Side("ours, in turn", "ours", IN_TURN),
+                Side("ours, in turn, apart", "ours", IN_TURN, apart_from=QUERY[:1]),
                 Side("ours, not kept apart", "ours", AT_ONCE, {"keep_apart": 0.0}),
                 Side("ours, trained on all", "ours", ()),
             ],
@@ -168,7 +172,7 @@ def ask(question: Question, seeds: list[int], common: Json, folder: Path) -> Jso
                 run_worker(__file__, worker, asked | {"out": reference}, folder)
             out = f"{question.name}-{side.name}-{seed}".replace(" ", "_")
             asked |= {"sample": samples[seed], "reference": reference, "out": out}
-            asked |= {"steps": side.steps, "options": side.options}
+            asked |= {"steps": side.steps, "options": side.options, "apart_from": side.apart_from}
             runs.setdefault(side.name, []).append(run_worker(__file__, side.worker, asked, folder))
             rows = np.load(folder / f"{samples[seed]}.npy")
             values.setdefault(side.name, []).append(cell_values(folder, out, rows))

@@ -133,8 +133,16 @@ def ours(arguments: Json, phases: Phases) -> Json:
         model = atlas.load_model(folder / arguments["reference"])
         for i, studies in enumerate(arguments["steps"]):
             out = folder / f"{arguments['out']}-{i}"
+            known = [name for name in arguments["apart_from"] if name in model.studies]
             model = extend(
-                model, store, studies, out=out, seed=arguments["seed"], device="cpu", **options
+                model,
+                store,
+                studies,
+                out=out,
+                seed=arguments["seed"],
+                device="cpu",
+                apart_from=known,
+                **options,
             )
     phases.begin("embed")
     z = atlas.embed(model, store, name=None, device="cpu")

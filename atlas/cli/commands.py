@@ -218,6 +218,7 @@ def extend(options: argparse.Namespace) -> None:
         orthologs=options.orthologs,
         missing=options.missing,
         keep_apart=options.keep_apart,
+        apart_from=options.apart_from,
         force=options.force,
         resume=options.resume,
         progress=True,

@@ -22,7 +22,17 @@ _APPEND = {
     "memory": "memory",
     "orthologs": "orthologs",
 }
-_SURGERY = ("max_epochs", "keep_apart", "missing", "force", "lr", "seed", "threads", "device")
+_SURGERY = (
+    "max_epochs",
+    "keep_apart",
+    "apart_from",
+    "missing",
+    "force",
+    "lr",
+    "seed",
+    "threads",
+    "device",
+)
 
 
 def add_commands(command: Command) -> None:
@@ -59,6 +69,7 @@ def add_commands(command: Command) -> None:
         default=0.7,
         help="weight of a penalty on batches that come nearer to each other than their expression",
     )
+    add_apart_from(sub)
     sub.add_argument(
         "--missing",
         choices=get_args(MissingGenes),
@@ -92,6 +103,18 @@ def add_commands(command: Command) -> None:
     sub.add_argument("store")
     sub.add_argument("number", type=int, help="of the state, as in `atlas history`")
     sub.add_argument("--to", required=True, metavar="OUT", help="a path that is free")
+
+
+def add_apart_from(sub: Any) -> None:
+    """Add the option of studies from which new ones are kept apart."""
+    sub.add_argument(
+        "--apart-from",
+        nargs="+",
+        default=[],
+        metavar="STUDY",
+        help="studies known before of which the new one is a condition, as the control of a "
+        "stimulation: it is kept apart from these too",
+    )
 
 
 def add_orthologs(sub: Any) -> None:

@@ -202,6 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="weight of a penalty on batches that come nearer to each other than their expression "
         "is; 0: none, as in the paper",
     )
+    living.add_apart_from(sub)
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")
     living.add_orthologs(sub)
     sub.add_argument(

@@ -2,13 +2,14 @@
 
 Each new batch has rows of weights of its own, with which it can be laid upon the reference whole:
 what differs between the batches of a study, a stimulation say, is then taken for a technical
-effect and lost (entropy of mixing rewards it). Not of the papers; see benchmarks/LOG.md for what it
-does.
+effect and lost (entropy of mixing rewards it). The same holds for a study that is a condition of
+one that was mapped before. Not of the papers; see benchmarks/LOG.md for what it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +25,25 @@ _LEAST = 1e-4
 
 _FEW = 2 * _NEIGHBOURS
 """A minibatch of fewer cells says nothing of neighbours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """Cells that lie where they are, from which new ones are kept apart.
+
+    Attributes
+    ----------
+    expression
+        Normalised, as :func:`atlas.models.expression.log_normalized` gives it: (n_cells, n_genes).
+    z
+        float32, (n_cells, n_latent).
+    batch
+        Their batches' codes, other ones than those of new cells: int64, (n_cells,).
+    """
+
+    expression: Tensor
+    z: Tensor
+    batch: Tensor
 
 
 class KeepApart:
@@ -43,34 +63,49 @@ class KeepApart:
         cells.
     weight
         Of the penalty, in nats.
+    companions
+        Further cells that have weights :math:`w_{ij}`, but are in no minibatch.
     """
 
-    def __init__(self, mean: Tensor, components: Tensor, weight: float) -> None:
+    def __init__(
+        self,
+        mean: Tensor,
+        components: Tensor,
+        weight: float,
+        companions: Companions | None = None,
+    ) -> None:
         self._mean, self._components, self._weight = mean, components, weight
+        self._companions = companions
+        if companions is not None:
+            self._beside = (companions.expression - mean) @ components
 
     def __call__(self, module: Model, inputs: Inputs) -> Tensor | None:
         """The penalty of a minibatch; None where it is too small, or of one batch."""
-        batch = inputs.batch
-        if len(batch) < _FEW or bool((batch == batch[0]).all()):
+        batch, beside = inputs.batch, self._companions
+        if len(batch) < _FEW or (beside is None and bool((batch == batch[0]).all())):
             return None
-        device = batch.device
+        n, device = len(batch), batch.device
         with torch.no_grad():
             expression = log_normalized(inputs) - self._mean.to(device)
-            p = _own_share(expression @ self._components.to(device), batch)
+            expression = expression @ self._components.to(device)
         z, _ = module.encode(inputs)
-        q = _own_share(z, batch)
+        if beside is not None:
+            expression = torch.cat([expression, self._beside.to(device)])
+            z = torch.cat([z, beside.z.to(device)])
+            batch = torch.cat([batch, beside.batch.to(device)])
+        p, q = _own_share(expression, batch, n), _own_share(z, batch, n)
         divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         return self._weight * divergence.mean()
 
 
-def _own_share(x: Tensor, batch: Tensor) -> Tensor:
-    """Share of each cell's weights that cells of its own batch have: (n_cells,)."""
-    squared = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(dim=-1)
-    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+def _own_share(x: Tensor, batch: Tensor, n: int) -> Tensor:
+    """Share of each of the first n cells' weights that cells of its own batch have: (n,)."""
+    squared = (x[:n].unsqueeze(1) - x.unsqueeze(0)).square().sum(dim=-1)
+    itself = torch.eye(n, len(x), dtype=torch.bool, device=x.device)
     unit = squared.detach().masked_fill(itself, torch.inf)
     unit = unit.kthvalue(_NEIGHBOURS, dim=1, keepdim=True).values
     logits = (-2 * squared / unit.clamp(min=1e-12)).masked_fill(itself, -torch.inf)
-    own = batch.unsqueeze(1) == batch.unsqueeze(0)
+    own = batch[:n].unsqueeze(1) == batch.unsqueeze(0)
     return (logits.softmax(dim=-1) * own).sum(dim=-1).clamp(_LEAST, 1 - _LEAST)
 
 

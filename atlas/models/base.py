@@ -96,6 +96,12 @@ class Inputs:
         """The same on a device."""
         return _to(self, device)
 
+    def first(self, n: int) -> Inputs:
+        """The first n cells."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fewer = {name: value[:n] for name, value in values.items() if value is not None}
+        return dataclasses.replace(self, **fewer)
+
     @property
     def conditions(self) -> Conditions:
         """What the cells are conditioned on."""

@@ -24,6 +24,8 @@ class Surgery:
         Whether genes that a study lacks were taken as measured and zero, instead of left out.
     n_trained
         Number of parameters that were trained.
+    apart_from
+        Studies known before from which these were kept apart too.
     orthologs
         Of studies of another species: the gene that the store has, and the model's gene that it is
         taken for.
@@ -37,6 +39,7 @@ class Surgery:
     keep_apart: float
     zero_filled: bool
     n_trained: int
+    apart_from: tuple[str, ...] = ()
     orthologs: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -60,7 +63,7 @@ SCHEMA: dict[str, Any] = {
     "items": {
         "type": "object",
         "properties": {
-            **dict.fromkeys(("studies", "batches", "labels"), _TEXTS),
+            **dict.fromkeys(("studies", "batches", "labels", "apart_from"), _TEXTS),
             "strategy": {"type": "string"},
             "initialisation": {"type": "string"},
             "keep_apart": {"type": "number", "minimum": 0},
@@ -72,7 +75,9 @@ SCHEMA: dict[str, Any] = {
             },
         },
         "required": [
-            field.name for field in dataclasses.fields(Surgery) if field.name != "orthologs"
+            field.name
+            for field in dataclasses.fields(Surgery)
+            if field.default is dataclasses.MISSING
         ],
         "additionalProperties": False,
     },

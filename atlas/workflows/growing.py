@@ -48,6 +48,29 @@ def new_studies(
     return names
 
 
+def known_studies(
+    model: TrainedModel, store: CountStore, studies: str | Sequence[str], keep_apart: float
+) -> tuple[str, ...]:
+    """Names of the studies from which new ones are kept apart."""
+    names = tuple(dict.fromkeys([studies] if isinstance(studies, str) else studies))
+    for place, known in (("model", model.studies), ("store", store.studies)):
+        if unknown := [name for name in names if name not in known]:
+            raise ConfigError(
+                f"The {place} does not have the study to keep apart from",
+                found=", ".join(unknown),
+                expected="some of " + ", ".join(known),
+                path=store.path,
+            )
+    if names and keep_apart <= 0:
+        raise ConfigError(
+            "Studies to keep apart from are named, and nothing keeps them apart",
+            found=f"apart_from {', '.join(names)} with keep_apart {keep_apart:g}",
+            expected="keep_apart above 0",
+            do="leave one of them out",
+        )
+    return names
+
+
 def new_batches(
     model: TrainedModel, store: CountStore, chosen: npt.NDArray[np.bool_]
 ) -> tuple[tuple[str, ...], Codes]:

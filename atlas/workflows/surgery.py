@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from atlas.config import Initialisation, LibraryKind, MissingGenes, Strategy, TrainConfig
 from atlas.errors import ConfigError
 from atlas.ingest.orthologs import read_orthologs
-from atlas.models import TrainedModel, load_model
-from atlas.models.apart import KeepApart, principal_components
+from atlas.models import Inputs, TrainedModel, load_model
+from atlas.models.apart import Companions, KeepApart, principal_components
 from atlas.models.base import evaluating
+from atlas.models.expression import log_normalized
 from atlas.models.lineage import Surgery
 from atlas.models.surgery import (
     Growth,
@@ -35,9 +37,17 @@ from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import cell_columns
 from atlas.workflows.genes import GenesInStore, check_overlap
-from atlas.workflows.growing import Codes, grown_columns, grown_labels, new_batches, new_studies
+from atlas.workflows.growing import (
+    Codes,
+    grown_columns,
+    grown_labels,
+    known_studies,
+    new_batches,
+    new_studies,
+)
 from atlas.workflows.rows import split_within
 from atlas.workflows.starting import library_prior, weights_digest
+from atlas.workflows.streaming import CellStream
 from loaders import SequentialLoader
 
 LR = 0.01
@@ -45,6 +55,9 @@ LR = 0.01
 
 _COMPONENTS = 20
 """Principal components by which batches are kept apart."""
+
+_COMPANIONS = 1024
+"""Cells of studies known before from which new ones are kept apart."""
 
 _TRIED = 1000
 """Cells of a new batch by which its nearest one is chosen."""
@@ -62,6 +75,7 @@ def extend_reference(
     orthologs: str | PathLike[str] | None = None,
     missing: MissingGenes = "mask",
     keep_apart: float = 0.7,
+    apart_from: str | Sequence[str] = (),
     force: bool = False,
     max_epochs: int = 5,
     seed: int = 0,
@@ -105,6 +119,10 @@ def extend_reference(
         Weight of the penalty on batches of the studies that come nearer to each other than their
         expression is (:class:`atlas.models.apart.KeepApart`), so that a stimulation is not taken
         for a batch effect; 0 is the paper's form. Without effect on a single batch.
+    apart_from
+        Studies that the model knows and the store has, of which the new ones are a condition, such
+        as the control of a stimulation: they are kept apart from these too. A thousand cells of
+        them are read.
     force
         Go on with a study that has less than half of the model's genes.
     max_epochs
@@ -140,6 +158,7 @@ def extend_reference(
     config = _training_config({"lr": LR, "weight_decay": 0.0, **options}, max_epochs, seed)
     check_reference(trained.module)
     names = new_studies(trained, store, studies)
+    beside = known_studies(trained, store, apart_from, keep_apart)
     check_run_folder(folder, resume=resume)
     if orthologs is None:
         genes = GenesInStore.of(trained, store)
@@ -197,9 +216,11 @@ def extend_reference(
     )
     n_trained = n_trainable(tuned)
     penalty = None
-    if keep_apart > 0 and len(batches) > 1:
+    if keep_apart > 0 and (len(batches) > 1 or beside):
         cells = (to_inputs(minibatch) for minibatch in SequentialLoader(view, 4096, rows=chosen))
-        penalty = KeepApart(*principal_components(cells, _COMPONENTS), keep_apart)
+        inputs, companions = _companions(trained, store, beside)
+        found = principal_components(chain(cells, inputs), _COMPONENTS)
+        penalty = KeepApart(*found, keep_apart, companions)
     split = split_within(store.split(config.validation_share), chosen)
     record = fit(
         tuned,
@@ -218,6 +239,7 @@ def extend_reference(
             "strategy": strategy,
             "initialisation": initialisation,
             "keep_apart": keep_apart,
+            "apart_from": list(beside),
             "labels": None if labels is None else labels.to_json(),
             "start": weights_digest(tuned),
         },
@@ -234,6 +256,7 @@ def extend_reference(
         strategy=strategy,
         initialisation=initialisation,
         keep_apart=keep_apart,
+        apart_from=beside,
         zero_filled=missing == "zero",
         n_trained=n_trained,
         orthologs=genes.orthologs,
@@ -287,6 +310,29 @@ def _new_prior(
         return None
     first = len(model.batches)
     return library_prior(view, codes - first, n_batches, chosen)
+
+
+def _companions(
+    model: TrainedModel, store: CountStore, studies: Sequence[str]
+) -> tuple[list[Inputs], Companions | None]:
+    """At most 1,024 cells of studies that the model knows, evenly spread, and where they lie."""
+    if not studies:
+        return [], None
+    rows = np.flatnonzero(
+        np.isin(store.obs_codes["study"], [store.studies.index(name) for name in studies])
+    )
+    mask = np.zeros(store.n_obs, bool)
+    mask[rows[np.linspace(0, len(rows) - 1, min(_COMPANIONS, len(rows))).astype(np.int64)]] = True
+    inputs, z = [], []
+    for cells in CellStream(model, store, rows=mask, device="cpu"):
+        inputs.append(cells.inputs.first(cells.n_cells))
+        with evaluating(model.module):
+            z.append(model.module.encode(inputs[-1])[0])
+    return inputs, Companions(
+        expression=torch.cat([log_normalized(one) for one in inputs]),
+        z=torch.cat(z),
+        batch=torch.cat([one.batch for one in inputs]),
+    )
 
 
 def _nearest(

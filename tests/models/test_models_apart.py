@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from sklearn.decomposition import PCA
 
 from atlas.config import ScviConfig
 from atlas.models import Inputs, build_model
-from atlas.models.apart import KeepApart, principal_components
+from atlas.models.apart import Companions, KeepApart, principal_components
 from atlas.models.base import evaluating
 from atlas.models.expression import log_normalized
 
@@ -22,9 +24,9 @@ def _inputs(n: int, seed: int = 0) -> Inputs:
     return Inputs(counts, torch.from_numpy(batch))
 
 
-def _own_share(x: np.ndarray, batch: np.ndarray) -> np.ndarray:
-    out = np.empty(len(x))
-    for i in range(len(x)):
+def _own_share(x: np.ndarray, batch: np.ndarray, n: int) -> np.ndarray:
+    out = np.empty(n)
+    for i in range(n):
         others = [j for j in range(len(x)) if j != i]
         squared = {j: float(((x[i] - x[j]) ** 2).sum()) for j in others}
         unit = sorted(squared.values())[14]
@@ -34,16 +36,27 @@ def _own_share(x: np.ndarray, batch: np.ndarray) -> np.ndarray:
     return out
 
 
-def test_against_loops() -> None:
+@pytest.mark.parametrize("one_batch_beside_others", [False, True])
+def test_against_loops(one_batch_beside_others: bool) -> None:
     inputs = _inputs(64)
+    companions = None
     module = build_model(ScviConfig(n_hidden=8, n_latent=3), 40, 3, seed=1)
     mean, components = principal_components([inputs], 5)
-    penalty = KeepApart(mean, components, 0.7)(module, inputs)
-    x = log_normalized(inputs).double().numpy()
-    batch = inputs.batch.numpy()
-    p = _own_share((x - mean.numpy()) @ components.double().numpy(), batch)
     with evaluating(module):
-        q = _own_share(module.encode(inputs)[0].double().numpy(), batch)
+        if one_batch_beside_others:
+            beside, inputs = inputs, dataclasses.replace(_inputs(50, 1), batch=torch.full((50,), 2))
+            z, _ = module.encode(beside)
+            away = beside.batch + 3
+            companions = Companions(log_normalized(beside), z, away)
+        z, _ = module.encode(inputs)
+    penalty = KeepApart(mean, components, 0.7, companions)(module, inputs)
+    x, n, batch = log_normalized(inputs), len(z), inputs.batch
+    if companions is not None:
+        x, z = torch.cat([x, companions.expression]), torch.cat([z, companions.z])
+        batch = torch.cat([batch, companions.batch])
+    along = (x.double().numpy() - mean.numpy()) @ components.double().numpy()
+    p = _own_share(along, batch.numpy(), n)
+    q = _own_share(z.double().numpy(), batch.numpy(), n)
     expected = 0.7 * np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
     assert penalty is not None
     assert float(penalty.detach()) == pytest.approx(expected, rel=1e-4)

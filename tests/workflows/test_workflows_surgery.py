@@ -119,6 +119,41 @@ def test_the_reference_does_not_move(
     assert np.isfinite(new).all()
 
 
+def test_a_study_is_kept_apart_from_one_known_before(
+    references: dict[str, Path], store: Path, tmp_path: Path
+) -> None:
+    _extend(references["scvi"], store, tmp_path / "one", ["query_1"])
+    made = {
+        name: _extend(
+            tmp_path / "one", store, tmp_path / name, ["query_2"], keep_apart=10.0, apart_from=known
+        )
+        for name, known in (("alone", ()), ("apart", "query_1"))
+    }
+    assert made["apart"].surgery[1].apart_from == ("query_1",)
+    assert atlas.load_model(tmp_path / "apart").surgery == made["apart"].surgery
+    opened = atlas.open_store(store)
+    z = {name: atlas.embed(model, opened, name=None, device="cpu") for name, model in made.items()}
+    last = opened.obs_codes["study"] == opened.studies.index("query_2")
+    np.testing.assert_array_equal(z["alone"][~last], z["apart"][~last])
+    assert not np.array_equal(z["alone"][last], z["apart"][last])
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"apart_from": "query_2"}, r"The model does not have the study.*\n  found: query_2"),
+        ({"apart_from": ["nothing"]}, r"does not have the study.*\n  found: nothing"),
+        ({"apart_from": "reference_1", "keep_apart": 0}, "nothing keeps them apart"),
+    ],
+)
+def test_a_study_that_cannot_be_kept_apart_from(
+    options: dict[str, Any], match: str, references: dict[str, Path], store: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        _extend(references["scvi"], store, tmp_path / "new", ["query_1"], **options)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["scvi", "trvae", "davae"])
 def test_only_the_new_rows_are_trained(
     name: str, references: dict[str, Path], store: Path, tmp_path: Path
