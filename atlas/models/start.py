@@ -16,7 +16,7 @@ from atlas.models.scvi import SCVI
 from atlas.models.trvae import TRVAE
 
 _PSEUDO_COUNT: Final = 0.5
-_LEAST_THETA, _MOST_THETA = 0.05, 50.0
+_LEAST_THETA, _MOST_THETA = 1.0, 50.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,9 @@ class GeneProfile:
         (n_genes,), above 0.
     inverse_dispersion
         Of a negative binomial with the variance of the gene's counts, scaled to cells of equal
-        size: float64, (n_genes,), between .05 and 50.
+        size: float64, (n_genes,), between 1 and 50. A gene that varies more than 1 allows is one
+        by which types differ: how it varies within a type is not known yet, and a likelihood that
+        takes all of it for noise would hardly ask z for it (benchmarks/LOG.md).
     """
 
     share: npt.NDArray[np.float64]
