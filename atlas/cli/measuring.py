@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from atlas.cli.text import number
+
 if TYPE_CHECKING:
     from atlas.evaluation.metrics import Difference, Metrics
     from atlas.evaluation.scib_table import ScibTable
@@ -137,7 +139,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     sub.add_argument(
         "--per-batch", action="store_true", help="PCA of each batch on its own, for --individual"
     )
-    sub.add_argument("--seed", type=int, default=0, help="of Harmony")
+    sub.add_argument("--seed", type=number(0, 2**32 - 1), default=0, help="of Harmony")
 
     sub = command("report", report, "write a self-contained HTML report")
     sub.add_argument("store")
@@ -164,12 +166,15 @@ def _add_measuring(sub: argparse.ArgumentParser) -> None:
         help="obsm array of proteins (CITE-seq), for common neighbours; counts or normalised",
     )
     sub.add_argument(
-        "--queries", type=int, default=5000, help="cells that are sampled, searched among all"
+        "--queries",
+        type=number(2),
+        default=5000,
+        help="cells that are sampled, searched among all",
     )
     sub.add_argument(
         "--graph-cells",
-        type=int,
+        type=number(0),
         default=1_000_000,
         help="leave graph connectivity out above so many cells; it needs the neighbours of all",
     )
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=number(0, 2**32 - 1), default=0, help="of samples and clusters")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -20,9 +21,16 @@ from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.labels import LabelTransfer, Mask
 from atlas.evaluation.metrics import Comparison, Metrics
-from atlas.evaluation.neighbours import Backend
+from atlas.evaluation.neighbours import Backend, check_backend
 from atlas.evaluation.transfer import protocol, transfer_results
 from atlas.evaluation.vectors import Embedding, check_values
+
+MIXING_K = (10, 500)
+"""Least and most neighbours for the entropy of batch mixing."""
+LEAST_QUERIES = 2
+"""One cell tells nothing of the others."""
+LARGEST_SEED = 2**32 - 1
+"""NumPy's and scikit-learn's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +40,8 @@ class Options:
     Attributes
     ----------
     mixing_k
-        Neighbours for the entropy of batch mixing (scVI and scANVI 50, scArches 15).
+        Neighbours for the entropy of batch mixing, one number or more from 10 to 500 (scVI and
+        scANVI 50, scArches 15); the first is told by batch and label too.
     label_k
         Neighbours that vote on a label.
     purity_k
@@ -47,11 +56,18 @@ class Options:
         standard error of some .004 nats.
     graph_cells
         Most cells of which all neighbours are searched, for graph connectivity, which is left out
-        where there are more. Any number will do; a million take minutes.
+        where there are more; 0 leaves it out. Any number will do; a million take minutes.
     leiden_cells
         Cells above this number are sampled for Leiden, which says so; 0 leaves it out.
     backend
-        Of :func:`atlas.evaluation.neighbours.nearest`.
+        Of :func:`atlas.evaluation.neighbours.nearest`. With ``"faiss"`` and ``"torch"`` every
+        search is exact; with ``"auto"`` that of all cells, for graph connectivity, takes an
+        approximate index where it would take more than two minutes, and its recall is told.
+
+    Raises
+    ------
+    ConfigError
+        A number out of range, or a backend that there is not.
     """
 
     mixing_k: Sequence[int] = (50, 15)
@@ -63,6 +79,33 @@ class Options:
     leiden_cells: int = 20_000
     backend: Backend = "auto"
     protein_k: int = 100
+
+    def __post_init__(self) -> None:
+        for k in self.mixing_k:
+            _check_number("mixing_k", k, *MIXING_K)
+        if not self.mixing_k or len(set(self.mixing_k)) < len(self.mixing_k):
+            raise ConfigError(
+                "mixing_k names no number of neighbours, or one twice",
+                found=tuple(self.mixing_k),
+                expected="one number or more, each once",
+            )
+        for name in ("label_k", "purity_k", "protein_k"):
+            _check_number(name, getattr(self, name), 1)
+        _check_number("max_queries", self.max_queries, LEAST_QUERIES)
+        _check_number("graph_cells", self.graph_cells, 0)
+        _check_number("leiden_cells", self.leiden_cells, 0)
+        _check_number("seed", self.seed, 0, LARGEST_SEED)
+        check_backend(self.backend)
+
+
+def _check_number(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number of the range."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        expected = f"at least {least:,}" if most is None else f"{least:,} to {most:,}"
+        raise ConfigError(
+            f"{name} is out of range", found=repr(value), expected=f"a whole number, {expected}"
+        )
 
 
 def evaluate_embedding(
@@ -122,15 +165,15 @@ def evaluate_embedding(
         An embedding that is not finite.
     """
     options = Options(
-        mixing_k,
-        label_k,
-        purity_k,
-        seed,
-        max_queries,
-        graph_cells,
-        leiden_cells,
-        backend,
-        protein_k,
+        mixing_k=mixing_k,
+        label_k=label_k,
+        purity_k=purity_k,
+        seed=seed,
+        max_queries=max_queries,
+        graph_cells=graph_cells,
+        leiden_cells=leiden_cells,
+        backend=backend,
+        protein_k=protein_k,
     )
     others = _Others(individual, before, proteins)
     measured = _measure(embedding, batches, labels, reference, query, others, index, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +148,7 @@ def nearest(
 
 def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:
     """What searches exactly for k neighbours, where, and its name."""
+    check_backend(backend)
     faiss = None if backend == "torch" else import_faiss()
     if faiss is not None:
         if faiss.get_num_gpus() > 0 and k + 1 + SPARE_CANDIDATES <= FAISS_GPU_MAX_K:
@@ -160,6 +161,14 @@ def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:
         )
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     return "torch", device, f"torch, {device}"
+
+
+def check_backend(backend: str) -> None:
+    """Refuse the name of something that does not search here."""
+    if backend not in get_args(Backend):
+        raise ConfigError(
+            "there is no such backend", found=backend, expected=" or ".join(get_args(Backend))
+        )
 
 
 def check_space(database: Embedding, queries: Embedding) -> None:

@@ -19,7 +19,7 @@ from atlas.evaluation.exact import (
     Kernel,
 )
 from atlas.evaluation.index import lists, stored
-from atlas.evaluation.index.choice import Choice, Kind, choose
+from atlas.evaluation.index.choice import Choice, Kind, check_names, choose
 from atlas.evaluation.index.searching import search_all, search_lists
 from atlas.evaluation.index.spool import Spool
 from atlas.evaluation.neighbours import (
@@ -80,6 +80,7 @@ class NeighborIndex:
             raise ConfigError(
                 "recall_target is out of range", found=recall_target, expected="(0, 1]"
             )
+        check_names(kind, device)
         self.seed = seed
         self.recall_target = recall_target
         self._asked: tuple[Kind | Literal["auto"], Device | Literal["auto"]] = (kind, device)
