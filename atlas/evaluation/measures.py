@@ -22,6 +22,7 @@ from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.labels import LabelTransfer, Mask
 from atlas.evaluation.metrics import Comparison, Metrics
 from atlas.evaluation.neighbours import Backend, check_backend
+from atlas.evaluation.proteins import measured
 from atlas.evaluation.transfer import protocol, transfer_results
 from atlas.evaluation.vectors import Embedding, check_values
 
@@ -176,8 +177,13 @@ def evaluate_embedding(
         protein_k=protein_k,
     )
     others = _Others(individual, before, proteins)
-    measured = _measure(embedding, batches, labels, reference, query, others, index, options)
-    return measured.metrics(options.seed)
+    embedding = np.ascontiguousarray(embedding, dtype=np.float32)
+    _check_cells({"the embedding": embedding}, batches, labels, reference, query)
+    others.check(len(embedding))
+    if index is not None:
+        index.check_embedding(embedding)
+    found = _measure(embedding, batches, labels, reference, query, others, index, options)
+    return found.metrics(options.seed)
 
 
 def compare_embeddings(
@@ -211,23 +217,28 @@ def compare_embeddings(
     options = options or Options()
     if len(embeddings) < 2:
         raise ConfigError(
-            "a comparison needs two embeddings or more", found=", ".join(embeddings) or "none"
+            "a comparison needs two embeddings or more",
+            found=", ".join(embeddings) or "none",
+            do="name two or more; one alone is measured by `atlas evaluate`",
         )
     others = _Others(individual, before, proteins)
-    measured = {
+    values = {name: np.ascontiguousarray(z, np.float32) for name, z in embeddings.items()}
+    named = {f"the embedding {name!r}": z for name, z in values.items()}
+    _check_cells(named, batches, labels, reference, query)
+    others.check(len(batches))
+    each = {
         name: _measure(z, batches, labels, reference, query, others, None, options)
-        for name, z in embeddings.items()
+        for name, z in values.items()
     }
     differences = []
-    for first, second in combinations(measured, 2):
-        theirs = {result.kind.name: result for result in measured[second].results}
-        for result in measured[first].results:
+    for first, second in combinations(each, 2):
+        theirs = {result.kind.name: result for result in each[second].results}
+        for result in each[first].results:
             found = result.minus(theirs[result.kind.name], first, second)
             if found is not None:
                 differences.append(found)
-    return Comparison(
-        {name: each.metrics(options.seed) for name, each in measured.items()}, tuple(differences)
-    )
+    metrics = {name: one.metrics(options.seed) for name, one in each.items()}
+    return Comparison(metrics, tuple(differences))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +248,16 @@ class _Others:
     individual: Embedding | None
     before: Embedding | None
     proteins: Embedding | None
+
+    def check(self, n_cells: int) -> None:
+        """Refuse arrays of other cells, and values that are not finite."""
+        given = {"individual": self.individual, "before": self.before, "proteins": self.proteins}
+        for name, values in given.items():
+            if values is not None:
+                _check_same_cells(name, len(values), "embedding", n_cells)
+                # a cell without proteins has NaN for all of them
+                there = values[measured(values)] if name == "proteins" else values
+                check_values(there, f"the array given as {name!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,16 +290,6 @@ def _measure(
     index: NeighborIndex | None,
     options: Options,
 ) -> _Measured:
-    embedding = np.ascontiguousarray(embedding, dtype=np.float32)
-    _check(embedding, batches, labels, reference, query)
-    for name, other in (("individual", others.individual), ("before", others.before)):
-        if other is not None:
-            _check_same_cells(name, len(other), embedding)
-            check_values(other, name)
-    if others.proteins is not None:
-        _check_same_cells("proteins", len(others.proteins), embedding)
-    if index is not None:
-        index.check_embedding(embedding)
     cells = Cells(
         embedding,
         batches,
@@ -310,36 +321,42 @@ def _measure(
     return _Measured(len(embedding), embedding.shape[1], results, groups, transfer)
 
 
-def _check(
-    embedding: Embedding,
+def _check_cells(
+    embeddings: Mapping[str, Embedding],
     batches: Categories,
     labels: Categories | None,
     reference: Mask | None,
     query: Mask | None,
 ) -> None:
-    if embedding.ndim != 2 or not embedding.size:
-        raise ConfigError(
-            "there is no embedding to evaluate",
-            found=f"an array of shape {embedding.shape}",
-            expected="(n_cells, d), neither of them 0",
-        )
+    """Refuse what is not of the same cells, cells without a batch, and values not finite."""
+    for name, z in embeddings.items():
+        if z.ndim != 2 or not z.size:
+            raise ConfigError(
+                f"{name} is none that can be evaluated",
+                found=f"an array of shape {z.shape}",
+                expected="(n_cells, d), neither of them 0",
+            )
+    first, n_cells = next((name, len(z)) for name, z in embeddings.items())
+    for name, z in embeddings.items():
+        _check_same_cells(name, len(z), first, n_cells)
     given = {"batches": batches, "labels": labels, "reference": reference, "query": query}
     for name, values in given.items():
         if values is not None:
-            _check_same_cells(name, len(values), embedding)
+            _check_same_cells(name, len(values), "embedding", n_cells)
     if np.any(batches.codes == UNLABELED):
         raise ConfigError(
             "some cells have no batch",
             found=f"{int((batches.codes == UNLABELED).sum())} cells with code -1",
             expected="a batch for every cell",
         )
-    check_values(embedding, "embedding")
+    for name, z in embeddings.items():
+        check_values(z, name)
 
 
-def _check_same_cells(name: str, n: int, embedding: Embedding) -> None:
-    if n != len(embedding):
+def _check_same_cells(name: str, n: int, other: str, n_other: int) -> None:
+    if n != n_other:
         raise ConfigError(
-            f"{name} and embedding have different numbers of cells",
-            found=f"{n} and {len(embedding)}",
+            f"{name} and {other} have different numbers of cells",
+            found=f"{n} and {n_other}",
             expected="one entry per cell, in the same order",
         )

@@ -119,7 +119,7 @@ def protein_overlap(
             expected="one entry per cell, in the same order",
         )
     rows = measured(proteins)
-    check_values(proteins[rows], "proteins")
+    check_values(proteins[rows], "the array of proteins")
     own = np.searchsorted(rows, asked)
     found = [nearest(z[rows], z[asked], k, own, backend=backend) for z in (embedding, proteins)]
     both = np.sort(np.concatenate([each.indices for each in found], axis=1), axis=1)

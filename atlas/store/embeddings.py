@@ -69,12 +69,31 @@ def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
     return manifest.embeddings[name]
 
 
+def _check_finite(root: Path, name: str, z: npt.NDArray[Any], of: str = "") -> None:
+    """Refuse values that are not finite: nothing could be made of such an embedding."""
+    bad = ~np.isfinite(z)
+    if bad.any():
+        first = int(bad.any(axis=1).argmax())
+        raise StoreError(
+            f"The embedding {name!r} has values that are not finite and is not kept",
+            found=f"{int(bad.sum()):,} of {z.size:,} values, the first in row {first:,}{of}",
+            expected="finite values",
+            do="look at what made it; a model whose loss diverged has to be trained again",
+            path=root,
+        )
+
+
 def write(
     root: Path, seen: Manifest, name: str, z: npt.NDArray[np.float32], how: Mapping[str, Any]
 ) -> Manifest:
     """Write an embedding of the studies of ``seen`` and commit it; returns the new state.
 
     A study appended meanwhile by another process is left without it.
+
+    Raises
+    ------
+    StoreError
+        It is not of the cells of ``seen``, or has values that are not finite.
     """
     check_name(name, "embedding")
     if z.ndim != 2 or len(z) != seen.n_obs:
@@ -84,6 +103,7 @@ def write(
             expected=f"({seen.n_obs}, n_latent)",
             path=root,
         )
+    _check_finite(root, name, z)
     bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
     rows = pairwise(bounds)
     mine = {s.name: z[a:b] for s, (a, b) in zip(seen.studies, rows, strict=True)}
@@ -120,6 +140,8 @@ def put(
         Folder of an index of neighbours of all rows as they are then, which is copied; without one
         the embedding has none.
     """
+    for study_name, z in rows.items():
+        _check_finite(root, name, z, f" of study {study_name!r}")
     number = newest.number + 1
     part, studies, widths = f"embedding:{name}", [], set()
     for study in newest.studies:

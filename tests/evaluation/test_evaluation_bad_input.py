@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from atlas.errors import ConfigError, ModelError
+from atlas.evaluation import measures, vectors
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.measures import compare_embeddings, evaluate_embedding
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.neighbours import nearest
 from atlas.evaluation.scib_table import scib_table
+from atlas.evaluation.vectors import tiles as vectors_tiles
 
 N = 300
 RNG = np.random.default_rng(41)
@@ -143,8 +145,26 @@ def test_values_that_are_not_finite(where: str, value: float) -> None:
     with pytest.raises(kind, match=said):
         evaluate_embedding(z, BATCHES, LABELS, **arrays)
     if where == "embedding":
-        with pytest.raises(ModelError, match="not finite"):
+        with pytest.raises(ModelError, match=r"the embedding 'b' has .*not finite.*\n.*in row 7\n"):
             compare_embeddings({"a": Z, "b": broken}, BATCHES, LABELS)
+
+
+@pytest.mark.parametrize("where", ["embedding", "individual", "before", "proteins"])
+def test_all_values_are_checked_before_anything_is_measured(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row is that of the whole array, also past the first tile of rows."""
+    monkeypatch.setattr(measures, "_measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(vectors, "tiles", lambda n: vectors_tiles(n, 64))
+    broken = Z.copy()
+    broken[200, 2] = np.inf
+    broken[201] = -np.inf
+    arrays = {"individual": Z, "before": Z, "proteins": Z}
+    embeddings = {"a": Z, "b": broken if where == "embedding" else Z}
+    if where != "embedding":
+        arrays[where] = broken
+    with pytest.raises(ModelError, match=r"found: 6 of 1,500 values, the first in row 200\n"):
+        compare_embeddings(embeddings, BATCHES, LABELS, **arrays)
 
 
 @pytest.mark.parametrize("change", ["values", "order", "cells", "dimensions"])

@@ -143,7 +143,7 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
         evaluate_embedding(Z, BATCHES, LABELS[np.arange(399)])
     with pytest.raises(ConfigError, match=r"some cells have no batch\n.*120 cells"):
         evaluate_embedding(Z, Categories(np.where(np.arange(400) < 120, -1, 0), ["x"]))
-    with pytest.raises(ConfigError, match="no embedding to evaluate"):
+    with pytest.raises(ConfigError, match="the embedding is none that can be evaluated"):
         evaluate_embedding(Z[:0], BATCHES[np.arange(0)])
 
 

@@ -111,7 +111,7 @@ class NeighborIndex:
         """
         embedding = np.ascontiguousarray(embedding, dtype=np.float32)
         check_space(embedding, embedding)
-        check_values(embedding, "embedding")
+        check_values(embedding, "the embedding")
         index = cls(embedding.shape[1], **options)
         index._spool = Spool.of(embedding)
         index._make()
@@ -217,7 +217,7 @@ class NeighborIndex:
         self._built()
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         check_space(self.vectors, queries)
-        check_values(queries, "queries")
+        check_values(queries, "the array of queries")
         ids = check_query_ids(query_ids, len(queries), len(self))
         check_k(k, len(self), ids)
         return self._search(queries, k, ids, self.recall(k))

@@ -59,7 +59,7 @@ class Spool:
                 found=f"shape {rows.shape}",
                 expected=f"(n, {self.n_dimensions})",
             )
-        check_values(rows, "rows to index")
+        check_values(rows, "the array of rows to index")
         if self._given is not None:
             given, self._given, self._n = self._given, None, 0
             for part in tiles(len(given)):
