@@ -57,8 +57,9 @@ class NeighborIndex:
     seed
         Of samples and centroids. Two indices of the same rows, kind and seed answer the same.
     folder
-        Where vectors are kept while they are added, and lists on disk; memory without one, and a
-        temporary folder for lists.
+        Where vectors are kept while they are added, and lists on disk, both in files of this index
+        alone that are gone when it is; memory without one, and a temporary folder for lists. To
+        keep the index, :meth:`save` it: there, unless its kind is ``"disk"``, or elsewhere.
     n_queries
         Queries to expect, for the choice; without it as many as rows.
     recall_target
@@ -87,11 +88,9 @@ class NeighborIndex:
         self._n_queries = n_queries
         self._folder = None if folder is None else Path(folder)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        file = None
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / ".vectors.f32"
-        self._spool = Spool(n_dimensions, file)
+        self._spool = Spool(n_dimensions, self._folder)
         self._choice: Choice | None = None
         self._centre: Floats = np.zeros(n_dimensions)
         self._lists: lists.Approximate | None = None
@@ -286,9 +285,11 @@ class NeighborIndex:
         )
         self._centre = column_means(vectors)
         if choice.kind in ("ivf", "hnsw", "disk"):
-            folder = self._folder
-            if choice.kind == "disk" and folder is None:
-                self._scratch = tempfile.TemporaryDirectory(prefix="atlas-index-")
+            folder = None
+            if choice.kind == "disk":
+                self._scratch = tempfile.TemporaryDirectory(
+                    dir=self._folder, prefix=".atlas-index-"
+                )
                 folder = Path(self._scratch.name)
             self._lists = lists.build(
                 vectors, choice.kind, choice.device, self._centre, seed=self.seed, folder=folder
