@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from anndata import AnnData
 
 import atlas
 from atlas.cli import main
+from atlas.workflows import results
 
 MakeStudy = Callable[..., AnnData]
 Run = Callable[..., str]
@@ -62,3 +64,43 @@ def test_options_out_of_range(
     told = run(command, store.path, "--embedding", "z", option, value, "--out", "x", code=2)
     assert f"argument {option}: {value} is out of range; expected a whole number" in told
     assert expected in told
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "evaluate --json",
+        "evaluate --csv",
+        "compare --json",
+        "compare --csv",
+        "compare --scib",
+        "report --out",
+    ],
+)
+@pytest.mark.parametrize("where", ["no/folder.svg", "folder.svg"])
+def test_outputs_are_tried_before_anything_is_measured(
+    store: atlas.CountStore,
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    where: str,
+) -> None:
+    command, option = option.split()
+    for name in ("evaluate_embedding", "compare_embeddings"):
+        monkeypatch.setattr(results, name, lambda *_, **__: pytest.fail("it was measured"))
+    (tmp_path / "folder.svg").mkdir()
+    embeddings = ("z", "y") if command == "compare" else ("z",)
+    told = run(command, store.path, "--embedding", *embeddings, option, tmp_path / where, code=2)
+    assert "The file cannot be written" in told
+    assert "no folder" in told if "/" in where else "a folder of this name" in told
+    assert f"path: {tmp_path / where}" in told
+
+
+def test_a_report_of_cells_at_one_place(store: atlas.CountStore, run: Run, tmp_path: Path) -> None:
+    store.write_embedding("flat", np.ones((200, 5), np.float32), {})
+    out = tmp_path / "report.html"
+    run("report", store.path, "--embedding", "flat", "--out", out)
+    text = out.read_text()
+    assert "drawn by principal components" in text
+    assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().split()

@@ -22,9 +22,18 @@ def _measuring(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Files that cannot be written are refused before minutes of measuring."""
+    from atlas import workflows
+
+    for path in filter(None, (options.json, options.csv)):
+        workflows.check_file(path)
+
+
 def evaluate(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
+    _check_outputs(options)
     store = open_store(options.store)
     metrics = workflows.evaluate(store, embedding=options.embedding, **_measuring(options))
     for measure in metrics.measures:
@@ -41,6 +50,7 @@ def evaluate(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
+    _check_outputs(options)
     for path in options.scib:
         workflows.check_scores_path(path)
     store = open_store(options.store)
@@ -135,7 +145,7 @@ def add_commands(command: Callable[..., Any]) -> None:
     sub.add_argument("store")
     sub.add_argument("--method", choices=("pca", "harmony"), default="pca")
     sub.add_argument("--name", help="name to keep it under; the method's if not given")
-    sub.add_argument("--components", type=int, help="axes; 50 if not given, 10 per batch")
+    sub.add_argument("--components", type=number(1), help="axes; 50 if not given, 10 per batch")
     sub.add_argument(
         "--per-batch", action="store_true", help="PCA of each batch on its own, for --individual"
     )

@@ -120,9 +120,13 @@ def write_report(
     Raises
     ------
     ConfigError
-        The folder is not there, or the arrays are of different lengths.
+        The folder is not there, the file is a folder, or the arrays are of different lengths.
     """
     target = Path(path)
+    if target.is_dir():
+        raise ConfigError(
+            "the report would be written over a folder", do="name a file in it", path=target
+        )
     if not target.parent.is_dir():
         raise ConfigError(
             "the folder of the report is not there",

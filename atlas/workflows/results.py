@@ -18,7 +18,7 @@ from atlas.evaluation.score_figure import FigureFormat, draw_scores
 from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
-from atlas.workflows.output import check_suffix, write_bytes, write_text
+from atlas.workflows.output import check_file, check_suffix, write_bytes, write_text
 from atlas.workflows.proteins import proteins_of
 from atlas.workflows.rows import Rows, rows_where
 
@@ -33,7 +33,10 @@ def check_scores_path(path: str | PathLike[str]) -> None:
     ------
     ConfigError
         Its name ends in none of .csv, .svg, .png and .pdf.
+    OutputError
+        Its folder is not there, or it is a folder itself.
     """
+    check_file(path)
     check_suffix(path, ("csv", *get_args(FigureFormat)), "the table of scores")
 
 
@@ -170,7 +173,13 @@ def report(
     Parameters are those of :func:`evaluate`; ``out`` is the file, and ``beside`` names embeddings
     whose differences to this one are told. The losses, options and versions
     are those kept with the embedding, the commands those that made the store.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written; this is tried before anything is measured.
     """
+    check_file(out)
     how = store.embedding_details(embedding)
     training = how.get("training", {})
     model = how.get("model", {})
