@@ -58,6 +58,22 @@ def test_pca_is_scikit_learns(store: atlas.CountStore) -> None:
     assert details["genes"] == list(store.genes)
 
 
+def test_as_many_axes_as_there_are_genes_or_cells(
+    tmp_path: Path, make_study: MakeStudy, store: atlas.CountStore
+) -> None:
+    assert atlas.baseline(store).shape == (240, 20)
+    few = atlas.create_store(tmp_path / "few.atlas")
+    few.append(make_study(8), study="one", batch_key="batch")
+    genes = list(few.var.index)
+    assert atlas.baseline(few, genes=genes).shape == (8, 7)
+    largest = int(np.bincount(few.obs_codes["batch"]).max())
+    assert atlas.baseline(few, genes=genes, per_batch=True).shape == (8, largest - 1)
+    with pytest.raises(
+        ConfigError, match=rf"1 to {largest - 1}: .* {largest} cells of the largest"
+    ):
+        atlas.baseline(few, genes=genes, per_batch=True, n_components=largest)
+
+
 def test_pca_of_each_batch_is_that_of_its_cells(store: atlas.CountStore) -> None:
     z = atlas.baseline(store, per_batch=True, n_components=4)
     x, batch = expression(store), store.obs_codes["batch"]
@@ -91,8 +107,9 @@ def test_what_cannot_be_made_is_refused(store: atlas.CountStore) -> None:
         atlas.baseline(store, "scanorama")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="none per batch"):
         atlas.baseline(store, "harmony", per_batch=True)
-    with pytest.raises(ConfigError, match="n_components"):
-        atlas.baseline(store, n_components=-1)
+    for n, per_batch, most in ((-1, False, 20), (0, False, 20), (21, False, 20), (21, True, 20)):
+        with pytest.raises(ConfigError, match=rf"n_components.*\n.*{n}\n.*1 to {most}: .*20 genes"):
+            atlas.baseline(store, n_components=n, per_batch=per_batch)
     with pytest.raises(ConfigError, match="of so many genes"):
         Moments(np.ones((1, 5001), dtype=bool))
     with pytest.raises(ConfigError, match="two cells or more"):
