@@ -64,12 +64,19 @@ class Neighbours:
         What searched, in words: ``"faiss flat, CPU"``, ``"faiss flat, GPU"``, ``"torch, cuda"``, …
     recall
         Share of the true neighbours that are among these; None where nobody measured it.
+    query_ids
+        Row of the database that each query is, -1 for none: int64, (n_queries,); None where they
+        are not known.
+    n
+        Rows of the database; None where it is not known.
     """
 
     indices: Indices
     distances: npt.NDArray[np.float32]
     backend: str
     recall: Recall | None = EXACT
+    query_ids: Indices | None = None
+    n: int | None = None
 
     @property
     def k(self) -> int:
@@ -86,7 +93,12 @@ class Neighbours:
 
     def of(self, queries: Indices | npt.NDArray[np.bool_]) -> Neighbours:
         """Those of some of the queries."""
-        return replace(self, indices=self.indices[queries], distances=self.distances[queries])
+        return replace(
+            self,
+            indices=self.indices[queries],
+            distances=self.distances[queries],
+            query_ids=None if self.query_ids is None else self.query_ids[queries],
+        )
 
 
 Search = Callable[[Embedding, int, Indices | None], Neighbours]
@@ -143,7 +155,8 @@ def nearest(
         kernel=kernel,
         device=device,
     )
-    return Neighbours(indices, np.sqrt(squared).astype(np.float32), name)
+    distances = np.sqrt(squared).astype(np.float32)
+    return Neighbours(indices, distances, name, query_ids=ids, n=len(database))
 
 
 def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:

@@ -57,9 +57,8 @@ class NeighborIndex:
     seed
         Of samples and centroids. Two indices of the same rows, kind and seed answer the same.
     folder
-        Where vectors are kept while they are added, and lists on disk, both in files of this index
-        alone that are gone when it is; memory without one, and a temporary folder for lists. To
-        keep the index, :meth:`save` it: there, unless its kind is ``"disk"``, or elsewhere.
+        Where vectors are kept while they are added, and lists on disk, in files that are gone when
+        the index is; memory without one, and a temporary folder for lists. :meth:`save` keeps it.
     n_queries
         Queries to expect, for the choice; without it as many as rows.
     recall_target
@@ -254,7 +253,7 @@ class NeighborIndex:
                 self.vectors, queries, k, ids, self._centre, kernel, device
             )
         distances = np.sqrt(squared).astype(np.float32)
-        return Neighbours(indices, distances, self._backend(wanted), recall)
+        return Neighbours(indices, distances, self._backend(wanted), recall, ids, len(self))
 
     def _exactly(self, rows: Indices, k: int) -> Neighbours:
         indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._centre)
