@@ -39,7 +39,7 @@ def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
             raise StoreError(
                 f"The embedding {name!r} does not cover study {study.name!r}",
                 found="a study that was appended later",
-                do="run `atlas embed` again",
+                do=f"run `{_maker(root, manifest, name)}` again",
                 path=root,
             )
         parts.append(read_array(root, study.parts[f"embedding:{name}"], "z"))
@@ -57,13 +57,23 @@ def index_folder(root: Path, manifest: Manifest, name: str) -> Path | None:
     return None if index is None else checked_folder(root, index, f"the index of {name!r}")
 
 
+def _maker(root: Path, manifest: Manifest, name: str) -> str:
+    """The command that made an embedding: a baseline has a method and no training."""
+    about = details(root, manifest, name)
+    model = about.get("model", {})
+    if model.get("name") not in ("pca", "harmony") or "training" in about:
+        return f"atlas embed RUN {root} --name {name}"
+    per_batch = " --per-batch" if model.get("per_batch") else ""
+    return f"atlas baseline {root} --method {model['name']}{per_batch} --name {name}"
+
+
 def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
     if name not in manifest.embeddings:
         raise StoreError(
             "The store has no such embedding",
             found=name,
             expected=f"one of {', '.join(manifest.embeddings) or '(there are none)'}",
-            do="make one with `atlas embed`",
+            do="make one with `atlas embed` or `atlas baseline`",
             path=root,
         )
     return manifest.embeddings[name]

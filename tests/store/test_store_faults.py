@@ -293,7 +293,9 @@ def test_embeddings_keep_their_history_and_say_when_they_are_old(
     position = store.index_array("input_position")
     np.testing.assert_array_equal(export.obsm["X_scvi"][position], z + 1)
     store.append(make_study(prefix="o"), study="two")
-    with pytest.raises(StoreError, match=r"does not cover study 'two'(?s:.*)run `atlas embed`"):
+    with pytest.raises(
+        StoreError, match=r"does not cover study 'two'(?s:.*)run `atlas embed RUN .* --name scvi`"
+    ):
         store.embedding("scvi")
     with pytest.raises(
         StoreError, match=r"no such embedding\n  found: pca\n  expected: one of scvi"
