@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -116,7 +117,8 @@ class Metrics:
 
     def to_csv(self) -> str:
         """The same rows as text, with empty fields where there is no value."""
-        return _csv(Measure, [asdict(measure) for measure in (*self.measures, *self.groups)])
+        names = [field.name for field in fields(Measure)]
+        return _csv(names, [asdict(measure) for measure in (*self.measures, *self.groups)])
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with schema name and version; read again by :meth:`from_json`."""
@@ -238,8 +240,16 @@ class Comparison:
         )
 
     def to_csv(self) -> str:
-        """The differences as text."""
-        return _csv(Difference, [asdict(difference) for difference in self.differences])
+        """The measures of each embedding as text, those without a value too, then the differences.
+
+        Of a difference ``less`` names the second embedding, which is empty for a measure.
+        """
+        rows: list[dict[str, Any]] = []
+        for name, metrics in self.metrics.items():
+            rows += [asdict(measure) | {"embedding": name} for measure in metrics.measures]
+        for each in self.differences:
+            rows.append(asdict(each) | {"embedding": each.first, "less": each.second})
+        return _csv(_COMPARED, rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with schema name and version."""
@@ -252,9 +262,15 @@ class Comparison:
         }
 
 
-def _csv(kind: type[Measure] | type[Difference], rows: list[dict[str, Any]]) -> str:
+_COMPARED = (
+    *("name", "title", "embedding", "less", "value", "standard_error", "low", "high", "unit"),
+    *("better", "n", "k", "backend", "recall", "skipped"),
+)
+
+
+def _csv(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

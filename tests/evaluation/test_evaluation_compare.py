@@ -150,7 +150,17 @@ def test_differences_are_paired() -> None:
     assert found["label_unknown_share_k50", "raw", "mixed"].favours is None
     json.dumps(compared.to_json(), allow_nan=False)
     assert len(compared.to_frame()) == len(found)
-    assert len(compared.to_csv().splitlines()) == len(found) + 1
+    rows = list(csv.DictReader(io.StringIO(compared.to_csv())))
+    assert sum(row["less"] != "" for row in rows) == len(found)
+    for row in rows:
+        if row["less"]:
+            difference = found[row["name"], row["embedding"], row["less"]]
+            assert float(row["value"]) == difference.value
+        else:
+            measure = compared.metrics[row["embedding"]][row["name"]]
+            assert row["value"] == ("" if measure.value is None else repr(measure.value))
+            assert row["skipped"] == (measure.skipped or "")
+    assert {row["embedding"] for row in rows} == {"raw", "mixed", "again"}
     with pytest.raises(ConfigError, match="two embeddings or more"):
         compare_embeddings({"raw": Z}, BATCHES)
 
