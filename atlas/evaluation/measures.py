@@ -15,7 +15,7 @@ import numpy as np
 
 from atlas.errors import ConfigError
 from atlas.evaluation import suite, suite_clusters, suite_structure
-from atlas.evaluation.catalogue import Result
+from atlas.evaluation.catalogue import Result, kind
 from atlas.evaluation.cells import Cells
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.index import NeighborIndex
@@ -32,6 +32,11 @@ LEAST_QUERIES = 2
 """One cell tells nothing of the others."""
 LARGEST_SEED = 2**32 - 1
 """NumPy's and scikit-learn's."""
+NO_INDIVIDUAL = (
+    "it needs an embedding of each batch on its own: "
+    "`atlas baseline STORE --method pca --per-batch`"
+)
+NO_BEFORE = "it needs an embedding before integration: `atlas baseline STORE --method pca`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +201,7 @@ def compare_embeddings(
     individual: Embedding | None = None,
     before: Embedding | None = None,
     proteins: Embedding | None = None,
+    indices: Mapping[str, NeighborIndex] | None = None,
     options: Options | None = None,
 ) -> Comparison:
     """Measure several embeddings on the same cells, and the differences between them.
@@ -206,6 +212,8 @@ def compare_embeddings(
         By name: float32, (n_cells, d) each.
     batches, labels, reference, query, individual, before, proteins
         As in :func:`evaluate_embedding`.
+    indices
+        Of some of the embeddings, by name, to search in place of exact search.
     options
         What is measured; the defaults without.
 
@@ -226,8 +234,11 @@ def compare_embeddings(
     named = {f"the embedding {name!r}": z for name, z in values.items()}
     _check_cells(named, batches, labels, reference, query)
     others.check(len(batches))
+    known = indices or {}
+    for name, index in known.items():
+        index.check_embedding(values[name])
     each = {
-        name: _measure(z, batches, labels, reference, query, others, None, options)
+        name: _measure(z, batches, labels, reference, query, others, known.get(name), options)
         for name, z in values.items()
     }
     differences = []
@@ -310,11 +321,18 @@ def _measure(
         results, groups = results + found, groups + more
     results += suite.lisi_results(cells)
     results += suite.variance_results(cells, others.before)
+    if others.before is None:
+        reason = NO_BEFORE if len(batches.present()) > 1 else "there is only one batch"
+        results.append(Result(kind("pcr_comparison"), None, skipped=reason))
     results += suite_clusters.kmeans_results(cells)
     results += suite_clusters.leiden_results(cells)
     if others.individual is not None:
         found, more = suite_structure.purity_results(cells, others.individual, options.purity_k)
         results, groups = results + found, groups + more
+    else:
+        k = options.purity_k
+        results.append(Result(kind("purity", k), None, k, skipped=NO_INDIVIDUAL))
+        results.append(Result(kind("cluster_conservation"), None, skipped=NO_INDIVIDUAL))
     if others.proteins is not None:
         found, more = suite_structure.protein_results(cells, others.proteins, options.protein_k)
         results, groups = results + found, groups + more

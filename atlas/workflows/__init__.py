@@ -17,6 +17,7 @@ from atlas.workflows.keeping import checkout, history, keep, named, stored_model
 from atlas.workflows.labelling import label, label_probabilities
 from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
+from atlas.workflows.measuring import beside
 from atlas.workflows.modelling import train
 from atlas.workflows.output import check_file, write_json, write_text
 from atlas.workflows.per_batch import embed_per_batch
@@ -36,6 +37,7 @@ __all__ = [
     "TransferredLabels",
     "baseline",
     "bench",
+    "beside",
     "check_file",
     "check_scores_path",
     "check_target",

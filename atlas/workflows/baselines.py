@@ -20,6 +20,7 @@ from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
+from atlas.workflows.measuring import batch_sizes
 from loaders import SequentialLoader
 
 Method = Literal["pca", "harmony"]
@@ -102,12 +103,14 @@ def baseline(
     if harmony is not None:
         z = harmony(z, store.obs_codes["batch"], store.batches, seed)
     if name is not None:
-        how = {
+        how: dict[str, Any] = {
             "model": {"name": method, "n_components": n, "per_batch": per_batch, "seed": seed},
             "genes": list(chosen),
             "versions": versions(),
             "command": command(),
         }
+        if per_batch:
+            how["per_batch"] = batch_sizes(store)
         store.write_embedding(name, z, how)
     return z
 

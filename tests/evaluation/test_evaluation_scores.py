@@ -17,7 +17,7 @@ import atlas
 from atlas.cli import main
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.measures import compare_embeddings
+from atlas.evaluation.measures import NO_BEFORE, compare_embeddings
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.scib_table import BATCH, BIO, scib_table
 from atlas.evaluation.score_figure import draw_scores, inline_scores
@@ -191,4 +191,4 @@ def test_from_the_command_line(
     assert main(["report", path, "--embedding", "a", "--beside", "b", "--out", str(report)]) == 0
     html = report.read_text()
     assert "<h2>Scores</h2>" in html
-    assert "PCR comparison (it needs an embedding before integration)" in html
+    assert f"PCR comparison ({NO_BEFORE})" in html

@@ -182,8 +182,8 @@ def test_commands(
         "--csv",
         str(measures),
     )
-    assert "kNN purity" in told
-    assert "PCR comparison" in told
+    assert "kNN purity and k-means conservation: beside pca_batch" in told
+    assert "PCR comparison: beside flat" in told
     assert measures.read_text().startswith("name,title,")
     differences = tmp_path / "differences.csv"
     told = run(
@@ -206,18 +206,14 @@ def test_commands(
 
 def test_the_report_tells_the_intervals(store: atlas.CountStore, tmp_path: Path) -> None:
     atlas.baseline(store, n_components=5)
+    atlas.baseline(store, n_components=2, name="flat")
     atlas.baseline(store, per_batch=True)
-    out = atlas.report(
-        store,
-        embedding="pca",
-        individual="pca_batch",
-        beside=["pca_batch"],
-        out=tmp_path / "r.html",
-    )
+    out = atlas.report(store, embedding="pca", beside=["flat"], out=tmp_path / "r.html")
     text = out.read_text()
-    assert "kNN purity" in text
+    assert "kNN purity and k-means conservation are beside “pca_batch”" in text
+    assert "The PCR comparison is with “pca”" in text
     metrics = atlas.evaluate(store, embedding="pca")
     entropy = metrics["mixing_entropy_k50"]
     assert f"{entropy.low:.3f} to {entropy.high:.3f}" in text
-    found = atlas.compare(store, ["pca", "pca_batch"]).differences
+    found = atlas.compare(store, ["pca", "flat"]).differences
     assert all(f"{d.low:+.3f} to {d.high:+.3f}" in text for d in found)
