@@ -16,13 +16,13 @@ def of_metrics(metrics: Metrics) -> Iterator[str]:
     from atlas.evaluation.told import title
 
     by = _Letters()
-    rows = [("", "value ± standard error", "95 % interval", "cells", "by")]
+    rows = [("", "value ± standard error", "", "95 % interval", "cells", "by")]
     for measure in metrics.measures:
         if measure.value is not None:
             interval = "" if measure.low is None else f"{measure.low:.4f} to {measure.high:.4f}"
-            value = f"{_value(measure)} {measure.unit}"
-            rows.append((title(measure), value, interval, _cells(measure), by.of([measure])))
-    yield from _aligned(rows)
+            value, unit, cells = _value(measure), measure.unit, _cells(measure)
+            rows.append((title(measure), value, unit, interval, cells, by.of([measure])))
+    yield from _aligned("<><>><", rows)
     yield from by.lines()
     yield from _skipped(metrics.measures)
 
@@ -41,7 +41,7 @@ def of_comparison(found: Comparison) -> Iterator[str]:
             values = ["–" if each.value is None else _value(each) for each in own]
             name = f"{title(measure)}, {measure.unit}"
             rows.append((name, *values, _cells(there[0]), by.of(there)))
-    yield from _aligned(rows)
+    yield from _aligned("<" + ">" * (len(rows[0]) - 2) + "<", rows)
     yield from by.lines()
     in_all = [
         measure
@@ -54,12 +54,12 @@ def of_comparison(found: Comparison) -> Iterator[str]:
         yield from _skipped([m for m in metrics.measures if m.name not in names], name)
     for (one, other), differences in _by_pair(found.differences).items():
         yield f"{one} less {other}"
-        lines = [("", "difference", "95 % interval", "")]
+        lines = [("", "difference", "", "95 % interval", "")]
         for row in differences:
             interval = f"{row.low:+.4f} to {row.high:+.4f}"
             better = f"{row.favours} is better" if row.favours else ""
-            lines.append((title(row), f"{row.value:+.4f} {row.unit}", interval, better))
-        yield from (f"  {line}" for line in _aligned(lines))
+            lines.append((title(row), f"{row.value:+.4f}", row.unit, interval, better))
+        yield from (f"  {line}" for line in _aligned("<><><", lines))
 
 
 def of_scores(table: ScibTable) -> Iterator[str]:
@@ -87,19 +87,19 @@ class _Letters:
         return "/".join(self._letters.setdefault(way, self._next()) for way in ways)
 
     def _next(self) -> str:
-        return ascii_lowercase[len(self._letters) % 26]
+        place = len(self._letters)
+        return ascii_lowercase[place] if place < 26 else str(place)
 
     def lines(self) -> Iterator[str]:
         yield from (f"  {letter}: {way}" for way, letter in self._letters.items())
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Columns as wide as they must be: the first and the last to the left, others to the right."""
+def _aligned(sides: str, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns as wide as they must be, each to the left (<) or to the right (>)."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        fields = [row[0].ljust(widths[0])]
-        fields += [text.rjust(width) for text, width in zip(row[1:-1], widths[1:-1], strict=True)]
-        yield "  ".join([*fields, row[-1]]).rstrip()
+        fields = zip(row, sides, widths, strict=True)
+        yield "  ".join(f"{text:{side}{width}}" for text, side, width in fields).rstrip()
 
 
 def _value(measure: Measure) -> str:
