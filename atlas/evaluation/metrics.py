@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from atlas.evaluation.scib_table import ScibTable
 
 SCHEMA = "atlas.metrics"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ class Measure:
         Share of the true neighbours that the search finds; None where none are searched, or nobody
         measured it.
     of
-        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all.
+        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all. NAME
+        is ``*`` where there are too many to give each.
+    note
+        What has to be known of the value, such as labels of which no cell was asked; None for most.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Measure:
     high: float | None = None
     recall: float | None = None
     of: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +143,8 @@ class Metrics:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metrics:
-        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups.
+        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups,
+        and version 2, which has no notes.
 
         Raises
         ------
@@ -150,7 +155,7 @@ class Metrics:
             raise FormatError(
                 "these are no measures of an embedding that this version reads",
                 found=f"schema {values.get('schema')!r}, version {values.get('version')!r}",
-                expected=f"schema {SCHEMA!r}, version {' or '.join(map(str, READABLE))}",
+                expected=f"schema {SCHEMA!r}, version {READABLE[0]} to {READABLE[-1]}",
             )
         stored = values["confusion"]
         return cls(

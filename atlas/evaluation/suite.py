@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,15 @@ import numpy.typing as npt
 from atlas.errors import ConfigError
 from atlas.evaluation import kbet, lisi, mixing
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import CLOSED_FORM_CELLS, GRAPH_K, KBET_K, LISI_K, Cells, by_group
-from atlas.evaluation.codes import UNLABELED
+from atlas.evaluation.cells import (
+    CLOSED_FORM_CELLS,
+    GRAPH_K,
+    KBET_K,
+    LISI_K,
+    Cells,
+    by_group,
+    unasked,
+)
 from atlas.evaluation.connectivity import LabelGraphs
 from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
 from atlas.evaluation.regression import explained_variance, pcr_comparison
@@ -194,7 +202,7 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     if reason is not None:
         return [Result(name, None, GRAPH_K, skipped=reason)], []
     assert cells.labels is not None
-    labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    labeled = cells.labeled_rows
     graphs = LabelGraphs(cells.labels, GRAPH_K)
     for rows, found in cells.neighbours_of_all(labeled, GRAPH_K):
         graphs.add(rows, found)
@@ -227,11 +235,11 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
         result = Result(kind(names[0]), mean(values, sample), backend="torch")
         results.append(result)
         groups += by_group(values, sample, cells, result, batches=False, labels=True)
-        rare = np.isin(own, isolated_labels(cells.labels, cells.batches))
-        estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
-        isolated = Result(kind(names[2]), estimate, backend="torch")
+        isolated = _isolated(cells, values, sample, names[2])
     batch = batch_silhouettes(cells.embedding, cells.labels, cells.batches, sample)
-    results.append(_within_labels(batch, own, sample, names[1], "torch", apart))
+    told = _within_labels(batch, own, sample, names[1], "torch", apart)
+    note = unasked(cells.labels, cells.labeled_rows, sample.rows, "label")
+    results.append(replace(told, note=note))
     results.append(isolated)
     many = cells.drawn_of_labeled(CLOSED_FORM_CELLS)
     scores = bras_scores(cells.embedding, cells.labels, cells.batches, many)
@@ -241,6 +249,20 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     if result.estimate is not None:
         groups += by_group(scores, many, cells, result, batches=False, labels=True)
     return results, groups
+
+
+def _isolated(cells: Cells, values: Floats, sample: Sample, name: str) -> Result:
+    """The silhouettes of isolated labels, each label counting alike."""
+    assert cells.labels is not None
+    codes = isolated_labels(cells.labels, cells.batches)
+    own = cells.labels.codes[sample.rows]
+    rare = np.isin(own, codes)
+    if not rare.any():
+        return Result(kind(name), None, skipped="no cell of an isolated label was asked")
+    estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
+    theirs = cells.labeled_rows[np.isin(cells.labels.codes[cells.labeled_rows], codes)]
+    note = unasked(cells.labels, theirs, sample.rows, "label")
+    return Result(kind(name), estimate, backend="torch", note=note)
 
 
 def _within_labels(
