@@ -157,6 +157,8 @@ class Estimate:
         Cells that it is about.
     share
         Whether it is a share of cells, whose interval is Wilson's.
+    unclipped
+        The estimate before its value was cut to the least that it can be; None where it was not.
     """
 
     value: float
@@ -164,6 +166,17 @@ class Estimate:
     sample: Sample
     n: int
     share: bool = False
+    unclipped: Estimate | None = None
+
+    def at_least(self, least: float) -> Estimate:
+        """The same, cut to ``least`` where it lies below.
+
+        A cut value does not move with the cells, so its influence is 0; both ends of its interval
+        are those of the estimate before, cut too.
+        """
+        if self.value >= least:
+            return self
+        return replace(self, value=least, influence=np.zeros_like(self.influence), unclipped=self)
 
     @property
     def standard_error(self) -> float:
@@ -178,6 +191,11 @@ class Estimate:
         fewer than some hundred cells with a skewed measure, intervals hold the truth less often:
         92 % for 90 cells of a gamma distribution of shape 2.
         """
+        if self.unclipped is not None:
+            low, high = self.unclipped.interval(level)
+            if self.value >= self.unclipped.value:
+                return Interval(max(low, self.value), max(high, self.value))
+            return Interval(min(low, self.value), min(high, self.value))
         error = self.standard_error
         if self.share:
             z = float(norm.ppf((1 + level) / 2))
@@ -197,6 +215,7 @@ class Estimate:
             value=factor * self.value + offset,
             influence=factor * self.influence,
             share=self.share and (factor, offset) in ((1.0, 0.0), (-1.0, 1.0)),
+            unclipped=None if self.unclipped is None else self.unclipped.scaled(factor, offset),
         )
 
     def minus(self, other: Estimate) -> Estimate:
@@ -214,6 +233,7 @@ class Estimate:
             influence=self.influence - other.influence,
             n=max(self.n, other.n),
             share=False,
+            unclipped=None,
         )
 
 

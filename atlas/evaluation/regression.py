@@ -64,6 +64,8 @@ def explained_variance(embedding: Embedding, batches: Categories, sample: Sample
 def pcr_comparison(before: Estimate, after: Estimate) -> Estimate:
     """How much less the batches explain after integration: (before - after) / before, at least 0.
 
+    Where they explain more after it, the value is cut to 0, and the interval's ends as well.
+
     Raises
     ------
     ConfigError
@@ -74,4 +76,4 @@ def pcr_comparison(before: Estimate, after: Estimate) -> Estimate:
     value = 1 - after.value / before.value
     influence = -after.influence / before.value
     influence = influence + after.value / before.value**2 * before.influence
-    return replace(after, value=max(0.0, value), influence=influence)
+    return replace(after, value=value, influence=influence).at_least(0.0)

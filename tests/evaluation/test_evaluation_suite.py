@@ -173,9 +173,27 @@ def test_pcr_comparison() -> None:
     before = explained_variance((Z + 2 * BATCHES[:, None]).astype(np.float32), batches, ALL)
     after = explained_variance(Z, batches, ALL)
     assert pcr_comparison(before, after).value == pytest.approx(1 - after.value / before.value)
-    assert pcr_comparison(after, before).value == 0
+    more = explained_variance((Z + 6 * BATCHES[:, None]).astype(np.float32), batches, ALL)
+    worse = pcr_comparison(before, more)
+    assert worse.unclipped is not None
+    assert worse.unclipped.value == pytest.approx(1 - more.value / before.value)
+    assert worse.unclipped.interval().high < 0
+    assert (worse.value, worse.standard_error, worse.interval()) == (0, 0, (0, 0))
+    assert worse.minus(worse).interval() == (0, 0)
+    assert worse.scaled(-1.0, 1.0).interval() == (1, 1)
     with pytest.raises(ConfigError, match="at one place"):
         explained_variance(Z * 0, batches, ALL)
+
+
+def test_a_cut_value_keeps_what_its_interval_says_above() -> None:
+    sample = draw(np.arange(40), np.zeros(40, dtype=np.int64), 40, 0)
+    below = mean(np.random.default_rng(0).standard_normal(40) - 0.1, sample)
+    assert below.value < 0 < below.interval().high
+    cut = below.at_least(0.0)
+    assert cut.value == 0
+    assert cut.interval() == (0, below.interval().high)
+    assert cut.at_least(-1.0) is cut
+    assert below.minus(cut).standard_error == below.standard_error
 
 
 def test_agreement_is_scikit_learns_and_its_error_that_of_resampled_cells() -> None:
