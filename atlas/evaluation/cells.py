@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from atlas.evaluation.catalogue import Result
 from atlas.evaluation.codes import UNLABELED, Categories
-from atlas.evaluation.estimates import Estimate, Mask, Sample, draw, mean
+from atlas.evaluation.estimates import Estimate, GroupMeans, Mask, Sample, draw, mean
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.neighbours import Backend, Neighbours, nearest
 from atlas.evaluation.vectors import Embedding, tiles
@@ -105,6 +105,17 @@ class Cells:
         """At most about so many cells with a label."""
         rows = self.labeled_rows
         return draw(rows, self.strata_for(most)[rows], most, self.seed)
+
+    @cached_property
+    def many(self) -> Sample:
+        """Cells from which the errors of figures of all cells are reckoned."""
+        rows = np.arange(len(self.embedding), dtype=np.int64)
+        return draw(rows, self.strata_for(CLOSED_FORM_CELLS), CLOSED_FORM_CELLS, self.seed)
+
+    @cached_property
+    def many_labeled(self) -> Sample:
+        """The same of all cells with a label."""
+        return self.many if self.all_labeled else self.drawn_of_labeled(CLOSED_FORM_CELLS)
 
     @cached_property
     def has_labels(self) -> bool:
@@ -222,6 +233,36 @@ def by_group(
             else:
                 why = without if asked.any() else "none of its cells was asked"
                 yield told_apart(result, None, of, why)
+
+
+def by_label(
+    means: GroupMeans, codes: Indices, cells: Cells, result: Result, without: str
+) -> Iterator[Result]:
+    """The figure of each label, of a measure that all cells gave.
+
+    Parameters
+    ----------
+    means
+        Of the labels ``codes``: int64 (G,).
+    cells
+        All cells, with labels.
+    result
+        The measure over all labels.
+    without
+        Why other labels have none.
+    """
+    assert cells.labels is not None
+    present = cells.labels.present()
+    if len(present) > MOST_GROUPS:
+        yield told_apart(result, None, "label *", too_many("label", len(present)))
+        return
+    place = {int(code): i for i, code in enumerate(codes)}
+    for code in map(int, present):
+        of = f"label {cells.labels.names[code]}"
+        if code in place:
+            yield told_apart(result, means.of(place[code]), of, None)
+        else:
+            yield told_apart(result, None, of, without)
 
 
 def unasked(categories: Categories, cells: Indices, asked: Indices, word: str) -> str | None:

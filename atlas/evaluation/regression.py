@@ -56,9 +56,7 @@ def explained_variance(embedding: Embedding, batches: Categories, sample: Sample
     own = ((exact - means[batches.codes[sample.rows]]) ** 2).sum(axis=1)
     all_ = ((exact - centre) ** 2).sum(axis=1)
     influence = -(own - (1 - share) * all_) / (whole / n)
-    # As of a sample of all n cells, which were all counted, not of those drawn here.
-    influence *= np.sqrt(len(sample) / n)
-    return Estimate(share, influence, sample, n)
+    return Estimate(share, influence, sample.of_all(), n)
 
 
 def pcr_comparison(before: Estimate, after: Estimate) -> Estimate:

@@ -1,9 +1,8 @@
-"""Silhouettes of labels, of isolated labels, and of batches within labels; and BRAS.
+"""Silhouettes of labels, of isolated labels, and of batches within labels.
 
-As scib-metrics 0.6 defines them: ``silhouette_label`` and ``silhouette_batch`` (Luecken et al.
-2022, Methods, "Cell type ASW" and "Batch ASW"), ``isolated_labels``, and ``bras`` (Rautenstrauch
-and Ohler 2025). Each sampled cell is measured against all cells, so no sample of pairs is drawn;
-BRAS needs no pairs, as the mean cosine distance to a set is that to the mean of its unit vectors.
+As scib-metrics 0.5.10 defines them: ``silhouette_label`` and ``silhouette_batch`` (Luecken et al.
+2022, Methods, "Cell type ASW" and "Batch ASW"), and ``isolated_labels``. Each sampled cell is
+measured against all cells, so no sample of pairs is drawn.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.distances import summed_distances
 from atlas.evaluation.estimates import Sample
-from atlas.evaluation.vectors import Embedding, tiles
+from atlas.evaluation.vectors import Embedding
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -105,56 +104,6 @@ def batch_silhouettes(
         own = np.searchsorted(names, batches.codes[queries])
         values[asked] = 1 - np.abs(silhouettes(sums, sizes, own))
     return values
-
-
-def bras_scores(
-    embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
-) -> Floats:
-    """1 - \\|silhouette\\| by cosine distance, all other batches of the label taken together.
-
-    The unit vectors of each label and batch are added up in one pass over all cells; the mean
-    cosine distance of a cell to n others is 1 less the product of its unit vector with their mean.
-
-    Returns
-    -------
-    In [0, 1], NaN for cells whose label lies in one batch or has each cell in another:
-    float64, (n,).
-    """
-    n_batches = len(batches.names)
-    n_groups = len(labels.names) * n_batches
-    sums = np.zeros((n_groups, embedding.shape[1]))
-    sizes = np.zeros(n_groups, dtype=np.int64)
-    for part in tiles(len(embedding)):
-        labeled = labels.codes[part] != UNLABELED
-        group = (labels.codes[part] * n_batches + batches.codes[part])[labeled]
-        unit = _unit(embedding[part][labeled])
-        for column in range(unit.shape[1]):
-            sums[:, column] += np.bincount(group, unit[:, column], minlength=n_groups)
-        sizes += np.bincount(group, minlength=n_groups)
-    label, batch = labels.codes[sample.rows], batches.codes[sample.rows]
-    group = label * n_batches + batch
-    label_sums = sums.reshape(-1, n_batches, embedding.shape[1]).sum(axis=1)
-    label_sizes = sizes.reshape(-1, n_batches).sum(axis=1)
-    in_batches = (sizes.reshape(-1, n_batches) > 0).sum(axis=1)
-    unit = _unit(embedding[sample.rows])
-    n_own, n_others = sizes[group], label_sizes[label] - sizes[group]
-    own_product = np.einsum("nd,nd->n", unit, sums[group])
-    other_product = np.einsum("nd,nd->n", unit, label_sums[label]) - own_product
-    itself = np.einsum("nd,nd->n", unit, unit)
-    # A cell at the origin is at distance 1 from all, itself included, as scikit-learn has it;
-    # scib-metrics gives NaN there.
-    within = (n_own - own_product - (1 - itself)) / np.maximum(n_own - 1, 1)
-    between = (n_others - other_product) / np.maximum(n_others, 1)
-    scores = 1 - np.abs(_silhouette(within, between, n_own > 1))
-    defined = (in_batches[label] >= 2) & (in_batches[label] < label_sizes[label])
-    return np.where(defined, scores, np.nan)
-
-
-def _unit(values: Embedding) -> Floats:
-    exact = values.astype(np.float64)
-    length = np.linalg.norm(exact, axis=1, keepdims=True)
-    unit: Floats = exact / np.where(length > 0, length, 1)
-    return unit
 
 
 def isolated_labels(labels: Categories, batches: Categories) -> Indices:
