@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import GroupMeans, Sample
+from atlas.evaluation.silhouette import COINCIDES
 from atlas.evaluation.vectors import Embedding, tiles
 
 Floats = npt.NDArray[np.float64]
@@ -88,6 +89,9 @@ class _Mixed(NamedTuple):
 
 
 def _mixed(within: Floats, between: Floats, has_company: npt.NDArray[np.bool_]) -> _Mixed:
+    # What is left of 1 - 1 where directions are the same is no distance.
+    within = np.where(within < COINCIDES, 0.0, within)
+    between = np.where(between < COINCIDES, 0.0, between)
     largest, least = np.maximum(within, between), np.minimum(within, between)
     defined = has_company & (largest > 0)
     whole = np.where(defined, largest, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -147,6 +147,29 @@ class Cells:
         found = nearest(z, z[own], LISI_K, own, backend=self.backend)
         return Neighbours(rows[found.indices], found.distances, found.backend, found.recall)
 
+    @cached_property
+    def at_one_place(self) -> bool:
+        """Whether all cells coincide."""
+        first = self.embedding[:1]
+        return all(bool((self.embedding[part] == first).all()) for part in tiles(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def coincidence(self, k: int | None) -> str | None:
+        """What has to be known of a measure, of k neighbours or of none, where cells coincide."""
+        if self.at_one_place:
+            return "all cells lie at one place"
+        if k is None or self.neighbours is None or k > self.neighbours.k:
+            return None
+        crowded = int((self.neighbours.distances[:, k - 1] == 0).sum())
+        if not crowded:
+            return None
+        return (
+            f"{crowded:,} of {len(self.sample):,} cells asked lie at one place with {k} others or "
+            "more, and the first of these by row count as their neighbours"
+        )
+
     def search(self, rows: Indices, k: int) -> Neighbours:
         """Neighbours of some cells among all."""
         if self.index is not None:
@@ -263,6 +286,16 @@ def by_label(
             yield told_apart(result, means.of(place[code]), of, None)
         else:
             yield told_apart(result, None, of, without)
+
+
+def with_notes(results: Iterable[Result], cells: Cells) -> list[Result]:
+    """Notes where cells coincide, beside those that results have."""
+    out = []
+    for result in results:
+        notes = [result.note, None if result.estimate is None else cells.coincidence(result.k)]
+        told = "; ".join(note for note in notes if note is not None)
+        out.append(replace(result, note=told or None))
+    return out
 
 
 def unasked(categories: Categories, cells: Indices, asked: Indices, word: str) -> str | None:

@@ -53,7 +53,8 @@ class Measure:
         ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all. NAME
         is ``*`` where there are too many to give each.
     note
-        What has to be known of the value, such as labels of which no cell was asked; None for most.
+        What has to be known of the value, as that of some labels no cell was asked, or that cells
+        coincide; None for most.
     """
 
     name: str

@@ -19,6 +19,9 @@ from atlas.evaluation.vectors import Embedding
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
+COINCIDES = 1e-12
+"""Mean distances below that, as a share of the largest coordinate, are rounding and count as 0."""
+
 
 def label_silhouettes(embedding: Embedding, labels: Categories, sample: Sample) -> Floats:
     """Silhouette of each sampled cell's label among all labeled cells.
@@ -52,10 +55,14 @@ def label_silhouettes(embedding: Embedding, labels: Categories, sample: Sample) 
     rows = np.flatnonzero(labels.codes != UNLABELED).astype(np.int64)
     group = np.searchsorted(present, labels.codes)
     sums = summed_distances(embedding, rows, group[rows], len(present), sample.rows)
-    return silhouettes(sums, counts[present], group[sample.rows])
+    return silhouettes(sums, counts[present], group[sample.rows], _least(embedding, sample))
 
 
-def silhouettes(sums: Floats, sizes: Indices, own: Indices) -> Floats:
+def _least(embedding: Embedding, sample: Sample) -> float:
+    return COINCIDES * float(np.abs(embedding[sample.rows]).max(initial=0))
+
+
+def silhouettes(sums: Floats, sizes: Indices, own: Indices, least: float = 0.0) -> Floats:
     """Silhouettes from summed distances to each group (Rousseeuw 1987; as scikit-learn).
 
     Parameters
@@ -66,17 +73,17 @@ def silhouettes(sums: Floats, sizes: Indices, own: Indices) -> Floats:
         Cells of each group: int64, (G,).
     own
         Group of each cell: int64, (n,).
+    least
+        Mean distances below it count as 0.
     """
     cells = np.arange(len(sums))
     within = sums[cells, own] / np.maximum(sizes[own] - 1, 1)
     others = sums / sizes
     others[cells, own] = np.inf
-    return _silhouette(within, others.min(axis=1), sizes[own] > 1)
-
-
-def _silhouette(within: Floats, between: Floats, has_company: npt.NDArray[np.bool_]) -> Floats:
+    between = others.min(axis=1)
+    within, between = (np.where(d < least, 0.0, d) for d in (within, between))
     largest = np.maximum(within, between)
-    defined = has_company & (largest > 0)
+    defined = (sizes[own] > 1) & (largest > 0)
     return np.where(defined, (between - within) / np.where(largest > 0, largest, 1), 0.0)
 
 
@@ -91,6 +98,7 @@ def batch_silhouettes(
     float64, (n,).
     """
     values = np.full(len(sample), np.nan)
+    least = _least(embedding, sample)
     for label in labels.present():
         asked = np.flatnonzero(labels.codes[sample.rows] == label)
         rows = np.flatnonzero(labels.codes == label).astype(np.int64)
@@ -102,7 +110,7 @@ def batch_silhouettes(
         queries = sample.rows[asked]
         sums = summed_distances(embedding, rows, group, len(names), queries)
         own = np.searchsorted(names, batches.codes[queries])
-        values[asked] = 1 - np.abs(silhouettes(sums, sizes, own))
+        values[asked] = 1 - np.abs(silhouettes(sums, sizes, own, least))
     return values
 
 

@@ -266,7 +266,7 @@ def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
         after = explained_variance(cells.embedding, cells.batches, many)
         results = [Result(kind("pcr_batch"), after, backend="closed form")]
         if before is not None:
-            first = explained_variance(before, cells.batches, many)
+            first = explained_variance(before, cells.batches, many, when=" before integration")
             compared = pcr_comparison(first, after)
             results.append(Result(kind("pcr_comparison"), compared, backend="closed form"))
     except ConfigError as error:
