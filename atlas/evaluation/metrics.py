@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = "atlas.metrics"
 VERSION = 3
 READABLE = (1, 2, 3)
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +208,11 @@ class Difference:
 
     @property
     def favours(self) -> str | None:
-        """The embedding that the interval says is better; None where it holds 0, or neither is."""
-        if self.better == "neither" or self.low <= 0 <= self.high:
+        """The embedding that the interval says is better; None where it holds 0, or neither is.
+
+        Differences up to 1e-12 are rounding.
+        """
+        if self.better == "neither" or self.low <= 0 <= self.high or abs(self.value) <= _ROUNDING:
             return None
         return self.first if (self.value > 0) == (self.better == "higher") else self.second
 
