@@ -151,7 +151,7 @@ def agreement(
     categories
         Category of every cell, -1 for none.
     sample
-        Cells from which the error is reckoned; those without a category add nothing.
+        Cells from which the error is reckoned, drawn of those with a category.
     """
     counts = contingency(clusters, categories).astype(np.float64)
     n = counts.sum()
@@ -164,6 +164,5 @@ def agreement(
         slope[field] = (measure(more) - value) / step
     slope -= (counts * slope).sum() / n
     own = categories.codes[sample.rows]
-    influence = np.where(own != UNLABELED, n * slope[own, clusters[sample.rows]], 0.0)
-    # As of a sample of all n cells, which were all counted, not of those drawn here.
-    return Estimate(value, influence * np.sqrt(len(sample) / n), sample, int(n))
+    influence = n * slope[own, clusters[sample.rows]]
+    return Estimate(value, influence, sample.of_all(), int(n))

@@ -16,7 +16,7 @@ import numpy as np
 from atlas.errors import ConfigError
 from atlas.evaluation import suite, suite_clusters, suite_structure
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import Cells
+from atlas.evaluation.cells import Cells, with_notes
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.labels import LabelTransfer, Mask
@@ -336,6 +336,7 @@ def _measure(
     if others.proteins is not None:
         found, more = suite_structure.protein_results(cells, others.proteins, options.protein_k)
         results, groups = results + found, groups + more
+    results = with_notes(results, cells)
     return _Measured(len(embedding), embedding.shape[1], results, groups, transfer)
 
 

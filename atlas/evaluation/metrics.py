@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from atlas.evaluation.scib_table import ScibTable
 
 SCHEMA = "atlas.metrics"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,11 @@ class Measure:
         Share of the true neighbours that the search finds; None where none are searched, or nobody
         measured it.
     of
-        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all.
+        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all. NAME
+        is ``*`` where there are too many to give each.
+    note
+        What has to be known of the value, as that of some labels no cell was asked, or that cells
+        coincide; None for most.
     """
 
     name: str
@@ -69,6 +74,7 @@ class Measure:
     high: float | None = None
     recall: float | None = None
     of: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,8 @@ class Metrics:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metrics:
-        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups.
+        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups,
+        and version 2, which has no notes.
 
         Raises
         ------
@@ -152,7 +159,7 @@ class Metrics:
             raise FormatError(
                 "these are no measures of an embedding that this version reads",
                 found=f"schema {values.get('schema')!r}, version {values.get('version')!r}",
-                expected=f"schema {SCHEMA!r}, version {' or '.join(map(str, READABLE))}",
+                expected=f"schema {SCHEMA!r}, version {READABLE[0]} to {READABLE[-1]}",
             )
         stored = values["confusion"]
         return cls(
@@ -203,8 +210,11 @@ class Difference:
 
     @property
     def favours(self) -> str | None:
-        """The embedding that the interval says is better; None where it holds 0, or neither is."""
-        if self.better == "neither" or self.low <= 0 <= self.high:
+        """The embedding that the interval says is better; None where it holds 0, or neither is.
+
+        Differences up to 1e-12 are rounding.
+        """
+        if self.better == "neither" or self.low <= 0 <= self.high or abs(self.value) <= _ROUNDING:
             return None
         return self.first if (self.value > 0) == (self.better == "higher") else self.second
 

@@ -7,21 +7,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
 from atlas.evaluation import kbet, lisi, mixing
+from atlas.evaluation.bras import bras
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import CLOSED_FORM_CELLS, GRAPH_K, KBET_K, LISI_K, Cells, by_group
-from atlas.evaluation.codes import UNLABELED
+from atlas.evaluation.cells import (
+    GRAPH_K,
+    KBET_K,
+    LISI_K,
+    Cells,
+    by_group,
+    by_label,
+    unasked,
+)
 from atlas.evaluation.connectivity import LabelGraphs
-from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
+from atlas.evaluation.estimates import GroupMeans, Sample, mean, mean_of, mean_of_groups, median
 from atlas.evaluation.regression import explained_variance, pcr_comparison
 from atlas.evaluation.silhouette import (
     batch_silhouettes,
-    bras_scores,
     isolated_labels,
     label_silhouettes,
 )
@@ -159,25 +167,7 @@ def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     if not estimates:
         why = "no label has enough cells in each of several batches"
         return [*results, Result(within, None, skipped=why)], groups
-    return [*results, Result(within, _mean_of(estimates), backend="numpy")], groups
-
-
-def _mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of estimates of different cells, each label a set of strata of its own."""
-    samples = [estimate.sample for estimate in estimates]
-    offsets = np.cumsum([0, *(len(s.sizes) for s in samples)])
-    starts = np.cumsum([0, *(int(s.sizes.sum()) for s in samples)])
-    joint = Sample(
-        np.concatenate([s.rows + a for s, a in zip(samples, starts[:-1], strict=True)]),
-        np.concatenate([s.strata + a for s, a in zip(samples, offsets[:-1], strict=True)]),
-        np.concatenate([s.sizes for s in samples]),
-    )
-    total = joint.sizes.sum()
-    influence = np.concatenate(
-        [e.influence * total / e.sample.sizes.sum() / len(estimates) for e in estimates]
-    )
-    value = float(np.mean([e.value for e in estimates]))
-    return Estimate(value, influence, joint, sum(e.n for e in estimates))
+    return [*results, Result(within, mean_of(estimates), backend="numpy")], groups
 
 
 def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -194,17 +184,18 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     if reason is not None:
         return [Result(name, None, GRAPH_K, skipped=reason)], []
     assert cells.labels is not None
-    labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    labeled = cells.labeled_rows
     graphs = LabelGraphs(cells.labels, GRAPH_K)
     for rows, found in cells.neighbours_of_all(labeled, GRAPH_K):
         graphs.add(rows, found)
-    inside = graphs.in_largest_part().astype(np.float64)
-    sample = draw(labeled, cells.strata[labeled], n, cells.seed)
-    estimate = mean_of_groups(inside[labeled], cells.labels.codes[labeled], sample)
-    result = Result(name, estimate, GRAPH_K, found.backend, found.recall)
-    return [result], list(
-        by_group(inside[labeled], sample, cells, result, batches=False, labels=True)
-    )
+    inside = graphs.in_largest_part()
+    codes, sizes = cells.labels.present(), cells.labels.counts()
+    shares = (np.bincount(cells.labels.codes[inside], minlength=len(sizes)) / sizes.clip(1))[codes]
+    sample = cells.many_labeled
+    own = np.searchsorted(codes, cells.labels.codes[sample.rows])
+    means = GroupMeans(shares, sizes[codes], own, inside[sample.rows] - shares[own], sample)
+    result = Result(name, means.mean(), GRAPH_K, found.backend, found.recall)
+    return [result], list(by_label(means, codes, cells, result, "it has no cell"))
 
 
 def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -227,20 +218,32 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
         result = Result(kind(names[0]), mean(values, sample), backend="torch")
         results.append(result)
         groups += by_group(values, sample, cells, result, batches=False, labels=True)
-        rare = np.isin(own, isolated_labels(cells.labels, cells.batches))
-        estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
-        isolated = Result(kind(names[2]), estimate, backend="torch")
+        isolated = _isolated(cells, values, sample, names[2])
     batch = batch_silhouettes(cells.embedding, cells.labels, cells.batches, sample)
-    results.append(_within_labels(batch, own, sample, names[1], "torch", apart))
+    told = _within_labels(batch, own, sample, names[1], "torch", apart)
+    note = unasked(cells.labels, cells.labeled_rows, sample.rows, "label")
+    results.append(replace(told, note=note))
     results.append(isolated)
-    many = cells.drawn_of_labeled(CLOSED_FORM_CELLS)
-    scores = bras_scores(cells.embedding, cells.labels, cells.batches, many)
-    own = cells.labels.codes[many.rows]
-    result = _within_labels(scores, own, many, names[3], "closed form", apart)
-    results.append(result)
-    if result.estimate is not None:
-        groups += by_group(scores, many, cells, result, batches=False, labels=True)
-    return results, groups
+    codes, means = bras(cells.embedding, cells.labels, cells.batches, cells.many_labeled)
+    if not len(codes):
+        return [*results, Result(kind(names[3]), None, skipped=apart)], groups
+    result = Result(kind(names[3]), means.mean(), backend="closed form")
+    without = "it lies in one batch, or each of its cells in another"
+    return [*results, result], [*groups, *by_label(means, codes, cells, result, without)]
+
+
+def _isolated(cells: Cells, values: Floats, sample: Sample, name: str) -> Result:
+    """The silhouettes of isolated labels, each label counting alike."""
+    assert cells.labels is not None
+    codes = isolated_labels(cells.labels, cells.batches)
+    own = cells.labels.codes[sample.rows]
+    rare = np.isin(own, codes)
+    if not rare.any():
+        return Result(kind(name), None, skipped="no cell of an isolated label was asked")
+    estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
+    theirs = cells.labeled_rows[np.isin(cells.labels.codes[cells.labeled_rows], codes)]
+    note = unasked(cells.labels, theirs, sample.rows, "label")
+    return Result(kind(name), estimate, backend="torch", note=note)
 
 
 def _within_labels(
@@ -258,13 +261,12 @@ def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
     names = ("pcr_batch",) if before is None else ("pcr_batch", "pcr_comparison")
     if len(cells.batches.present()) < 2:
         return [Result(kind(n), None, skipped="there is only one batch") for n in names]
-    rows = np.arange(len(cells.embedding), dtype=np.int64)
-    many = draw(rows, cells.strata, CLOSED_FORM_CELLS, cells.seed)
+    many = cells.many
     try:
         after = explained_variance(cells.embedding, cells.batches, many)
         results = [Result(kind("pcr_batch"), after, backend="closed form")]
         if before is not None:
-            first = explained_variance(before, cells.batches, many)
+            first = explained_variance(before, cells.batches, many, when=" before integration")
             compared = pcr_comparison(first, after)
             results.append(Result(kind("pcr_comparison"), compared, backend="closed form"))
     except ConfigError as error:

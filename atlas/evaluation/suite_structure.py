@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import Cells, by_group
+from atlas.evaluation.cells import Cells, by_group, unasked
 from atlas.evaluation.estimates import Sample, draw, mean, mean_of_groups
 from atlas.evaluation.proteins import measured, protein_overlap
 from atlas.evaluation.purity import cluster_conservation, purity
@@ -20,18 +20,20 @@ def purity_results(
         cells.embedding, individual, cells.batches, cells.sample, k, backend=cells.backend
     )
     name, defined = kind("purity", k), np.isfinite(found.values)
-    groups: list[Result] = []
+    why = f"{k} neighbours within it need at least {k + 1} cells"
     if defined.any():
         batch = np.where(defined, cells.batches.codes[cells.sample.rows], -1)
         estimate = mean_of_groups(np.nan_to_num(found.values), batch, cells.sample)
-        result = Result(name, estimate, k, found.backend)
+        everyone = np.arange(len(cells.embedding), dtype=np.int64)
+        note = unasked(cells.batches, everyone, cells.sample.rows, "batch")
+        result = Result(name, estimate, k, found.backend, note=note)
+        sample, values = cells.sample, found.values
         groups = list(
-            by_group(found.values, cells.sample, cells, result, batches=True, labels=False)
+            by_group(values, sample, cells, result, batches=True, labels=False, without=why)
         )
     else:
         result = Result(name, None, k, skipped=f"no batch has more than {k} cells")
-    why = f"{k} neighbours within it need at least {k + 1} cells"
-    groups += [Result(name, None, k, skipped=why, of=f"batch {b}") for b in found.too_small]
+        groups = [Result(name, None, k, skipped=why, of=f"batch {b}") for b in found.too_small]
     n_clusters = len(cells.labels.present()) if cells.has_labels and cells.labels else 10
     conserved = cluster_conservation(
         cells.embedding, individual, cells.batches, max(2, n_clusters), seed=cells.seed

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import Cells, by_group
+from atlas.evaluation.cells import Cells, by_group, unasked
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Estimate, mean, mean_of_groups
 from atlas.evaluation.labels import LabelTransfer, Mask, label_accuracy
-from atlas.evaluation.neighbours import EXACT
+from atlas.evaluation.neighbours import EXACT, Indices
 
 _NAMES = (
     "label_accuracy",
@@ -63,6 +63,7 @@ def transfer_results(
         mean((~answered).astype(np.float64), sample, share=True),
     )
     recall = cells.neighbours.recall if reuse and cells.neighbours is not None else EXACT
+    note = unasked(cells.labels, _asked_of(cells.labels, reference, query), sample.rows, "label")
     results = [
         Result(
             kind(name, k),
@@ -71,6 +72,7 @@ def transfer_results(
             transfer.backend,
             recall,
             "every cell is answered Unknown" if estimate is None else None,
+            note=note if "weighted_accuracy" in name else None,
         )
         for name, estimate in zip(_NAMES, estimates, strict=True)
     ]
@@ -81,6 +83,14 @@ def transfer_results(
     )
     groups = list(by_group(right, sample, cells, results[0], batches=True, labels=True))
     return transfer, results, groups
+
+
+def _asked_of(labels: Categories, reference: Mask | None, query: Mask | None) -> Indices:
+    """Rows of all cells to which labels are carried, asked or not."""
+    labeled = labels.codes != UNLABELED
+    if query is None and reference is not None:
+        query = ~reference
+    return np.flatnonzero(labeled if query is None else labeled & query).astype(np.int64)
 
 
 def _no_transfer(
@@ -98,8 +108,7 @@ def _no_transfer(
     if reference is None:
         reference = ~np.asarray(query)
     voting = int((labeled & reference).sum())
-    asked = int((labeled & (~reference if query is None else query)).sum())
-    if not asked:
+    if not len(_asked_of(labels, reference, query)):
         return "no query cell has a label to compare with"
     if voting < k:
         return f"{k} neighbours need at least {k} labeled reference cells, and there are {voting}"

@@ -105,7 +105,8 @@ def evaluate(
     backend
         What searches: ``"faiss"`` or ``"torch"``, exactly; ``"index"``, the index kept with the
         embedding, whose recall is told; ``"auto"``, that index where it is exact, else exact
-        search (but for graph connectivity of many cells, whose recall is told).
+        search (but for graph connectivity of many cells, whose recall is told). Among some of the
+        cells, as a batch or the labeled ones, the search is always exact.
     seed
         Of the samples.
 

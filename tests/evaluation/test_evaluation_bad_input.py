@@ -118,6 +118,31 @@ def test_labels_missing_for_some_are_as_if_these_cells_were_not_there() -> None:
         assert metrics[name].n == N
 
 
+@pytest.mark.parametrize("place", [0.0, 0.1, -7.3, 1e6])
+def test_an_embedding_of_one_place(place: float) -> None:
+    """Nothing lies apart: batches are mixed, labels are not told apart, and it is said."""
+    metrics, why, groups = measure(z=np.tile(np.float32([place, 2 * place, place / 3]), (N, 1)))
+    assert metrics["bras"].value == metrics["silhouette_batch"].value == 1
+    assert metrics["silhouette_label"].value == metrics["isolated_labels"].value == 0.5
+    assert groups["bras", "label a"].value == 1
+    assert why["pcr_batch"] == "all cells lie at one place"
+    for found in metrics.measures:
+        if found.value is not None:
+            assert found.note == "all cells lie at one place", found.name
+
+
+def test_more_cells_at_one_place_than_neighbours_are_told() -> None:
+    z = Z.copy()
+    z[:40] = z[0]
+    metrics, _, _ = measure(z=z)
+    said = (
+        "40 of 300 cells asked lie at one place with 15 others or more, and the first of these by "
+        "row count as their neighbours"
+    )
+    assert metrics["mixing_entropy_k15"].note == metrics["purity_k15"].note == said
+    assert metrics["mixing_entropy_k50"].note is metrics["bras"].note is None
+
+
 @pytest.mark.parametrize("places", [1, 4])
 def test_duplicate_rows(places: int) -> None:
     """Twins are each other's neighbours, nearest by row; many at one place are one part."""

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.labels import majority_vote
 from atlas.evaluation.lisi import lisi
 from atlas.evaluation.measures import Options, compare_embeddings, evaluate_embedding
+from atlas.evaluation.metrics import Difference
 from atlas.evaluation.mixing import batch_entropies
 from atlas.evaluation.neighbours import nearest
 from atlas.evaluation.silhouette import label_silhouettes
@@ -163,6 +165,15 @@ def test_differences_are_paired() -> None:
     assert {row["embedding"] for row in rows} == {"raw", "mixed", "again"}
     with pytest.raises(ConfigError, match="two embeddings or more"):
         compare_embeddings({"raw": Z}, BATCHES)
+
+
+def test_a_difference_of_rounding_favours_nobody() -> None:
+    tiny = Difference("n", "t", "nats", "higher", "a", "b", 4.4e-16, 5.7e-17, 3e-16, 6e-16, 9, 50)
+    assert tiny.favours is None
+    assert replace(tiny, value=-2e-12, low=-3e-12, high=-1e-12).favours == "b"
+    assert replace(tiny, value=0.1, low=0.05, high=0.15).favours == "a"
+    assert replace(tiny, value=0.1, low=0.05, high=0.15, better="lower").favours == "b"
+    assert replace(tiny, value=0.1, low=-0.05, high=0.25).favours is None
 
 
 def test_bad_input_is_refused_or_told() -> None:

@@ -76,8 +76,8 @@ def test_json_and_back() -> None:
         assert read.measures == metrics.measures
         assert read.to_json() == metrics.to_json()
     assert json.loads(text)["schema"] == "atlas.metrics"
-    with pytest.raises(FormatError, match="version 3"):
-        Metrics.from_json({**json.loads(text), "version": 3})
+    with pytest.raises(FormatError, match="version 4"):
+        Metrics.from_json({**json.loads(text), "version": 4})
 
 
 def reasons(metrics: Metrics) -> dict[str, str | None]:
