@@ -179,7 +179,7 @@ def test_a_difference_of_rounding_favours_nobody() -> None:
 def test_bad_input_is_refused_or_told() -> None:
     broken = Z.copy()
     broken[5, 2] = np.nan
-    with pytest.raises(ModelError, match="1 of 24000 values"):
+    with pytest.raises(ModelError, match="1 of 24,000 values, the first in row 5"):
         evaluate_embedding(broken, BATCHES, LABELS)
     with pytest.raises(ConfigError, match="individual and embedding have different numbers"):
         evaluate_embedding(Z, BATCHES, LABELS, individual=Z[:-1])

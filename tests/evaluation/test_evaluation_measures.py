@@ -11,7 +11,7 @@ import pytest
 from atlas.errors import ConfigError, FormatError
 from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.labels import label_accuracy
-from atlas.evaluation.measures import evaluate_embedding
+from atlas.evaluation.measures import NO_BEFORE, NO_INDIVIDUAL, evaluate_embedding
 from atlas.evaluation.metrics import Metrics
 
 RNG = np.random.default_rng(0)
@@ -23,7 +23,7 @@ Z = (RNG.standard_normal((400, 4)) + 3 * np.eye(4)[CODES]).astype(np.float32)
 
 def test_figures_are_those_of_the_parts() -> None:
     metrics = evaluate_embedding(Z, BATCHES, LABELS)
-    assert all(measure.skipped is None for measure in metrics.measures)
+    assert {measure.skipped for measure in metrics.measures} == {None, NO_BEFORE, NO_INDIVIDUAL}
     transfer = label_accuracy(Z, LABELS, k=50)
     assert metrics["label_accuracy_k50"].value == pytest.approx(transfer.majority.accuracy)
     assert metrics["label_weighted_accuracy_kernel_k50"].value == pytest.approx(
