@@ -316,10 +316,14 @@ def _measure(
     results, groups = suite.mixing_results(cells, options.mixing_k)
     transfer, found, more = transfer_results(cells, reference, query, options.label_k)
     results, groups = results + found, groups + more
-    for family in (suite.silhouette_results, suite.kbet_results, suite.graph_results):
+    for family in (
+        suite.silhouette_results,
+        suite.kbet_results,
+        suite.graph_results,
+        suite.lisi_results,
+    ):
         found, more = family(cells)
         results, groups = results + found, groups + more
-    results += suite.lisi_results(cells)
     results += suite.variance_results(cells, others.before)
     if others.before is None:
         reason = NO_BEFORE if len(batches.present()) > 1 else "there is only one batch"

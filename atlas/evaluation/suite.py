@@ -26,7 +26,17 @@ from atlas.evaluation.cells import (
     unasked,
 )
 from atlas.evaluation.connectivity import LabelGraphs
-from atlas.evaluation.estimates import GroupMeans, Sample, mean, mean_of, mean_of_groups, median
+from atlas.evaluation.estimates import (
+    Estimate,
+    GroupMeans,
+    Mask,
+    Sample,
+    mean,
+    mean_of,
+    mean_of_groups,
+    median,
+)
+from atlas.evaluation.neighbours import EXACT, Neighbours
 from atlas.evaluation.regression import explained_variance, pcr_comparison
 from atlas.evaluation.silhouette import (
     batch_silhouettes,
@@ -40,7 +50,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[Result]]:
-    """Entropy of batch mixing for each k, and by batch and label for the first."""
+    """Entropy of batch mixing for each k, plain and reweighted by batch and label too."""
     names = (
         "mixing_entropy",
         "mixing_entropy_bits",
@@ -66,6 +76,7 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
         sizes = cells.batches.counts()[present]
         entropies = mixing.batch_entropies(found.indices, codes, len(present))
         even = mixing.reweighted_entropies(found.indices, codes, sizes)
+        shares = even / math.log(len(present))
         entropy = mean(entropies, cells.sample)
         ceiling = mixing.permutation_ceiling(sizes, k)
         estimates = (
@@ -73,7 +84,7 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
             entropy.scaled(1 / math.log(2)),
             entropy.scaled(1 / math.log(len(present))),
             entropy.scaled(1 / ceiling) if ceiling else None,
-            mean(even / math.log(len(present)), cells.sample),
+            mean(shares, cells.sample),
         )
         made = [
             Result(
@@ -87,44 +98,71 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
             for name, estimate in zip(names, estimates, strict=True)
         ]
         results += made
-        if k == ks[0]:
-            groups = list(
-                by_group(entropies, cells.sample, cells, made[0], batches=True, labels=True)
-            )
+        for values, result in ((entropies, made[0]), (shares, made[-1])):
+            groups += by_group(values, cells.sample, cells, result, batches=True, labels=True)
     return results, groups
 
 
-def lisi_results(cells: Cells) -> list[Result]:
+def lisi_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     """iLISI and cLISI."""
-    results = []
+    ilisi, groups = _ilisi(cells)
+    clisi, more = _clisi(cells)
+    return [ilisi, clisi], [*groups, *more]
+
+
+def _ilisi(cells: Cells) -> tuple[Result, list[Result]]:
     k, n_batches = LISI_K, len(cells.batches.present())
-    few = f"{k} neighbours need at least {k + 1} cells"
     if n_batches < 2:
-        results.append(Result(kind("ilisi"), None, k, skipped="there is only one batch"))
-    elif cells.neighbours is None or cells.neighbours.k < k:
-        results.append(Result(kind("ilisi"), None, k, skipped=few))
-    else:
-        found = cells.neighbours.first(k)
-        codes = np.searchsorted(cells.batches.present(), cells.batches.codes)
-        values = lisi.lisi(found.distances, codes[found.indices], n_batches)
-        estimate = median(values, cells.sample).scaled(1 / (n_batches - 1), -1 / (n_batches - 1))
-        results.append(Result(kind("ilisi"), estimate, k, found.backend, found.recall))
+        return Result(kind("ilisi"), None, k, skipped="there is only one batch"), []
+    if cells.neighbours is None or cells.neighbours.k < k:
+        why = f"{k} neighbours need at least {k + 1} cells"
+        return Result(kind("ilisi"), None, k, skipped=why), []
+    found = cells.neighbours.first(k)
+    codes = np.searchsorted(cells.batches.present(), cells.batches.codes)
+    values = lisi.lisi(found.distances, codes[found.indices], n_batches)
+    scale = 1 / (n_batches - 1)
+    return _median_results(cells, "ilisi", values, cells.sample, found, scale, -scale)
+
+
+def _clisi(cells: Cells) -> tuple[Result, list[Result]]:
+    k, name = LISI_K, kind("clisi")
     if not cells.has_labels:
-        return [*results, Result(kind("clisi"), None, k, skipped="no cell has a label")]
+        return Result(name, None, k, skipped="no cell has a label"), []
     assert cells.labels is not None
     present = cells.labels.present()
     if len(present) < 2:
-        return [*results, Result(kind("clisi"), None, k, skipped="there is only one label")]
+        return Result(name, None, k, skipped="there is only one label"), []
     near = cells.labeled_neighbours
     if near is None or near.k < k:
-        why = f"{few.replace('cells', 'labeled cells')}"
-        return [*results, Result(kind("clisi"), None, k, skipped=why)]
+        why = f"{k} neighbours need at least {k + 1} labeled cells"
+        return Result(name, None, k, skipped=why), []
     near = near.first(k)
     codes = np.searchsorted(present, cells.labels.codes)
     values = lisi.lisi(near.distances, codes[near.indices], len(present))
     scale = 1 / (len(present) - 1)
-    estimate = median(values, cells.labeled).scaled(-scale, len(present) * scale)
-    return [*results, Result(kind("clisi"), estimate, k, near.backend, near.recall)]
+    return _median_results(
+        cells, "clisi", values, cells.labeled, near, -scale, len(present) * scale
+    )
+
+
+def _median_results(
+    cells: Cells,
+    name: str,
+    values: Floats,
+    sample: Sample,
+    found: Neighbours,
+    scale: float,
+    offset: float,
+) -> tuple[Result, list[Result]]:
+    """Scaled medians of all cells, and of each batch and label."""
+
+    def figure(values: Floats, sample: Sample, about: Mask | None = None) -> Estimate:
+        return median(values, sample, about).scaled(scale, offset)
+
+    result = Result(kind(name), figure(values, sample), found.k, found.backend, found.recall)
+    return result, list(
+        by_group(values, sample, cells, result, batches=True, labels=True, figure=figure)
+    )
 
 
 def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -153,21 +191,21 @@ def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
             accepted = (p >= kbet.ALPHA).astype(np.float64)
             estimate = mean(accepted, cells.sample, share=True)
             results.append(Result(name, estimate, k, found.backend, found.recall))
+            groups += by_group(accepted, cells.sample, cells, results[0], batches=True, labels=True)
     within = kind("kbet_by_label")
     if not cells.has_labels:
-        return [*results, Result(within, None, skipped="no cell has a label")], []
+        return [*results, Result(within, None, skipped="no cell has a label")], groups
     assert cells.labels is not None
     tested = kbet.acceptance_by_label(cells.embedding, cells.labels, cells.batches, seed=cells.seed)
     for label in tested:
         of = f"label {cells.labels.names[label.label]}"
-        groups.append(
-            Result(within, label.acceptance, backend="numpy", skipped=label.skipped, of=of)
-        )
+        told = Result(within, label.acceptance, None, "numpy", EXACT, label.skipped, of)
+        groups.append(told)
     estimates = [label.acceptance for label in tested if label.acceptance is not None]
     if not estimates:
         why = "no label has enough cells in each of several batches"
         return [*results, Result(within, None, skipped=why)], groups
-    return [*results, Result(within, mean_of(estimates), backend="numpy")], groups
+    return [*results, Result(within, mean_of(estimates), None, "numpy", EXACT)], groups
 
 
 def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -223,12 +261,13 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     told = _within_labels(batch, own, sample, names[1], "torch", apart)
     note = unasked(cells.labels, cells.labeled_rows, sample.rows, "label")
     results.append(replace(told, note=note))
+    without = "it lies in one batch, or each of its cells in another"
+    groups += by_group(batch, sample, cells, told, batches=True, labels=True, without=without)
     results.append(isolated)
     codes, means = bras(cells.embedding, cells.labels, cells.batches, cells.many_labeled)
     if not len(codes):
         return [*results, Result(kind(names[3]), None, skipped=apart)], groups
     result = Result(kind(names[3]), means.mean(), backend="closed form")
-    without = "it lies in one batch, or each of its cells in another"
     return [*results, result], [*groups, *by_label(means, codes, cells, result, without)]
 
 

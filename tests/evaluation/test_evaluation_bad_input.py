@@ -97,7 +97,12 @@ def test_one_batch() -> None:
     assert metrics["label_accuracy_k50"].value is not None
     table = scib_table({"z": metrics})
     assert table["z", "Bio conservation"].value is not None
-    assert "BRAS, iLISI, KBET, PCR comparison" in str(table["z", "Batch correction"].skipped)
+    assert metrics["graph_connectivity"].value is not None
+    assert table["z", "Batch correction"].value is None
+    assert table["z", "Batch correction"].skipped == (
+        "only graph connectivity has a value, which knows no batches"
+    )
+    assert table["z", "Total"].value is None
 
 
 def test_labels_missing_for_some_are_as_if_these_cells_were_not_there() -> None:

@@ -15,13 +15,14 @@ from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
 from atlas.evaluation.index import NeighborIndex
+from atlas.evaluation.kbet import p_values
 from atlas.evaluation.labels import majority_vote
 from atlas.evaluation.lisi import lisi
 from atlas.evaluation.measures import Options, compare_embeddings, evaluate_embedding
 from atlas.evaluation.metrics import Difference
-from atlas.evaluation.mixing import batch_entropies
+from atlas.evaluation.mixing import batch_entropies, reweighted_entropies
 from atlas.evaluation.neighbours import nearest
-from atlas.evaluation.silhouette import label_silhouettes
+from atlas.evaluation.silhouette import batch_silhouettes, label_silhouettes
 
 N = 4000
 RNG = np.random.default_rng(11)
@@ -95,6 +96,45 @@ def test_groups_are_the_measure_of_those_cells() -> None:
         group = groups["mixing_entropy_k50", f"label {name}"]
         assert group.value == pytest.approx(entropies[code == CODES].mean())
         assert groups["label_accuracy_k50", f"label {name}"].n == (code == CODES).sum()
+
+
+def test_each_measure_of_cells_has_groups() -> None:
+    metrics = evaluate_embedding(Z, BATCHES, LABELS, individual=Z, proteins=Z)
+    found = nearest(Z, Z, 89, np.arange(N))
+    whole = draw(np.arange(N), np.zeros(N, dtype=np.int64), N, 0)
+    sizes = np.bincount(BATCH)
+    ilisi = lisi(found.distances, BATCH[found.indices], 3)
+    clisi = lisi(found.distances, CODES[found.indices], 4)
+    mixed = reweighted_entropies(found.indices[:, :15], BATCH, sizes) / math.log(3)
+    batch = batch_silhouettes(Z, LABELS, BATCHES, whole)
+    p = p_values(found.indices[:, :49], np.arange(N), BATCH, sizes)
+    of = {
+        "ilisi": lambda rows: (np.median(ilisi[rows]) - 1) / 2,
+        "clisi": lambda rows: (4 - np.median(clisi[rows])) / 3,
+        "kbet": lambda rows: (p[rows] >= 0.05).mean(),
+        "silhouette_batch": lambda rows: batch[rows].mean(),
+        "mixing_entropy_k15": lambda rows: batch_entropies(
+            found.indices[rows, :15], BATCH, 3
+        ).mean(),
+        "mixing_reweighted_k15": lambda rows: mixed[rows].mean(),
+        "mixing_reweighted_k50": None,
+        "purity_k15": None,
+        "protein_overlap_k100": lambda rows: 1.0,
+    }
+    groups = {(g.name, g.of): g for g in metrics.groups}
+    kinds = [("batch", BATCH, "xyz"), ("label", CODES, "abcd")]
+    for name, figure in of.items():
+        for word, codes, names in kinds[: 1 if name == "purity_k15" else 2]:
+            for code, own in enumerate(names):
+                group = groups[name, f"{word} {own}"]
+                assert group.n == (codes == code).sum()
+                assert group.recall == metrics[name].recall
+                assert group.standard_error is not None
+                if figure is not None:
+                    assert group.value == pytest.approx(figure(codes == code), abs=1e-5), name
+    for name in ("purity_k15", "protein_overlap_k100", "protein_spearman_k100", "kbet_by_label"):
+        assert metrics[name].recall == 1
+    assert groups["kbet_by_label", "label a"].recall == 1
 
 
 def test_figures_go_to_pandas_and_csv() -> None:

@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from atlas.errors import ConfigError, FormatError
 from atlas.evaluation.codes import Categories, sample_rows
@@ -132,8 +133,21 @@ def test_a_query_without_labels() -> None:
 def test_labels_that_only_the_query_has_are_told() -> None:
     query = (np.arange(400) < 100) | (CODES == 2)
     metrics = evaluate_embedding(Z, BATCHES, LABELS, query=query)
-    share = metrics["label_query_only_share"].value
-    assert share == pytest.approx((LABELS.codes[query & (LABELS.codes >= 0)] == 2).mean())
+    told = metrics["label_query_only_share"]
+    alone = LABELS.codes[query & (LABELS.codes >= 0)] == 2
+    assert told.value == pytest.approx(alone.mean())
+    assert told.n == len(alone)
+    # Batches and labels are strata, and yet other cells would have other shares: a binomial error.
+    error = alone.std(ddof=1) / math.sqrt(len(alone))
+    assert told.standard_error == pytest.approx(error, rel=1e-9)
+    low, high = binomtest(int(alone.sum()), len(alone)).proportion_ci(method="wilson")
+    assert (told.low, told.high) == pytest.approx((low, high), abs=1e-3)
+    part = evaluate_embedding(Z, BATCHES, LABELS, query=query, max_queries=60)
+    sampled = part["label_query_only_share"]
+    assert (sampled.value, sampled.n) == (told.value, told.n)
+    assert sampled.standard_error == pytest.approx(error, rel=0.1)
+    with pytest.raises(KeyError):
+        evaluate_embedding(Z, BATCHES, LABELS)["label_query_only_share"]
     assert metrics.label_protocol is not None
     assert "only the query has count as wrong too: NK" in metrics.label_protocol
 

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 from graph_helpers import in_largest_part
 from scipy.optimize import brentq
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -26,6 +27,7 @@ from atlas.evaluation.clustering import (
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.estimates import draw, mean, mean_of
 from atlas.evaluation.lisi import lisi
+from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.mixing import reweighted_entropies
 from atlas.evaluation.neighbours import Neighbours, Recall, nearest
 from atlas.evaluation.purity import cluster_conservation, overlap, purity
@@ -262,6 +264,40 @@ def test_clusters_are_conserved_where_nothing_moves() -> None:
     batches = Categories(BATCHES, "xyz")
     same = cluster_conservation(Z, Z + 5, batches, 4)
     assert list(same) == ["x", "y", "z"]
-    assert min(same.values()) > 0.9
+    assert min(found.value for found in same.values()) > 0.9
     noise = RNG.standard_normal((N, 5)).astype(np.float32)
-    assert max(cluster_conservation(Z, noise, batches, 4).values()) < 0.2
+    apart = cluster_conservation(Z, noise, batches, 4)
+    assert max(found.value for found in apart.values()) < 0.2
+
+
+def test_conservation_is_scikit_learns_kmeans_and_ari() -> None:
+    """On clusters that lie apart enough for every start to find them."""
+    rng = np.random.default_rng(8)
+    groups, others = rng.integers(0, 4, N), rng.integers(0, 4, N)
+    others = np.where(rng.random(N) < 0.6, groups, others)
+    places = 20 * np.eye(4, 5) + rng.standard_normal((4, 5))
+    joint, own = (
+        (places[codes] + rng.standard_normal((N, 5))).astype(np.float32)
+        for codes in (groups, others)
+    )
+    metrics = evaluate_embedding(
+        joint, Categories(BATCHES, "xyz"), Categories(groups, "abcd"), individual=own
+    )
+    of = {g.of: g for g in metrics.groups if g.name == "cluster_conservation"}
+    expected = []
+    for code, name in enumerate("xyz"):
+        rows = code == BATCHES
+        theirs = [KMeans(4, n_init=10, random_state=3).fit_predict(z[rows]) for z in (joint, own)]
+        expected.append(adjusted_rand_score(*theirs))
+        batch = of[f"batch {name}"]
+        assert batch.value == pytest.approx(expected[-1], abs=1e-12)
+        assert batch.n == rows.sum()
+        assert batch.low is not None
+        assert batch.high is not None
+        assert batch.low < expected[-1] < batch.high
+    whole = metrics["cluster_conservation"]
+    assert 0.1 < np.mean(expected) < 0.6
+    assert whole.value == pytest.approx(np.mean(expected), abs=1e-12)
+    assert whole.n == N
+    errors = [float(batch.standard_error or 0) for batch in of.values()]
+    assert whole.standard_error == pytest.approx(np.sqrt(np.square(errors).sum()) / 3, rel=0.01)
