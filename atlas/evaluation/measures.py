@@ -47,7 +47,7 @@ class Options:
     ----------
     mixing_k
         Neighbours for the entropy of batch mixing, one number or more from 10 to 500 (scVI and
-        scANVI 50, scArches 15); the first is told by batch and label too.
+        scANVI 50, scArches 15).
     label_k
         Neighbours that vote on a label.
     purity_k
