@@ -1,6 +1,6 @@
 """k-means of an embedding, and how well its clusters agree with labels or batches.
 
-NMI (arithmetic mean) and ARI as scikit-learn and scib-metrics 0.6 define them, from one table of
+NMI (arithmetic mean) and ARI as scikit-learn and scib-metrics 0.5.10 define them, from one table of
 counts that is added up over all cells. Clusters are found on a sample, from many starts, and each
 cell goes to the nearest centre.
 """

@@ -57,9 +57,9 @@ class Options:
     seed
         Of the samples.
     max_queries
-        Cells above this number are sampled, in proportion to batches and labels; they are searched
-        among all cells, so a sample changes the error and not what is measured. 5,000 leave a
-        standard error of some .004 nats.
+        Cells above this number are sampled, in proportion to batches and labels, or to labels
+        where their combinations are many; they are searched among all cells, so a sample changes
+        the error and not what is measured. 5,000 leave a standard error of some .004 nats.
     graph_cells
         Most cells of which all neighbours are searched, for graph connectivity, which is left out
         where there are more; 0 leaves it out. Any number will do; a million take minutes.

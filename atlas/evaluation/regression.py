@@ -1,6 +1,6 @@
 """Share of an embedding's variance that batches explain: principal component regression.
 
-scib-metrics 0.6, ``principal_component_regression`` with all components: R² of each component on
+scib-metrics 0.5.10, ``principal_component_regression`` with all components: R² of each component on
 the batches, weighted by its variance. Over all components that is the variance between batches over
 the whole, whatever the axes, so one pass over the cells gives it and no component is computed.
 """

@@ -40,8 +40,8 @@ def purity_results(
 
 def _conservation_results(cells: Cells, individual: Embedding) -> tuple[Result, list[Result]]:
     """k-means conservation, averaged over batches, and of each."""
-    labels = cells.labels.present() if cells.labels is not None else []
-    n_clusters = max(2, len(labels) or 10)
+    n_labels = 0 if cells.labels is None else len(cells.labels.present())
+    n_clusters = max(2, n_labels or 10)
     found = cluster_conservation(
         cells.embedding, individual, cells.batches, n_clusters, seed=cells.seed
     )

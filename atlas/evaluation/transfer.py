@@ -90,7 +90,7 @@ def _query_only_share(transfer: LabelTransfer, labels: Categories, everyone: Ind
     """Of all query cells, asked or not, so its error is that of another draw of all of them."""
     codes = [labels.names.index(name) for name in transfer.query_only_labels]
     value = float(np.isin(labels.codes[everyone], codes).mean())
-    influence = np.isin(transfer.truth, codes) - value
+    influence = np.isin(transfer.truth, codes).astype(np.float64) - value
     return Estimate(value, influence, transfer.sample.of_all(), len(everyone), share=True)
 
 

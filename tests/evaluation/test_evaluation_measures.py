@@ -7,7 +7,10 @@ import math
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from scipy.stats import binomtest
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_rand_score, silhouette_samples
 
 from atlas.errors import ConfigError, FormatError
 from atlas.evaluation.codes import Categories, sample_rows
@@ -45,6 +48,47 @@ def test_figures_are_those_of_the_parts() -> None:
     assert 0.9 < share < ceiling < 1.1
     assert metrics.label_protocol is not None
     assert f"Each of {transfer.n_cells} labeled cells" in metrics.label_protocol
+
+
+def test_accuracy_where_the_weighted_vote_answers() -> None:
+    rng = np.random.default_rng(6)
+    codes = rng.integers(0, 5, 400)
+    z = (1.3 * np.eye(5)[codes] + rng.standard_normal((400, 5))).astype(np.float32)
+    metrics = evaluate_embedding(z, BATCHES, Categories(codes, "abcde"))
+    distance = cdist(z.astype(np.float64), z.astype(np.float64))
+    np.fill_diagonal(distance, np.inf)
+    near = np.argsort(distance, axis=1)[:, :50]
+    d = np.take_along_axis(distance, near, axis=1)
+    # scArches: a Gaussian of the distance over the spread of each cell's own distances
+    weights = np.exp(-d / (2 / d.std(axis=1, keepdims=True)) ** 2)
+    weights /= weights.sum(axis=1, keepdims=True)
+    votes = np.stack([(weights * (codes[near] == label)).sum(axis=1) for label in range(5)], axis=1)
+    answered = votes.max(axis=1) >= 0.5
+    right = votes.argmax(axis=1) == codes
+    assert 40 < answered.sum() < 360
+    found = metrics["label_accuracy_answered_k50"]
+    assert found.value == pytest.approx(right[answered].mean(), abs=1e-9)
+    assert found.n == answered.sum()
+    assert metrics["label_unknown_share_k50"].value == pytest.approx((~answered).mean(), abs=1e-9)
+    kernel = metrics["label_accuracy_kernel_k50"].value
+    assert kernel == pytest.approx((right & answered).mean(), abs=1e-9)
+
+
+def test_isolated_labels_and_batches_of_clusters() -> None:
+    rng = np.random.default_rng(7)
+    codes = rng.choice(4, 400, p=[0.4, 0.3, 0.2, 0.1])
+    batch = np.where(codes >= 2, 0, rng.integers(0, 3, 400))  # c and d in one batch alone
+    batch = np.where((codes == 0) & (rng.random(400) < 0.7), 1, batch)
+    z = (9 * np.eye(4)[codes] + rng.standard_normal((400, 4))).astype(np.float32)
+    metrics = evaluate_embedding(z, Categories(batch, "xyz"), Categories(codes, "abcd"))
+    widths = (silhouette_samples(z.astype(np.float64), codes) + 1) / 2
+    isolated = np.mean([widths[codes == code].mean() for code in (2, 3)])
+    assert metrics["isolated_labels"].value == pytest.approx(isolated, abs=1e-9)
+    assert metrics["isolated_labels"].n == (codes >= 2).sum()
+    clusters = KMeans(4, n_init=10, random_state=5).fit_predict(z)
+    expected = 1 - adjusted_rand_score(batch, clusters)
+    assert 0.5 < expected < 0.95
+    assert metrics["ari_batch"].value == pytest.approx(expected, abs=1e-12)
 
 
 def test_backends_give_the_same_figures() -> None:
