@@ -261,6 +261,8 @@ class Result:
         Why it has no value.
     of
         Batch or label, as in :class:`Measure`.
+    note
+        What has to be known of the value.
     """
 
     kind: Kind
@@ -270,6 +272,7 @@ class Result:
     recall: Recall | None = None
     skipped: str | None = None
     of: str | None = None
+    note: str | None = None
 
     def measure(self) -> Measure:
         """As it is told."""
@@ -293,6 +296,7 @@ class Result:
             n=estimate.n,
             backend=self.backend,
             recall=None if self.recall is None else self.recall.value,
+            note=self.note,
         )
 
     def minus(self, other: Result, first: str, second: str) -> Difference | None:

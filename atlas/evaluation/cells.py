@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
 
 from atlas.evaluation.catalogue import Result
 from atlas.evaluation.codes import UNLABELED, Categories
-from atlas.evaluation.estimates import Sample, draw, mean
+from atlas.evaluation.estimates import Estimate, GroupMeans, Mask, Sample, draw, mean
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.neighbours import Backend, Neighbours, nearest
 from atlas.evaluation.vectors import Embedding, rows_of, tiles
@@ -25,7 +25,8 @@ GRAPH_K = 14
 """scib-metrics counts the cell itself: 90, 50 and 15."""
 CLOSED_FORM_CELLS = 100_000
 """From which the error of a figure is reckoned that all cells give."""
-_MOST_GROUPS = 200
+MOST_GROUPS = 200
+"""Batches, or labels, above which figures of each are left out."""
 _BLOCK = 2**17
 
 
@@ -64,13 +65,24 @@ class Cells:
 
     @cached_property
     def strata(self) -> Indices:
-        """Stratum of every cell: its batch and label, or its batch where these are too many."""
-        if self.labels is None:
-            return self.batches.codes
-        both = self.batches.codes * (len(self.labels.names) + 1) + self.labels.codes + 1
-        if 4 * len(np.unique(both)) <= self.max_queries:
-            return both
-        return self.batches.codes
+        """Stratum of every cell, for samples of about ``max_queries``."""
+        return self.strata_for(self.max_queries)
+
+    def strata_for(self, most: int) -> Indices:
+        """Stratum of every cell: the finest of which about ``most`` cells ask two each at least.
+
+        Batch and label where that leaves four cells to each on average; else the label, as a rare
+        one would be missed; else the batch; else one stratum of all.
+        """
+        names = [self.batches.codes]
+        if self.labels is not None:
+            own = self.labels.codes + 1
+            names = [self.batches.codes * (len(self.labels.names) + 1) + own, own, *names]
+        for strata in names:
+            least = 4 if strata is names[0] and len(names) > 1 else 2
+            if least * np.count_nonzero(np.bincount(strata)) <= most:
+                return strata
+        return np.zeros(len(self.embedding), dtype=np.int64)
 
     @cached_property
     def sample(self) -> Sample:
@@ -79,15 +91,31 @@ class Cells:
         return draw(rows, self.strata, self.max_queries, self.seed)
 
     @cached_property
+    def labeled_rows(self) -> Indices:
+        """All cells with a label, rising: int64 (n,)."""
+        assert self.labels is not None
+        return np.flatnonzero(self.labels.codes != UNLABELED).astype(np.int64)
+
+    @cached_property
     def labeled(self) -> Sample:
         """Cells that are asked, of those with a label."""
         return self.drawn_of_labeled(self.max_queries)
 
     def drawn_of_labeled(self, most: int) -> Sample:
         """At most about so many cells with a label."""
-        assert self.labels is not None
-        rows = np.flatnonzero(self.labels.codes != UNLABELED).astype(np.int64)
-        return draw(rows, self.strata[rows], most, self.seed)
+        rows = self.labeled_rows
+        return draw(rows, self.strata_for(most)[rows], most, self.seed)
+
+    @cached_property
+    def many(self) -> Sample:
+        """Cells from which the errors of figures of all cells are reckoned."""
+        rows = np.arange(len(self.embedding), dtype=np.int64)
+        return draw(rows, self.strata_for(CLOSED_FORM_CELLS), CLOSED_FORM_CELLS, self.seed)
+
+    @cached_property
+    def many_labeled(self) -> Sample:
+        """The same of all cells with a label."""
+        return self.many if self.all_labeled else self.drawn_of_labeled(CLOSED_FORM_CELLS)
 
     @cached_property
     def has_labels(self) -> bool:
@@ -109,16 +137,38 @@ class Cells:
     @cached_property
     def labeled_neighbours(self) -> Neighbours | None:
         """Of the sampled labeled cells among the labeled, for cLISI."""
-        assert self.labels is not None
         if self.all_labeled:
             return self.neighbours
-        rows = np.flatnonzero(self.labels.codes != UNLABELED).astype(np.int64)
+        rows = self.labeled_rows
         if len(rows) <= LISI_K:
             return None
         own = np.searchsorted(rows, self.labeled.rows)
         z = rows_of(self.embedding, rows)
         found = nearest(z, z[own], LISI_K, own, backend=self.backend)
         return Neighbours(rows[found.indices], found.distances, found.backend, found.recall)
+
+    @cached_property
+    def at_one_place(self) -> bool:
+        """Whether all cells coincide."""
+        first = self.embedding[:1]
+        return all(bool((self.embedding[part] == first).all()) for part in tiles(len(self)))
+
+    def __len__(self) -> int:
+        return len(self.embedding)
+
+    def coincidence(self, k: int | None) -> str | None:
+        """What has to be known of a measure, of k neighbours or of none, where cells coincide."""
+        if self.at_one_place:
+            return "all cells lie at one place"
+        if k is None or self.neighbours is None or k > self.neighbours.k:
+            return None
+        crowded = int((self.neighbours.distances[:, k - 1] == 0).sum())
+        if not crowded:
+            return None
+        return (
+            f"{crowded:,} of {len(self.sample):,} cells asked lie at one place with {k} others or "
+            "more, and the first of these by row count as their neighbours"
+        )
 
     def search(self, rows: Indices, k: int) -> Neighbours:
         """Neighbours of some cells among all."""
@@ -147,27 +197,136 @@ class Cells:
                 yield some, self.search(some, k)
 
 
+Figure = Callable[[Floats, Sample, Mask], Estimate]
+"""What gives the figure of some of the sampled cells: of their values, and which they are."""
+
+
 def by_group(
-    values: Floats, sample: Sample, cells: Cells, result: Result, *, batches: bool, labels: bool
+    values: Floats,
+    sample: Sample,
+    cells: Cells,
+    result: Result,
+    *,
+    batches: bool,
+    labels: bool,
+    figure: Figure = mean,
+    without: str = "it has no value there",
 ) -> Iterator[Result]:
-    """The mean of a measure of single cells for each batch, each label, or both."""
+    """The figure of a measure of single cells for each batch, each label, or both.
+
+    A batch or label that cells have and none that was asked, or none with a value, is told so.
+
+    Parameters
+    ----------
+    values
+        Of the sampled cells, NaN where the measure has none: float64 (n,).
+    sample
+        The cells asked.
+    cells
+        All of them.
+    result
+        The measure of all cells, of which the group's are.
+    batches, labels
+        For which groups.
+    figure
+        What gives it; the mean without.
+    without
+        Why a group has none, where none of its cells has a value.
+    """
+    if result.estimate is None:
+        return
     kinds: list[tuple[str, Categories]] = []
     if batches:
         kinds.append(("batch", cells.batches))
     if labels and cells.labels is not None:
         kinds.append(("label", cells.labels))
-    share = result.estimate is not None and result.estimate.share
+    if figure is mean:
+        figure = partial(mean, share=result.estimate.share)
     for word, categories in kinds:
-        if len(categories.present()) > _MOST_GROUPS:
+        present = categories.present()
+        if len(present) > MOST_GROUPS:
+            yield told_apart(result, None, f"{word} *", too_many(word, len(present)))
             continue
-        for code in categories.present():
-            about = (categories.codes[sample.rows] == code) & np.isfinite(values)
+        for code in present:
+            asked = categories.codes[sample.rows] == code
+            about = asked & np.isfinite(values)
+            of = f"{word} {categories.names[code]}"
             if about.any():
-                yield Result(
-                    result.kind,
-                    mean(values, sample, about, share=share),
-                    result.k,
-                    result.backend,
-                    result.recall,
-                    of=f"{word} {categories.names[code]}",
-                )
+                yield told_apart(result, figure(values, sample, about), of, None)
+            else:
+                why = without if asked.any() else "none of its cells was asked"
+                yield told_apart(result, None, of, why)
+
+
+def by_label(
+    means: GroupMeans, codes: Indices, cells: Cells, result: Result, without: str
+) -> Iterator[Result]:
+    """The figure of each label, of a measure that all cells gave.
+
+    Parameters
+    ----------
+    means
+        Of the labels ``codes``: int64 (G,).
+    cells
+        All cells, with labels.
+    result
+        The measure over all labels.
+    without
+        Why other labels have none.
+    """
+    assert cells.labels is not None
+    present = cells.labels.present()
+    if len(present) > MOST_GROUPS:
+        yield told_apart(result, None, "label *", too_many("label", len(present)))
+        return
+    place = {int(code): i for i, code in enumerate(codes)}
+    for code in map(int, present):
+        of = f"label {cells.labels.names[code]}"
+        if code in place:
+            yield told_apart(result, means.of(place[code]), of, None)
+        else:
+            yield told_apart(result, None, of, without)
+
+
+def with_notes(results: Iterable[Result], cells: Cells) -> list[Result]:
+    """Notes where cells coincide, beside those that results have."""
+    out = []
+    for result in results:
+        notes = [result.note, None if result.estimate is None else cells.coincidence(result.k)]
+        told = "; ".join(note for note in notes if note is not None)
+        out.append(replace(result, note=told or None))
+    return out
+
+
+def unasked(categories: Categories, cells: Indices, asked: Indices, word: str) -> str | None:
+    """Names the categories that ``cells`` have and none of ``asked`` has; None where there is none.
+
+    Parameters
+    ----------
+    categories
+        Of every cell.
+    cells, asked
+        Rows: int64 (n,) and int64 (m,).
+    word
+        ``"label"`` or ``"batch"``.
+    """
+    missed = np.setdiff1d(np.unique(categories.codes[cells]), categories.codes[asked])
+    missed = missed[missed != UNLABELED]
+    if not len(missed):
+        return None
+    named = ", ".join(categories.names[code] for code in missed)
+    if len(missed) == 1:
+        return f"without {word} {named}: none of its cells was asked"
+    plural = "batches" if word == "batch" else f"{word}s"
+    return f"without {plural} {named}: none of their cells was asked"
+
+
+def too_many(word: str, n: int) -> str:
+    """Why the figures of single batches or labels are left out."""
+    plural = "batches" if word == "batch" else f"{word}s"
+    return f"there are {n:,} {plural}, and figures of each are given up to {MOST_GROUPS}"
+
+
+def told_apart(result: Result, estimate: Estimate | None, of: str, why: str | None) -> Result:
+    """The same measure for part of the cells."""
+    return replace(result, estimate=estimate, of=of, skipped=why, note=None)

@@ -1,5 +1,5 @@
-"""Graph connectivity (Luecken et al. 2022, Methods), as scib-metrics 0.6 has it, for any number of
-cells: neighbours come block by block, and parts are found label by label."""
+"""Graph connectivity (Luecken et al. 2022, Methods), as scib-metrics 0.5.10 has it, for any number
+of cells: neighbours come block by block, and parts are found label by label."""
 
 from __future__ import annotations
 

@@ -3,13 +3,21 @@
 An estimate keeps, beside its value, what each sampled cell adds to its error (its linearisation,
 or influence function; Särndal, Swensson, Wretman 1992, Model Assisted Survey Sampling, chapter 5).
 The standard error of any smooth function follows, and so does that of a difference between two
-estimates on the same cells. It is the error as of a sample from many more cells: it does not go to
-0 where all cells are asked.
+estimates on the same cells. What an error says depends on who gave the figure:
+
+- Cells that were asked (measures of neighbours, silhouettes): the error of asking these rather than
+  others, in the same shares of batches and labels, while the cells among which they look for
+  neighbours stay as they are. Where all cells are asked it does not go to 0, but is that of as many
+  cells drawn from many more; what another draw of all cells would give, among which the neighbours
+  would be others, it does not say.
+- All cells (:attr:`Sample.whole`): the error of another draw of all of them, in which the shares of
+  batches and labels vary along. A graph of neighbours or clusters made before are held fixed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -46,14 +54,21 @@ class Sample:
         Stratum of each, 0 to H - 1: int64 (n,).
     sizes
         Cells of each stratum: int64 (H,).
+    whole
+        Whether all cells of the strata gave the figure, and these only tell its error.
     """
 
     rows: Indices
     strata: Indices
     sizes: Indices
+    whole: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def of_all(self) -> Sample:
+        """The same cells, for a figure that all cells gave."""
+        return replace(self, whole=True)
 
     @property
     def drawn(self) -> Indices:
@@ -70,7 +85,12 @@ class Sample:
         """Standard error of a sum of weight times ``influence``: float64 (n,).
 
         By stratum; one from which a single cell was drawn counts with the square of its influence.
+        Of a figure of all cells, as of so many independent ones.
         """
+        if self.whole:
+            apart = influence - (self.weights * influence).sum()
+            variance = float((self.weights * apart**2).sum())
+            return math.sqrt(variance / max(int(self.sizes.sum()) - 1, 1))
         drawn = self.drawn
         weights = self.sizes / self.sizes.sum()
         sums = np.bincount(self.strata, weights=influence, minlength=len(drawn))
@@ -84,6 +104,8 @@ class Sample:
     @property
     def degrees(self) -> int:
         """Degrees of freedom of the standard error, at least 1."""
+        if self.whole:
+            return max(1, int(self.sizes.sum()) - 1)
         used = int((self.drawn > 1).sum())
         return max(1, len(self) - max(used, 1))
 
@@ -157,6 +179,8 @@ class Estimate:
         Cells that it is about.
     share
         Whether it is a share of cells, whose interval is Wilson's.
+    unclipped
+        The estimate before its value was cut to the least that it can be; None where it was not.
     """
 
     value: float
@@ -164,6 +188,17 @@ class Estimate:
     sample: Sample
     n: int
     share: bool = False
+    unclipped: Estimate | None = None
+
+    def at_least(self, least: float) -> Estimate:
+        """The same, cut to ``least`` where it lies below.
+
+        A cut value does not move with the cells, so its influence is 0; both ends of its interval
+        are those of the estimate before, cut too.
+        """
+        if self.value >= least:
+            return self
+        return replace(self, value=least, influence=np.zeros_like(self.influence), unclipped=self)
 
     @property
     def standard_error(self) -> float:
@@ -178,6 +213,11 @@ class Estimate:
         fewer than some hundred cells with a skewed measure, intervals hold the truth less often:
         92 % for 90 cells of a gamma distribution of shape 2.
         """
+        if self.unclipped is not None:
+            low, high = self.unclipped.interval(level)
+            if self.value >= self.unclipped.value:
+                return Interval(max(low, self.value), max(high, self.value))
+            return Interval(min(low, self.value), min(high, self.value))
         error = self.standard_error
         if self.share:
             z = float(norm.ppf((1 + level) / 2))
@@ -197,6 +237,7 @@ class Estimate:
             value=factor * self.value + offset,
             influence=factor * self.influence,
             share=self.share and (factor, offset) in ((1.0, 0.0), (-1.0, 1.0)),
+            unclipped=None if self.unclipped is None else self.unclipped.scaled(factor, offset),
         )
 
     def minus(self, other: Estimate) -> Estimate:
@@ -214,6 +255,7 @@ class Estimate:
             influence=self.influence - other.influence,
             n=max(self.n, other.n),
             share=False,
+            unclipped=None,
         )
 
 
@@ -243,6 +285,64 @@ def mean_of_groups(values: Floats, groups: Indices, sample: Sample) -> Estimate:
     influence = np.zeros(len(sample))
     influence[inside] = (y - means[code]) / totals[code] / len(totals)
     return Estimate(float(means.mean()), influence, sample, int(inside.sum()))
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of estimates of different cells, as of labels: each has strata of its own."""
+    samples = [estimate.sample for estimate in estimates]
+    offsets = np.cumsum([0, *(len(s.sizes) for s in samples)])
+    starts = np.cumsum([0, *(int(s.sizes.sum()) for s in samples)])
+    joint = Sample(
+        np.concatenate([s.rows + a for s, a in zip(samples, starts[:-1], strict=True)]),
+        np.concatenate([s.strata + a for s, a in zip(samples, offsets[:-1], strict=True)]),
+        np.concatenate([s.sizes for s in samples]),
+        whole=all(s.whole for s in samples),
+    )
+    total = joint.sizes.sum()
+    influence = np.concatenate(
+        [e.influence * total / e.sample.sizes.sum() / len(estimates) for e in estimates]
+    )
+    value = float(np.mean([e.value for e in estimates]))
+    return Estimate(value, influence, joint, sum(e.n for e in estimates))
+
+
+@dataclass(frozen=True, slots=True)
+class GroupMeans:
+    """Means within groups that all cells gave, with errors from some of the cells.
+
+    Attributes
+    ----------
+    means
+        float64 (G,).
+    sizes
+        Cells of each group: int64 (G,).
+    groups
+        Group of each sampled cell, -1 for none: int64 (n,).
+    influence
+        What each sampled cell adds to the error of its group's mean: float64 (n,).
+    sample
+        The cells, of all.
+    """
+
+    means: Floats
+    sizes: Indices
+    groups: Indices
+    influence: Floats
+    sample: Sample
+
+    def of(self, group: int) -> Estimate:
+        """The mean of one group."""
+        scale = float(self.sample.sizes.sum() / self.sizes[group])
+        influence = np.where(self.groups == group, self.influence * scale, 0.0)
+        sample = self.sample.of_all()
+        return Estimate(float(self.means[group]), influence, sample, int(self.sizes[group]))
+
+    def mean(self) -> Estimate:
+        """The mean over groups, each counting alike."""
+        scale = self.sample.sizes.sum() / self.sizes / len(self.means)
+        influence = np.where(self.groups >= 0, self.influence * scale[self.groups], 0.0)
+        value = float(self.means.mean())
+        return Estimate(value, influence, self.sample.of_all(), int(self.sizes.sum()))
 
 
 def ratio(above: Floats, below: Floats, sample: Sample, about: Mask | None = None) -> Estimate:

@@ -150,7 +150,7 @@ class LabelTransfer:
     majority, weighted
         Accuracy of the plain vote, and of scArches' weighted vote with Unknown.
     query_only_share
-        Share of the query cells whose label no reference cell has.
+        Share of all query cells, asked or not, whose label no reference cell has.
     query_only_labels
         Those labels.
     confusion
@@ -273,6 +273,8 @@ def label_accuracy(
         _check_masks(labeled, reference, query)
         voting = np.flatnonzero(labeled & reference).astype(np.int64)
         asked = np.flatnonzero(labeled & query).astype(np.int64)
+    known = np.isin(labels.codes[asked], labels.codes[voting])
+    alone = np.unique(labels.codes[asked[~known]])
     sample = draw(
         asked, np.zeros_like(asked) if strata is None else strata[asked], max_queries, seed
     )
@@ -291,11 +293,10 @@ def label_accuracy(
     votes = labels.codes[voting][found.indices]
     plain = majority_vote(votes, len(labels.names))
     weighted = weighted_vote(votes, found.distances, len(labels.names))
-    alone = np.setdiff1d(truth, labels.codes[voting])
     return LabelTransfer(
         majority=score(truth, plain.codes),
         weighted=score(truth, weighted.codes),
-        query_only_share=float(np.isin(truth, alone).mean()),
+        query_only_share=float(1 - known.mean()),
         query_only_labels=tuple(labels.names[code] for code in alone),
         confusion=confusion_matrix(truth, plain.codes, labels.names),
         n_cells=len(asked),

@@ -1,4 +1,4 @@
-"""Local inverse Simpson's index (Korsunsky et al. 2019, Methods), as scib-metrics 0.6 has it."""
+"""Local inverse Simpson's index (Korsunsky et al. 2019, Methods), as scib-metrics 0.5.10 has it."""
 
 from __future__ import annotations
 

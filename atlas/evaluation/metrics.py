@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
     from atlas.evaluation.scib_table import ScibTable
 
 SCHEMA = "atlas.metrics"
-VERSION = 2
-READABLE = (1, 2)
+VERSION = 3
+READABLE = (1, 2, 3)
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,11 @@ class Measure:
         Share of the true neighbours that the search finds; None where none are searched, or nobody
         measured it.
     of
-        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all.
+        ``"batch NAME"`` or ``"label NAME"`` for a figure of part of the cells; None for all. NAME
+        is ``*`` where there are too many to give each.
+    note
+        What has to be known of the value, as that of some labels no cell was asked, or that cells
+        coincide; None for most.
     """
 
     name: str
@@ -68,6 +74,7 @@ class Measure:
     high: float | None = None
     recall: float | None = None
     of: str | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +123,8 @@ class Metrics:
 
     def to_csv(self) -> str:
         """The same rows as text, with empty fields where there is no value."""
-        return _csv(Measure, [asdict(measure) for measure in (*self.measures, *self.groups)])
+        names = [field.name for field in fields(Measure)]
+        return _csv(names, [asdict(measure) for measure in (*self.measures, *self.groups)])
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with schema name and version; read again by :meth:`from_json`."""
@@ -139,7 +147,8 @@ class Metrics:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metrics:
-        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups.
+        """The inverse of :meth:`to_json`; reads version 1 too, which has no intervals or groups,
+        and version 2, which has no notes.
 
         Raises
         ------
@@ -150,7 +159,7 @@ class Metrics:
             raise FormatError(
                 "these are no measures of an embedding that this version reads",
                 found=f"schema {values.get('schema')!r}, version {values.get('version')!r}",
-                expected=f"schema {SCHEMA!r}, version {' or '.join(map(str, READABLE))}",
+                expected=f"schema {SCHEMA!r}, version {READABLE[0]} to {READABLE[-1]}",
             )
         stored = values["confusion"]
         return cls(
@@ -201,8 +210,11 @@ class Difference:
 
     @property
     def favours(self) -> str | None:
-        """The embedding that the interval says is better; None where it holds 0, or neither is."""
-        if self.better == "neither" or self.low <= 0 <= self.high:
+        """The embedding that the interval says is better; None where it holds 0, or neither is.
+
+        Differences up to 1e-12 are rounding.
+        """
+        if self.better == "neither" or self.low <= 0 <= self.high or abs(self.value) <= _ROUNDING:
             return None
         return self.first if (self.value > 0) == (self.better == "higher") else self.second
 
@@ -238,8 +250,16 @@ class Comparison:
         )
 
     def to_csv(self) -> str:
-        """The differences as text."""
-        return _csv(Difference, [asdict(difference) for difference in self.differences])
+        """The measures of each embedding as text, those without a value too, then the differences.
+
+        Of a difference ``less`` names the second embedding, which is empty for a measure.
+        """
+        rows: list[dict[str, Any]] = []
+        for name, metrics in self.metrics.items():
+            rows += [asdict(measure) | {"embedding": name} for measure in metrics.measures]
+        for each in self.differences:
+            rows.append(asdict(each) | {"embedding": each.first, "less": each.second})
+        return _csv(_COMPARED, rows)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values with schema name and version."""
@@ -252,9 +272,15 @@ class Comparison:
         }
 
 
-def _csv(kind: type[Measure] | type[Difference], rows: list[dict[str, Any]]) -> str:
+_COMPARED = (
+    *("name", "title", "embedding", "less", "value", "standard_error", "low", "high", "unit"),
+    *("better", "n", "k", "backend", "recall", "skipped"),
+)
+
+
+def _csv(columns: Sequence[str], rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(kind)], lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()

@@ -7,45 +7,12 @@ Methods: among 15.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.special import xlogy
 from scipy.stats import hypergeom
 
-from atlas.evaluation.codes import Categories
-from atlas.evaluation.neighbours import Indices, Neighbours
-
-
-@dataclass(frozen=True, slots=True)
-class Mixing:
-    """Entropy of batch mixing, averaged over the cells asked for.
-
-    Attributes
-    ----------
-    entropy, standard_error
-        Mean over cells and its standard error (as of a sample from many more cells), nats.
-    log_batches
-        ln B, the entropy of B batches in equal parts, nats.
-    ceiling
-        Mean entropy when batches are permuted over the cells, nats.
-    n_cells, k
-        Cells averaged over, and neighbours of each.
-    """
-
-    entropy: float
-    standard_error: float
-    log_batches: float
-    ceiling: float
-    n_cells: int
-    k: int
-
-    @property
-    def bits(self) -> float:
-        """The entropy in bits."""
-        return self.entropy / math.log(2)
+from atlas.evaluation.neighbours import Indices
 
 
 def batch_entropies(
@@ -134,33 +101,3 @@ def permutation_ceiling(batch_sizes: npt.NDArray[np.int64], k: int) -> float:
     return float(
         sum(terms @ hypergeom.pmf(np.arange(k + 1), total, int(size), k) for size in batch_sizes)
     )
-
-
-def batch_mixing(neighbours: Neighbours, batches: Categories) -> Mixing:
-    """Average the entropy of batch mixing over the queries of ``neighbours``.
-
-    Parameters
-    ----------
-    neighbours
-        Neighbours of the sampled cells among all cells, each cell itself left out.
-    batches
-        Batch of every cell of the database; each cell has one.
-    """
-    present = batches.present()
-    entropies = batch_entropies(neighbours.indices, batches.codes, len(batches.names))
-    n_cells = len(entropies)
-    return Mixing(
-        entropy=float(entropies.mean()),
-        standard_error=standard_error(entropies),
-        log_batches=math.log(len(present)),
-        ceiling=permutation_ceiling(batches.counts()[present], neighbours.k),
-        n_cells=n_cells,
-        k=neighbours.k,
-    )
-
-
-def standard_error(values: npt.NDArray[np.float64]) -> float:
-    """Standard error of the mean; NaN for fewer than two values."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))

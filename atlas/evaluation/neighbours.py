@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -64,12 +64,19 @@ class Neighbours:
         What searched, in words: ``"faiss flat, CPU"``, ``"faiss flat, GPU"``, ``"torch, cuda"``, …
     recall
         Share of the true neighbours that are among these; None where nobody measured it.
+    query_ids
+        Row of the database that each query is, -1 for none: int64, (n_queries,); None where they
+        are not known.
+    n
+        Rows of the database; None where it is not known.
     """
 
     indices: Indices
     distances: npt.NDArray[np.float32]
     backend: str
     recall: Recall | None = EXACT
+    query_ids: Indices | None = None
+    n: int | None = None
 
     @property
     def k(self) -> int:
@@ -86,7 +93,12 @@ class Neighbours:
 
     def of(self, queries: Indices | npt.NDArray[np.bool_]) -> Neighbours:
         """Those of some of the queries."""
-        return replace(self, indices=self.indices[queries], distances=self.distances[queries])
+        return replace(
+            self,
+            indices=self.indices[queries],
+            distances=self.distances[queries],
+            query_ids=None if self.query_ids is None else self.query_ids[queries],
+        )
 
 
 Search = Callable[[Embedding, int, Indices | None], Neighbours]
@@ -129,8 +141,8 @@ def nearest(
     database = np.ascontiguousarray(database, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     check_space(database, queries)
-    check_values(database, "database")
-    check_values(queries, "queries")
+    check_values(database, "the database")
+    check_values(queries, "the array of queries")
     ids = check_query_ids(query_ids, len(queries), len(database))
     check_k(k, len(database), ids)
     kernel, device, name = kernel_for(backend, k)
@@ -143,11 +155,13 @@ def nearest(
         kernel=kernel,
         device=device,
     )
-    return Neighbours(indices, np.sqrt(squared).astype(np.float32), name)
+    distances = np.sqrt(squared).astype(np.float32)
+    return Neighbours(indices, distances, name, query_ids=ids, n=len(database))
 
 
 def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:
     """What searches exactly for k neighbours, where, and its name."""
+    check_backend(backend)
     faiss = None if backend == "torch" else import_faiss()
     if faiss is not None:
         if faiss.get_num_gpus() > 0 and k + 1 + SPARE_CANDIDATES <= FAISS_GPU_MAX_K:
@@ -160,6 +174,14 @@ def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:
         )
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     return "torch", device, f"torch, {device}"
+
+
+def check_backend(backend: str) -> None:
+    """Refuse the name of something that does not search here."""
+    if backend not in get_args(Backend):
+        raise ConfigError(
+            "there is no such backend", found=backend, expected=" or ".join(get_args(Backend))
+        )
 
 
 def check_space(database: Embedding, queries: Embedding) -> None:

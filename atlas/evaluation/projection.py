@@ -39,8 +39,8 @@ class Projection:
 def project(embedding: Embedding, *, max_cells: int = 100_000, seed: int = 0) -> Projection:
     """Lay out cells by UMAP (McInnes et al. 2018) over their exact nearest neighbours.
 
-    An embedding of up to two dimensions is drawn as it is, and one of fewer than 45 cells by its
-    first two principal components.
+    An embedding of up to two dimensions is drawn as it is; one of fewer than 45 cells, or places,
+    by its first two principal components.
 
     Parameters
     ----------
@@ -58,7 +58,8 @@ def project(embedding: Embedding, *, max_cells: int = 100_000, seed: int = 0) ->
         xy[:, : values.shape[1]] = values
         return Projection(rows, xy, "the embedding itself")
     values -= values.mean(axis=0, dtype=np.float64)
-    if len(rows) < _FEWEST_CELLS:
+    # UMAP starts at principal components and divides by them: cells at one place have none.
+    if len(np.unique(values, axis=0)) < _FEWEST_CELLS:
         left, scale, _ = np.linalg.svd(values, full_matrices=False)
         xy = np.zeros((len(rows), 2), dtype=np.float32)
         xy[:, : len(scale[:2])] = left[:, :2] * scale[:2]

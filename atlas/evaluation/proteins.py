@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
-from atlas.evaluation.neighbours import Backend, nearest
+from atlas.evaluation.neighbours import Backend, Recall, nearest
 from atlas.evaluation.vectors import Embedding, check_values
 
 Floats = npt.NDArray[np.float64]
@@ -54,13 +54,14 @@ class ProteinOverlap:
         Share of the k neighbours by proteins that are so in the embedding too: float64 (n,).
     n_cells
         Cells with proteins, among which was searched.
-    backend
-        What searched.
+    backend, recall
+        What searched, and the lesser recall of both searches; None where nobody measured it.
     """
 
     values: Floats
     n_cells: int
     backend: str
+    recall: Recall | None
 
 
 def measured(proteins: Embedding) -> Indices:
@@ -119,9 +120,12 @@ def protein_overlap(
             expected="one entry per cell, in the same order",
         )
     rows = measured(proteins)
-    check_values(proteins[rows], "proteins")
+    check_values(proteins[rows], "the array of proteins")
     own = np.searchsorted(rows, asked)
     found = [nearest(z[rows], z[asked], k, own, backend=backend) for z in (embedding, proteins)]
     both = np.sort(np.concatenate([each.indices for each in found], axis=1), axis=1)
     shared = (both[:, 1:] == both[:, :-1]).sum(axis=1)
-    return ProteinOverlap(np.asarray(shared / k, dtype=np.float64), len(rows), found[0].backend)
+    told = [each.recall for each in found if each.recall is not None]
+    recall = min(told, key=lambda r: r.value) if len(told) == len(found) else None
+    values = np.asarray(shared / k, dtype=np.float64)
+    return ProteinOverlap(values, len(rows), found[0].backend, recall)

@@ -12,16 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
-from atlas.evaluation.clustering import adjusted_rand, contingency, kmeans
+from atlas.evaluation.clustering import adjusted_rand, agreement, kmeans
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.estimates import Sample
-from atlas.evaluation.neighbours import Backend, Neighbours, nearest
+from atlas.evaluation.estimates import Estimate, Sample, draw
+from atlas.evaluation.neighbours import Backend, Neighbours, Recall, nearest
 from atlas.evaluation.vectors import Embedding, rows_of
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 LEAST_RECALL = 0.995
+_ERROR_CELLS = 20_000
 
 
 def overlap(ours: Neighbours, theirs: Neighbours) -> Floats:
@@ -59,13 +60,14 @@ class Purity:
         Jaccard index of each cell, NaN in batches that are too small: float64, (n,).
     too_small
         Batches of k cells or fewer, which are left out.
-    backend
-        What searched.
+    backend, recall
+        What searched, and the least recall of its searches.
     """
 
     values: Floats
     too_small: tuple[str, ...]
     backend: str
+    recall: Recall | None
 
 
 def purity(
@@ -101,6 +103,7 @@ def purity(
         )
     values = np.full(len(sample), np.nan)
     too_small, used = [], ""
+    recall: Recall | None = None
     for batch in batches.present():
         rows = np.flatnonzero(batches.codes == batch).astype(np.int64)
         if len(rows) <= k:
@@ -116,7 +119,9 @@ def purity(
         ]
         values[asked] = overlap(*found)
         used = found[0].backend
-    return Purity(values, tuple(too_small), used)
+        told = [each.recall for each in found if each.recall is not None]
+        recall = min(told if recall is None else [recall, *told], key=lambda r: r.value)
+    return Purity(values, tuple(too_small), used, recall)
 
 
 def cluster_conservation(
@@ -126,19 +131,22 @@ def cluster_conservation(
     n_clusters: int,
     *,
     seed: int = 0,
-) -> dict[str, float]:
+) -> dict[str, Estimate]:
     """ARI of k-means clusters in the joint and in each batch's own embedding, by batch.
 
-    Batches with fewer than two cells to a cluster are left out.
+    Batches with fewer than two cells to a cluster are left out. The errors are of cells, with both
+    sets of clusters given.
     """
     out = {}
+    names = [str(i) for i in range(n_clusters)]
     for batch in batches.present():
         rows = np.flatnonzero(batches.codes == batch).astype(np.int64)
         if len(rows) < 2 * n_clusters:
             continue
         joint = kmeans(embedding, n_clusters, rows=rows, seed=seed)
         own = kmeans(individual, n_clusters, rows=rows, seed=seed)
-        names = [str(i) for i in range(n_clusters)]
-        table = contingency(joint.codes, Categories(own.codes, names))
-        out[batches.names[batch]] = adjusted_rand(table.astype(np.float64))
+        places = np.arange(len(rows), dtype=np.int64)
+        sample = draw(places, np.zeros_like(places), _ERROR_CELLS, seed)
+        found = agreement(adjusted_rand, joint.codes, Categories(own.codes, names), sample)
+        out[batches.names[batch]] = found
     return out

@@ -1,6 +1,6 @@
 """Share of an embedding's variance that batches explain: principal component regression.
 
-scib-metrics 0.6, ``principal_component_regression`` with all components: R² of each component on
+scib-metrics 0.5.10, ``principal_component_regression`` with all components: R² of each component on
 the batches, weighted by its variance. Over all components that is the variance between batches over
 the whole, whatever the axes, so one pass over the cells gives it and no component is computed.
 """
@@ -16,8 +16,13 @@ from atlas.evaluation.codes import Categories
 from atlas.evaluation.estimates import Estimate, Sample
 from atlas.evaluation.vectors import Embedding, tiles
 
+_ROUNDING = 1e-24
+"""Share of the summed squares below which the variance is that of a mean that was rounded."""
 
-def explained_variance(embedding: Embedding, batches: Categories, sample: Sample) -> Estimate:
+
+def explained_variance(
+    embedding: Embedding, batches: Categories, sample: Sample, *, when: str = ""
+) -> Estimate:
     """Share of the variance that lies between batches, from all cells.
 
     Parameters
@@ -28,6 +33,8 @@ def explained_variance(embedding: Embedding, batches: Categories, sample: Sample
         Batch of every cell.
     sample
         Cells from which its standard error is reckoned.
+    when
+        What the error message says of the embedding.
 
     Raises
     ------
@@ -44,25 +51,26 @@ def explained_variance(embedding: Embedding, batches: Categories, sample: Sample
             )
     centre = means.sum(axis=0) / n
     means /= np.maximum(batches.counts(), 1)[:, None]
-    whole = within = 0.0
+    whole = within = squares = 0.0
     for part in tiles(n):
         exact = embedding[part].astype(np.float64)
+        squares += float((exact**2).sum())
         whole += float(((exact - centre) ** 2).sum())
         within += float(((exact - means[batches.codes[part]]) ** 2).sum())
-    if whole == 0:
-        raise ConfigError("all cells lie at one place", expected="an embedding that varies")
+    if whole <= _ROUNDING * squares:
+        raise ConfigError(f"all cells lie at one place{when}", expected="an embedding that varies")
     share = 1 - within / whole
     exact = embedding[sample.rows].astype(np.float64)
     own = ((exact - means[batches.codes[sample.rows]]) ** 2).sum(axis=1)
     all_ = ((exact - centre) ** 2).sum(axis=1)
     influence = -(own - (1 - share) * all_) / (whole / n)
-    # As of a sample of all n cells, which were all counted, not of those drawn here.
-    influence *= np.sqrt(len(sample) / n)
-    return Estimate(share, influence, sample, n)
+    return Estimate(share, influence, sample.of_all(), n)
 
 
 def pcr_comparison(before: Estimate, after: Estimate) -> Estimate:
     """How much less the batches explain after integration: (before - after) / before, at least 0.
+
+    Where they explain more after it, the value is cut to 0, and the interval's ends as well.
 
     Raises
     ------
@@ -74,4 +82,4 @@ def pcr_comparison(before: Estimate, after: Estimate) -> Estimate:
     value = 1 - after.value / before.value
     influence = -after.influence / before.value
     influence = influence + after.value / before.value**2 * before.influence
-    return replace(after, value=max(0.0, value), influence=influence)
+    return replace(after, value=value, influence=influence).at_least(0.0)

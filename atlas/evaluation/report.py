@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from markupsafe import Markup
 
 from atlas.errors import ConfigError
+from atlas.evaluation import told
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.figures import LossRecord, Map, draw_losses, draw_map
 from atlas.evaluation.labels import Confusion
@@ -42,6 +43,9 @@ class ReportInputs:
         Genes that each study measured, in the order of ``studies.names``.
     metrics
         From :func:`atlas.evaluation.measures.evaluate_embedding`.
+    individual_name, before_name
+        Names of the batches' own embeddings, and of the embedding before integration, that it is
+        measured beside; None for none.
     differences
         To other embeddings of the same cells, this one first.
     scores
@@ -66,6 +70,8 @@ class ReportInputs:
     n_modelled_genes: int
     study_genes: tuple[int, ...]
     metrics: Metrics
+    individual_name: str | None = None
+    before_name: str | None = None
     differences: tuple[Difference, ...] = ()
     scores: ScibTable | None = None
     history: tuple[LossRecord, ...] = ()
@@ -83,6 +89,15 @@ class _StudyRow:
     batches: int
     labels: int
     unlabeled: float
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupTable:
+    """Measures of single batches, or of single labels: a row for each, a column for a measure."""
+
+    kind: str
+    titles: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Measure | None, ...]], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +135,13 @@ def write_report(
     Raises
     ------
     ConfigError
-        The folder is not there, or the arrays are of different lengths.
+        The folder is not there, the file is a folder, or the arrays are of different lengths.
     """
     target = Path(path)
+    if target.is_dir():
+        raise ConfigError(
+            "the report would be written over a folder", do="name a file in it", path=target
+        )
     if not target.parent.is_dir():
         raise ConfigError(
             "the folder of the report is not there",
@@ -144,7 +163,7 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=_count, figure=_figure, percent=_percent)
+    environment.filters.update(count=_count, figure=_figure, percent=_percent, by=told.by)
     labels = inputs.labels
     return environment.get_template("report.html.j2").render(
         inputs=inputs,
@@ -158,7 +177,9 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         seed=seed,
         maps=_maps(inputs, projection, seed),
         measures=[m for m in inputs.metrics.measures if m.skipped is None],
-        skipped=_skipped(inputs.metrics),
+        skipped=told.skipped(inputs.metrics.measures),
+        exactness=told.exactness(inputs.metrics.measures),
+        groups=_group_tables(inputs.metrics.groups),
         confusion=_confusion_rows(inputs.metrics.confusion),
         predicted=() if inputs.metrics.confusion is None else inputs.metrics.confusion.predicted,
         scores=None if inputs.scores is None else Markup(inline_scores(inputs.scores)),
@@ -227,12 +248,12 @@ def _maps(inputs: ReportInputs, projection: Projection, seed: int) -> list[Map]:
 
 def _findings(metrics: Metrics) -> list[str]:
     """The measures that come first, as sentences."""
-    found = []
+    found: list[str] = []
     for measure in metrics.measures:
         if measure.value is None:
             continue
         margin = "" if measure.standard_error is None else f" (± {measure.standard_error:.2%})"
-        if measure.name == "mixing_share_of_ceiling_k50":
+        if measure.name.startswith("mixing_share_of_ceiling") and not found:
             found.append(
                 f"Batches are mixed to {measure.value:.1%}{margin} of what dealing cells out to "
                 "batches at random would give."
@@ -245,13 +266,20 @@ def _findings(metrics: Metrics) -> list[str]:
     return found
 
 
-def _skipped(metrics: Metrics) -> dict[str, list[Measure]]:
-    """Measures without a value, by reason."""
-    reasons: dict[str, list[Measure]] = {}
-    for measure in metrics.measures:
-        if measure.skipped is not None:
-            reasons.setdefault(measure.skipped, []).append(measure)
-    return reasons
+def _group_tables(groups: Sequence[Measure]) -> list[_GroupTable]:
+    """By batch and by label, in the order in which they were measured."""
+    tables = []
+    for word in ("batch", "label"):
+        mine = [measure for measure in groups if (measure.of or "").startswith(f"{word} ")]
+        if mine:
+            titles = {measure.name: told.title(measure) for measure in mine}
+            by_name = {(str(measure.of), measure.name): measure for measure in mine}
+            rows = tuple(
+                (of.removeprefix(f"{word} "), tuple(by_name.get((of, name)) for name in titles))
+                for of in dict.fromkeys(of for of, _ in by_name)
+            )
+            tables.append(_GroupTable(word, tuple(titles.values()), rows))
+    return tables
 
 
 def _confusion_rows(confusion: Confusion | None) -> list[_ConfusionRow]:

@@ -12,6 +12,8 @@ On purpose it differs so:
 - Cells without a label take no part in what needs labels; there they are a label of their own.
 - PCR comparison needs an embedding before integration (``before``); there a PCA is made where none
   is given. Without one it is left out, and the table says so.
+- Where nothing but graph connectivity has a value, as with one batch, batch correction has none: it
+  is of labels alone, and would go into the total as if batches had been corrected.
 - On many cells the measures come from samples, and each score carries a standard error. That of an
   aggregate is an upper bound: the errors of its parts, added as if they all went together.
 """
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,12 +175,17 @@ def scib_table(metrics: Mapping[str, Metrics], *, leiden: bool = False) -> ScibT
     if not metrics:
         raise ConfigError("there is no embedding to score")
     bio = {name: title for name, title in BIO.items() if leiden or not name.endswith("_leiden")}
-    scores: dict[str, list[Score]] = {}
+    parts: dict[str, tuple[list[Score], list[Score]]] = {}
     for name, found in metrics.items():
         by_name = {measure.name: measure for measure in found.measures}
         own = _class(name, "Bio conservation", bio, by_name)
-        other = _class(name, "Batch correction", BATCH, by_name)
-        kept, corrected = _mean(own), _mean(other)
+        parts[name] = own, _class(name, "Batch correction", BATCH, by_name)
+    there = {
+        s.title for both in parts.values() for part in both for s in part if s.value is not None
+    }
+    scores: dict[str, list[Score]] = {}
+    for name, (own, other) in parts.items():
+        kept, corrected = _mean(own, there), _mean(other, there)
         scores[name] = [*own, *other, corrected, kept, _total(name, kept, corrected)]
     return ScibTable(tuple(scores), tuple(score for own in scores.values() for score in own))
 
@@ -199,18 +206,24 @@ def _class(
     return out
 
 
-def _mean(scores: list[Score]) -> Score:
-    """The aggregate of a class."""
+def _mean(scores: list[Score], somewhere: Set[str]) -> Score:
+    """The aggregate of a class; it says what it lacks, and what of that other embeddings have."""
     there = [score for score in scores if score.value is not None]
-    lacking = ", ".join(score.title for score in scores if score.value is None)
+    lacking = [score.title for score in scores if score.value is None]
+    others = [title for title in lacking if title in somewhere]
     embedding, part = scores[0].embedding, scores[0].part
     if not there:
         why = "none of its measures has a value"
         return Score(embedding, "Aggregate score", part, None, None, why)
+    if {score.title for score in there} == {BATCH["graph_connectivity"]}:
+        why = "only graph connectivity has a value, which knows no batches"
+        return Score(embedding, "Aggregate score", part, None, None, why)
     errors = [score.standard_error for score in there]
     bound = None if None in errors else sum(e for e in errors if e is not None) / len(errors)
     value = sum(score.value for score in there if score.value is not None) / len(there)
-    told = f"without {lacking}" if lacking else None
+    told = f"without {', '.join(lacking)}" if lacking else None
+    if told and others:
+        told += f"; others have {', '.join(others)}, so that these scores do not compare"
     return Score(embedding, "Aggregate score", part, value, bound, told)
 
 

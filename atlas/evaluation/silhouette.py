@@ -1,9 +1,8 @@
-"""Silhouettes of labels, of isolated labels, and of batches within labels; and BRAS.
+"""Silhouettes of labels, of isolated labels, and of batches within labels.
 
-As scib-metrics 0.6 defines them: ``silhouette_label`` and ``silhouette_batch`` (Luecken et al.
-2022, Methods, "Cell type ASW" and "Batch ASW"), ``isolated_labels``, and ``bras`` (Rautenstrauch
-and Ohler 2025). Each sampled cell is measured against all cells, so no sample of pairs is drawn;
-BRAS needs no pairs, as the mean cosine distance to a set is that to the mean of its unit vectors.
+As scib-metrics 0.5.10 defines them: ``silhouette_label`` and ``silhouette_batch`` (Luecken et al.
+2022, Methods, "Cell type ASW" and "Batch ASW"), and ``isolated_labels``. Each sampled cell is
+measured against all cells, so no sample of pairs is drawn.
 """
 
 from __future__ import annotations
@@ -15,10 +14,13 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.distances import summed_distances
 from atlas.evaluation.estimates import Sample
-from atlas.evaluation.vectors import Embedding, tiles
+from atlas.evaluation.vectors import Embedding
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
+
+COINCIDES = 1e-12
+"""Mean distances below that, as a share of the largest coordinate, are rounding and count as 0."""
 
 
 def label_silhouettes(embedding: Embedding, labels: Categories, sample: Sample) -> Floats:
@@ -53,10 +55,14 @@ def label_silhouettes(embedding: Embedding, labels: Categories, sample: Sample) 
     rows = np.flatnonzero(labels.codes != UNLABELED).astype(np.int64)
     group = np.searchsorted(present, labels.codes)
     sums = summed_distances(embedding, rows, group[rows], len(present), sample.rows)
-    return silhouettes(sums, counts[present], group[sample.rows])
+    return silhouettes(sums, counts[present], group[sample.rows], _least(embedding, sample))
 
 
-def silhouettes(sums: Floats, sizes: Indices, own: Indices) -> Floats:
+def _least(embedding: Embedding, sample: Sample) -> float:
+    return COINCIDES * float(np.abs(embedding[sample.rows]).max(initial=0))
+
+
+def silhouettes(sums: Floats, sizes: Indices, own: Indices, least: float = 0.0) -> Floats:
     """Silhouettes from summed distances to each group (Rousseeuw 1987; as scikit-learn).
 
     Parameters
@@ -67,17 +73,17 @@ def silhouettes(sums: Floats, sizes: Indices, own: Indices) -> Floats:
         Cells of each group: int64, (G,).
     own
         Group of each cell: int64, (n,).
+    least
+        Mean distances below it count as 0.
     """
     cells = np.arange(len(sums))
     within = sums[cells, own] / np.maximum(sizes[own] - 1, 1)
     others = sums / sizes
     others[cells, own] = np.inf
-    return _silhouette(within, others.min(axis=1), sizes[own] > 1)
-
-
-def _silhouette(within: Floats, between: Floats, has_company: npt.NDArray[np.bool_]) -> Floats:
+    between = others.min(axis=1)
+    within, between = (np.where(d < least, 0.0, d) for d in (within, between))
     largest = np.maximum(within, between)
-    defined = has_company & (largest > 0)
+    defined = (sizes[own] > 1) & (largest > 0)
     return np.where(defined, (between - within) / np.where(largest > 0, largest, 1), 0.0)
 
 
@@ -92,6 +98,7 @@ def batch_silhouettes(
     float64, (n,).
     """
     values = np.full(len(sample), np.nan)
+    least = _least(embedding, sample)
     for label in labels.present():
         asked = np.flatnonzero(labels.codes[sample.rows] == label)
         rows = np.flatnonzero(labels.codes == label).astype(np.int64)
@@ -103,58 +110,8 @@ def batch_silhouettes(
         queries = sample.rows[asked]
         sums = summed_distances(embedding, rows, group, len(names), queries)
         own = np.searchsorted(names, batches.codes[queries])
-        values[asked] = 1 - np.abs(silhouettes(sums, sizes, own))
+        values[asked] = 1 - np.abs(silhouettes(sums, sizes, own, least))
     return values
-
-
-def bras_scores(
-    embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
-) -> Floats:
-    """1 - \\|silhouette\\| by cosine distance, all other batches of the label taken together.
-
-    The unit vectors of each label and batch are added up in one pass over all cells; the mean
-    cosine distance of a cell to n others is 1 less the product of its unit vector with their mean.
-
-    Returns
-    -------
-    In [0, 1], NaN for cells whose label lies in one batch or has each cell in another:
-    float64, (n,).
-    """
-    n_batches = len(batches.names)
-    n_groups = len(labels.names) * n_batches
-    sums = np.zeros((n_groups, embedding.shape[1]))
-    sizes = np.zeros(n_groups, dtype=np.int64)
-    for part in tiles(len(embedding)):
-        labeled = labels.codes[part] != UNLABELED
-        group = (labels.codes[part] * n_batches + batches.codes[part])[labeled]
-        unit = _unit(embedding[part][labeled])
-        for column in range(unit.shape[1]):
-            sums[:, column] += np.bincount(group, unit[:, column], minlength=n_groups)
-        sizes += np.bincount(group, minlength=n_groups)
-    label, batch = labels.codes[sample.rows], batches.codes[sample.rows]
-    group = label * n_batches + batch
-    label_sums = sums.reshape(-1, n_batches, embedding.shape[1]).sum(axis=1)
-    label_sizes = sizes.reshape(-1, n_batches).sum(axis=1)
-    in_batches = (sizes.reshape(-1, n_batches) > 0).sum(axis=1)
-    unit = _unit(embedding[sample.rows])
-    n_own, n_others = sizes[group], label_sizes[label] - sizes[group]
-    own_product = np.einsum("nd,nd->n", unit, sums[group])
-    other_product = np.einsum("nd,nd->n", unit, label_sums[label]) - own_product
-    itself = np.einsum("nd,nd->n", unit, unit)
-    # A cell at the origin is at distance 1 from all, itself included, as scikit-learn has it;
-    # scib-metrics gives NaN there.
-    within = (n_own - own_product - (1 - itself)) / np.maximum(n_own - 1, 1)
-    between = (n_others - other_product) / np.maximum(n_others, 1)
-    scores = 1 - np.abs(_silhouette(within, between, n_own > 1))
-    defined = (in_batches[label] >= 2) & (in_batches[label] < label_sizes[label])
-    return np.where(defined, scores, np.nan)
-
-
-def _unit(values: Embedding) -> Floats:
-    exact = values.astype(np.float64)
-    length = np.linalg.norm(exact, axis=1, keepdims=True)
-    unit: Floats = exact / np.where(length > 0, length, 1)
-    return unit
 
 
 def isolated_labels(labels: Categories, batches: Categories) -> Indices:

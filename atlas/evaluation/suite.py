@@ -7,21 +7,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import ConfigError
 from atlas.evaluation import kbet, lisi, mixing
+from atlas.evaluation.bras import bras
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import CLOSED_FORM_CELLS, GRAPH_K, KBET_K, LISI_K, Cells, by_group
-from atlas.evaluation.codes import UNLABELED
+from atlas.evaluation.cells import (
+    GRAPH_K,
+    KBET_K,
+    LISI_K,
+    Cells,
+    by_group,
+    by_label,
+    unasked,
+)
 from atlas.evaluation.connectivity import LabelGraphs
-from atlas.evaluation.estimates import Estimate, Sample, draw, mean, mean_of_groups, median
+from atlas.evaluation.estimates import (
+    Estimate,
+    GroupMeans,
+    Mask,
+    Sample,
+    mean,
+    mean_of,
+    mean_of_groups,
+    median,
+)
+from atlas.evaluation.neighbours import EXACT, Neighbours
 from atlas.evaluation.regression import explained_variance, pcr_comparison
 from atlas.evaluation.silhouette import (
     batch_silhouettes,
-    bras_scores,
     isolated_labels,
     label_silhouettes,
 )
@@ -32,7 +50,7 @@ Indices = npt.NDArray[np.int64]
 
 
 def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[Result]]:
-    """Entropy of batch mixing for each k, and by batch and label for the first."""
+    """Entropy of batch mixing for each k, plain and reweighted by batch and label too."""
     names = (
         "mixing_entropy",
         "mixing_entropy_bits",
@@ -58,6 +76,7 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
         sizes = cells.batches.counts()[present]
         entropies = mixing.batch_entropies(found.indices, codes, len(present))
         even = mixing.reweighted_entropies(found.indices, codes, sizes)
+        shares = even / math.log(len(present))
         entropy = mean(entropies, cells.sample)
         ceiling = mixing.permutation_ceiling(sizes, k)
         estimates = (
@@ -65,7 +84,7 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
             entropy.scaled(1 / math.log(2)),
             entropy.scaled(1 / math.log(len(present))),
             entropy.scaled(1 / ceiling) if ceiling else None,
-            mean(even / math.log(len(present)), cells.sample),
+            mean(shares, cells.sample),
         )
         made = [
             Result(
@@ -79,44 +98,71 @@ def mixing_results(cells: Cells, ks: Sequence[int]) -> tuple[list[Result], list[
             for name, estimate in zip(names, estimates, strict=True)
         ]
         results += made
-        if k == ks[0]:
-            groups = list(
-                by_group(entropies, cells.sample, cells, made[0], batches=True, labels=True)
-            )
+        for values, result in ((entropies, made[0]), (shares, made[-1])):
+            groups += by_group(values, cells.sample, cells, result, batches=True, labels=True)
     return results, groups
 
 
-def lisi_results(cells: Cells) -> list[Result]:
+def lisi_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     """iLISI and cLISI."""
-    results = []
+    ilisi, groups = _ilisi(cells)
+    clisi, more = _clisi(cells)
+    return [ilisi, clisi], [*groups, *more]
+
+
+def _ilisi(cells: Cells) -> tuple[Result, list[Result]]:
     k, n_batches = LISI_K, len(cells.batches.present())
-    few = f"{k} neighbours need at least {k + 1} cells"
     if n_batches < 2:
-        results.append(Result(kind("ilisi"), None, k, skipped="there is only one batch"))
-    elif cells.neighbours is None or cells.neighbours.k < k:
-        results.append(Result(kind("ilisi"), None, k, skipped=few))
-    else:
-        found = cells.neighbours.first(k)
-        codes = np.searchsorted(cells.batches.present(), cells.batches.codes)
-        values = lisi.lisi(found.distances, codes[found.indices], n_batches)
-        estimate = median(values, cells.sample).scaled(1 / (n_batches - 1), -1 / (n_batches - 1))
-        results.append(Result(kind("ilisi"), estimate, k, found.backend, found.recall))
+        return Result(kind("ilisi"), None, k, skipped="there is only one batch"), []
+    if cells.neighbours is None or cells.neighbours.k < k:
+        why = f"{k} neighbours need at least {k + 1} cells"
+        return Result(kind("ilisi"), None, k, skipped=why), []
+    found = cells.neighbours.first(k)
+    codes = np.searchsorted(cells.batches.present(), cells.batches.codes)
+    values = lisi.lisi(found.distances, codes[found.indices], n_batches)
+    scale = 1 / (n_batches - 1)
+    return _median_results(cells, "ilisi", values, cells.sample, found, scale, -scale)
+
+
+def _clisi(cells: Cells) -> tuple[Result, list[Result]]:
+    k, name = LISI_K, kind("clisi")
     if not cells.has_labels:
-        return [*results, Result(kind("clisi"), None, k, skipped="no cell has a label")]
+        return Result(name, None, k, skipped="no cell has a label"), []
     assert cells.labels is not None
     present = cells.labels.present()
     if len(present) < 2:
-        return [*results, Result(kind("clisi"), None, k, skipped="there is only one label")]
+        return Result(name, None, k, skipped="there is only one label"), []
     near = cells.labeled_neighbours
     if near is None or near.k < k:
-        why = f"{few.replace('cells', 'labeled cells')}"
-        return [*results, Result(kind("clisi"), None, k, skipped=why)]
+        why = f"{k} neighbours need at least {k + 1} labeled cells"
+        return Result(name, None, k, skipped=why), []
     near = near.first(k)
     codes = np.searchsorted(present, cells.labels.codes)
     values = lisi.lisi(near.distances, codes[near.indices], len(present))
     scale = 1 / (len(present) - 1)
-    estimate = median(values, cells.labeled).scaled(-scale, len(present) * scale)
-    return [*results, Result(kind("clisi"), estimate, k, near.backend, near.recall)]
+    return _median_results(
+        cells, "clisi", values, cells.labeled, near, -scale, len(present) * scale
+    )
+
+
+def _median_results(
+    cells: Cells,
+    name: str,
+    values: Floats,
+    sample: Sample,
+    found: Neighbours,
+    scale: float,
+    offset: float,
+) -> tuple[Result, list[Result]]:
+    """Scaled medians of all cells, and of each batch and label."""
+
+    def figure(values: Floats, sample: Sample, about: Mask | None = None) -> Estimate:
+        return median(values, sample, about).scaled(scale, offset)
+
+    result = Result(kind(name), figure(values, sample), found.k, found.backend, found.recall)
+    return result, list(
+        by_group(values, sample, cells, result, batches=True, labels=True, figure=figure)
+    )
 
 
 def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -145,39 +191,21 @@ def kbet_results(cells: Cells) -> tuple[list[Result], list[Result]]:
             accepted = (p >= kbet.ALPHA).astype(np.float64)
             estimate = mean(accepted, cells.sample, share=True)
             results.append(Result(name, estimate, k, found.backend, found.recall))
+            groups += by_group(accepted, cells.sample, cells, results[0], batches=True, labels=True)
     within = kind("kbet_by_label")
     if not cells.has_labels:
-        return [*results, Result(within, None, skipped="no cell has a label")], []
+        return [*results, Result(within, None, skipped="no cell has a label")], groups
     assert cells.labels is not None
     tested = kbet.acceptance_by_label(cells.embedding, cells.labels, cells.batches, seed=cells.seed)
     for label in tested:
         of = f"label {cells.labels.names[label.label]}"
-        groups.append(
-            Result(within, label.acceptance, backend="numpy", skipped=label.skipped, of=of)
-        )
+        told = Result(within, label.acceptance, None, "numpy", EXACT, label.skipped, of)
+        groups.append(told)
     estimates = [label.acceptance for label in tested if label.acceptance is not None]
     if not estimates:
         why = "no label has enough cells in each of several batches"
         return [*results, Result(within, None, skipped=why)], groups
-    return [*results, Result(within, _mean_of(estimates), backend="numpy")], groups
-
-
-def _mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of estimates of different cells, each label a set of strata of its own."""
-    samples = [estimate.sample for estimate in estimates]
-    offsets = np.cumsum([0, *(len(s.sizes) for s in samples)])
-    starts = np.cumsum([0, *(int(s.sizes.sum()) for s in samples)])
-    joint = Sample(
-        np.concatenate([s.rows + a for s, a in zip(samples, starts[:-1], strict=True)]),
-        np.concatenate([s.strata + a for s, a in zip(samples, offsets[:-1], strict=True)]),
-        np.concatenate([s.sizes for s in samples]),
-    )
-    total = joint.sizes.sum()
-    influence = np.concatenate(
-        [e.influence * total / e.sample.sizes.sum() / len(estimates) for e in estimates]
-    )
-    value = float(np.mean([e.value for e in estimates]))
-    return Estimate(value, influence, joint, sum(e.n for e in estimates))
+    return [*results, Result(within, mean_of(estimates), None, "numpy", EXACT)], groups
 
 
 def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -194,17 +222,18 @@ def graph_results(cells: Cells) -> tuple[list[Result], list[Result]]:
     if reason is not None:
         return [Result(name, None, GRAPH_K, skipped=reason)], []
     assert cells.labels is not None
-    labeled = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    labeled = cells.labeled_rows
     graphs = LabelGraphs(cells.labels, GRAPH_K)
     for rows, found in cells.neighbours_of_all(labeled, GRAPH_K):
         graphs.add(rows, found)
-    inside = graphs.in_largest_part().astype(np.float64)
-    sample = draw(labeled, cells.strata[labeled], n, cells.seed)
-    estimate = mean_of_groups(inside[labeled], cells.labels.codes[labeled], sample)
-    result = Result(name, estimate, GRAPH_K, found.backend, found.recall)
-    return [result], list(
-        by_group(inside[labeled], sample, cells, result, batches=False, labels=True)
-    )
+    inside = graphs.in_largest_part()
+    codes, sizes = cells.labels.present(), cells.labels.counts()
+    shares = (np.bincount(cells.labels.codes[inside], minlength=len(sizes)) / sizes.clip(1))[codes]
+    sample = cells.many_labeled
+    own = np.searchsorted(codes, cells.labels.codes[sample.rows])
+    means = GroupMeans(shares, sizes[codes], own, inside[sample.rows] - shares[own], sample)
+    result = Result(name, means.mean(), GRAPH_K, found.backend, found.recall)
+    return [result], list(by_label(means, codes, cells, result, "it has no cell"))
 
 
 def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
@@ -227,20 +256,33 @@ def silhouette_results(cells: Cells) -> tuple[list[Result], list[Result]]:
         result = Result(kind(names[0]), mean(values, sample), backend="torch")
         results.append(result)
         groups += by_group(values, sample, cells, result, batches=False, labels=True)
-        rare = np.isin(own, isolated_labels(cells.labels, cells.batches))
-        estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
-        isolated = Result(kind(names[2]), estimate, backend="torch")
+        isolated = _isolated(cells, values, sample, names[2])
     batch = batch_silhouettes(cells.embedding, cells.labels, cells.batches, sample)
-    results.append(_within_labels(batch, own, sample, names[1], "torch", apart))
+    told = _within_labels(batch, own, sample, names[1], "torch", apart)
+    note = unasked(cells.labels, cells.labeled_rows, sample.rows, "label")
+    results.append(replace(told, note=note))
+    without = "it lies in one batch, or each of its cells in another"
+    groups += by_group(batch, sample, cells, told, batches=True, labels=True, without=without)
     results.append(isolated)
-    many = cells.drawn_of_labeled(CLOSED_FORM_CELLS)
-    scores = bras_scores(cells.embedding, cells.labels, cells.batches, many)
-    own = cells.labels.codes[many.rows]
-    result = _within_labels(scores, own, many, names[3], "closed form", apart)
-    results.append(result)
-    if result.estimate is not None:
-        groups += by_group(scores, many, cells, result, batches=False, labels=True)
-    return results, groups
+    codes, means = bras(cells.embedding, cells.labels, cells.batches, cells.many_labeled)
+    if not len(codes):
+        return [*results, Result(kind(names[3]), None, skipped=apart)], groups
+    result = Result(kind(names[3]), means.mean(), backend="closed form")
+    return [*results, result], [*groups, *by_label(means, codes, cells, result, without)]
+
+
+def _isolated(cells: Cells, values: Floats, sample: Sample, name: str) -> Result:
+    """The silhouettes of isolated labels, each label counting alike."""
+    assert cells.labels is not None
+    codes = isolated_labels(cells.labels, cells.batches)
+    own = cells.labels.codes[sample.rows]
+    rare = np.isin(own, codes)
+    if not rare.any():
+        return Result(kind(name), None, skipped="no cell of an isolated label was asked")
+    estimate = mean_of_groups(values, np.where(rare, own, -1), sample)
+    theirs = cells.labeled_rows[np.isin(cells.labels.codes[cells.labeled_rows], codes)]
+    note = unasked(cells.labels, theirs, sample.rows, "label")
+    return Result(kind(name), estimate, backend="torch", note=note)
 
 
 def _within_labels(
@@ -258,13 +300,12 @@ def variance_results(cells: Cells, before: Embedding | None) -> list[Result]:
     names = ("pcr_batch",) if before is None else ("pcr_batch", "pcr_comparison")
     if len(cells.batches.present()) < 2:
         return [Result(kind(n), None, skipped="there is only one batch") for n in names]
-    rows = np.arange(len(cells.embedding), dtype=np.int64)
-    many = draw(rows, cells.strata, CLOSED_FORM_CELLS, cells.seed)
+    many = cells.many
     try:
         after = explained_variance(cells.embedding, cells.batches, many)
         results = [Result(kind("pcr_batch"), after, backend="closed form")]
         if before is not None:
-            first = explained_variance(before, cells.batches, many)
+            first = explained_variance(before, cells.batches, many, when=" before integration")
             compared = pcr_comparison(first, after)
             results.append(Result(kind("pcr_comparison"), compared, backend="closed form"))
     except ConfigError as error:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import CLOSED_FORM_CELLS, GRAPH_K, Cells
+from atlas.evaluation.cells import GRAPH_K, Cells
 from atlas.evaluation.clustering import (
     adjusted_rand,
     agreement,
@@ -59,7 +59,7 @@ def kmeans_results(cells: Cells) -> list[Result]:
         return [Result(kind(name), None, skipped=reason) for name in names]
     assert cells.labels is not None
     # scib-metrics clusters the cells it is given; those without a label have no part in either.
-    rows = np.flatnonzero(cells.labels.codes != UNLABELED).astype(np.int64)
+    rows = cells.labeled_rows
     found = kmeans(cells.embedding, len(cells.labels.present()), rows=rows, seed=cells.seed)
     clusters = np.zeros(len(cells.embedding), dtype=np.int64)
     clusters[rows] = found.codes
@@ -67,8 +67,7 @@ def kmeans_results(cells: Cells) -> list[Result]:
         np.where(cells.labels.codes != UNLABELED, cells.batches.codes, UNLABELED),
         cells.batches.names,
     )
-    many = cells.drawn_of_labeled(CLOSED_FORM_CELLS)
-    estimates = _agreements(clusters, cells.labels, batches, many)
+    estimates = _agreements(clusters, cells.labels, batches, cells.many_labeled)
     return _results(cells, names, estimates, None, "scikit-learn")
 
 
@@ -98,7 +97,8 @@ def leiden_results(cells: Cells) -> list[Result]:
     labels = cells.labels[rows]
     found = best_leiden(_graph(cells, rows), labels)
     # The clustered cells are all there are, to the measures: rows of the sample.
-    own = Sample(np.arange(len(rows), dtype=np.int64), drawn.strata, drawn.sizes)
+    places = np.arange(len(rows), dtype=np.int64)
+    own = Sample(places, np.zeros_like(places), np.array([len(rows)]))
     estimates = _agreements(found.codes, labels, cells.batches[rows], own)
     by = f"igraph, resolution {found.resolution:g}"
     if len(rows) < n_labeled:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import Cells, by_group
-from atlas.evaluation.estimates import Sample, draw, mean, mean_of_groups
+from atlas.evaluation.cells import MOST_GROUPS, Cells, by_group, too_many, unasked
+from atlas.evaluation.estimates import draw, mean, mean_of, mean_of_groups
 from atlas.evaluation.proteins import measured, protein_overlap
 from atlas.evaluation.purity import cluster_conservation, purity
 from atlas.evaluation.vectors import Embedding
@@ -20,34 +20,47 @@ def purity_results(
         cells.embedding, individual, cells.batches, cells.sample, k, backend=cells.backend
     )
     name, defined = kind("purity", k), np.isfinite(found.values)
-    groups: list[Result] = []
+    why = f"{k} neighbours within it need at least {k + 1} cells"
     if defined.any():
         batch = np.where(defined, cells.batches.codes[cells.sample.rows], -1)
         estimate = mean_of_groups(np.nan_to_num(found.values), batch, cells.sample)
-        result = Result(name, estimate, k, found.backend)
+        everyone = np.arange(len(cells.embedding), dtype=np.int64)
+        note = unasked(cells.batches, everyone, cells.sample.rows, "batch")
+        result = Result(name, estimate, k, found.backend, found.recall, note=note)
+        sample, values = cells.sample, found.values
         groups = list(
-            by_group(found.values, cells.sample, cells, result, batches=True, labels=False)
+            by_group(values, sample, cells, result, batches=True, labels=False, without=why)
         )
     else:
         result = Result(name, None, k, skipped=f"no batch has more than {k} cells")
-    why = f"{k} neighbours within it need at least {k + 1} cells"
-    groups += [Result(name, None, k, skipped=why, of=f"batch {b}") for b in found.too_small]
-    n_clusters = len(cells.labels.present()) if cells.has_labels and cells.labels else 10
-    conserved = cluster_conservation(
-        cells.embedding, individual, cells.batches, max(2, n_clusters), seed=cells.seed
+        groups = [Result(name, None, k, skipped=why, of=f"batch {b}") for b in found.too_small]
+    conserved, of_batches = _conservation_results(cells, individual)
+    return [result, conserved], [*groups, *of_batches]
+
+
+def _conservation_results(cells: Cells, individual: Embedding) -> tuple[Result, list[Result]]:
+    """k-means conservation, averaged over batches, and of each."""
+    n_labels = 0 if cells.labels is None else len(cells.labels.present())
+    n_clusters = max(2, n_labels or 10)
+    found = cluster_conservation(
+        cells.embedding, individual, cells.batches, n_clusters, seed=cells.seed
     )
-    conservation = kind("cluster_conservation")
-    few = f"{max(2, n_clusters)} clusters need at least twice as many cells"
-    names = [cells.batches.names[code] for code in cells.batches.present()]
-    left_out = [name for name in names if name not in conserved]
-    groups += [Result(conservation, None, skipped=few, of=f"batch {name}") for name in left_out]
-    if not conserved:
-        return [result, Result(conservation, None, skipped="batches are too small")], groups
-    values = np.array(list(conserved.values()))
-    rows = np.arange(len(values), dtype=np.int64)
-    drawn = Sample(rows, np.zeros_like(rows), np.array([len(rows)]))
-    over_batches = Result(conservation, mean(values, drawn), backend="scikit-learn")
-    return [result, over_batches], groups
+    name, by = kind("cluster_conservation"), "scikit-learn"
+    few = f"{n_clusters} clusters need at least twice as many cells"
+    present = cells.batches.present()
+    if len(present) > MOST_GROUPS:
+        why = too_many("batch", len(present))
+        groups = [Result(name, None, skipped=why, of="batch *")]
+    else:
+        groups = [
+            Result(name, found[batch], backend=by, of=f"batch {batch}")
+            if batch in found
+            else Result(name, None, skipped=few, of=f"batch {batch}")
+            for batch in (cells.batches.names[code] for code in present)
+        ]
+    if not found:
+        return Result(name, None, skipped="batches are too small"), groups
+    return Result(name, mean_of(list(found.values())), backend=by), groups
 
 
 def protein_results(cells: Cells, proteins: Embedding, k: int) -> tuple[list[Result], list[Result]]:
@@ -67,7 +80,7 @@ def protein_results(cells: Cells, proteins: Embedding, k: int) -> tuple[list[Res
         share.scaled(1 / (1 - density), -density / (1 - density)),
     )
     results = [
-        Result(kind(name, k), estimate, k, found.backend)
+        Result(kind(name, k), estimate, k, found.backend, found.recall)
         for name, estimate in zip(names, estimates, strict=True)
     ]
     return results, list(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from atlas.evaluation.catalogue import Result, kind
-from atlas.evaluation.cells import Cells, by_group
+from atlas.evaluation.cells import Cells, by_group, unasked
 from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Estimate, mean, mean_of_groups
 from atlas.evaluation.labels import LabelTransfer, Mask, label_accuracy
-from atlas.evaluation.neighbours import EXACT
+from atlas.evaluation.neighbours import EXACT, Indices
 
 _NAMES = (
     "label_accuracy",
@@ -31,12 +31,14 @@ def transfer_results(
     The transfer, its measures, and those of the plain vote by batch and label; the first is None,
     and the measures have no value, where labels cannot be carried.
     """
+    leave_one_out = reference is None and query is None
     reason = _no_transfer(cells.labels, reference, query, k)
     if reason is not None:
         results = [Result(kind(name, k), None, k, skipped=reason) for name in _NAMES]
-        return None, [*results, Result(kind("label_query_only_share"), None, skipped=reason)], []
+        if not leave_one_out:
+            results.append(Result(kind("label_query_only_share"), None, skipped=reason))
+        return None, results, []
     assert cells.labels is not None
-    leave_one_out = reference is None and query is None
     reuse = leave_one_out and cells.all_labeled
     transfer = label_accuracy(
         cells.embedding,
@@ -63,6 +65,8 @@ def transfer_results(
         mean((~answered).astype(np.float64), sample, share=True),
     )
     recall = cells.neighbours.recall if reuse and cells.neighbours is not None else EXACT
+    everyone = _asked_of(cells.labels, reference, query)
+    note = unasked(cells.labels, everyone, sample.rows, "label")
     results = [
         Result(
             kind(name, k),
@@ -71,16 +75,31 @@ def transfer_results(
             transfer.backend,
             recall,
             "every cell is answered Unknown" if estimate is None else None,
+            note=note if "weighted_accuracy" in name else None,
         )
         for name, estimate in zip(_NAMES, estimates, strict=True)
     ]
-    names = {name: code for code, name in enumerate(cells.labels.names)}
-    alone = np.isin(truth, [names[name] for name in transfer.query_only_labels])
-    results.append(
-        Result(kind("label_query_only_share"), mean(alone.astype(np.float64), sample, share=True))
-    )
+    if not leave_one_out:
+        share = _query_only_share(transfer, cells.labels, everyone)
+        results.append(Result(kind("label_query_only_share"), share))
     groups = list(by_group(right, sample, cells, results[0], batches=True, labels=True))
     return transfer, results, groups
+
+
+def _query_only_share(transfer: LabelTransfer, labels: Categories, everyone: Indices) -> Estimate:
+    """Of all query cells, asked or not, so its error is that of another draw of all of them."""
+    codes = [labels.names.index(name) for name in transfer.query_only_labels]
+    value = float(np.isin(labels.codes[everyone], codes).mean())
+    influence = np.isin(transfer.truth, codes).astype(np.float64) - value
+    return Estimate(value, influence, transfer.sample.of_all(), len(everyone), share=True)
+
+
+def _asked_of(labels: Categories, reference: Mask | None, query: Mask | None) -> Indices:
+    """Rows of all cells to which labels are carried, asked or not."""
+    labeled = labels.codes != UNLABELED
+    if query is None and reference is not None:
+        query = ~reference
+    return np.flatnonzero(labeled if query is None else labeled & query).astype(np.int64)
 
 
 def _no_transfer(
@@ -98,8 +117,7 @@ def _no_transfer(
     if reference is None:
         reference = ~np.asarray(query)
     voting = int((labeled & reference).sum())
-    asked = int((labeled & (~reference if query is None else query)).sum())
-    if not asked:
+    if not len(_asked_of(labels, reference, query)):
         return "no query cell has a label to compare with"
     if voting < k:
         return f"{k} neighbours need at least {k} labeled reference cells, and there are {voting}"

@@ -38,24 +38,34 @@ def rows_of(values: Embedding, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool
     return out
 
 
-def check_values(values: Embedding, name: str) -> None:
+def check_values(values: Embedding, what: str) -> None:
     """Refuse values that are not finite, or whose squares overflow float32.
+
+    Parameters
+    ----------
+    values
+        float32, (N, d).
+    what
+        Whose they are, as the error says it: ``"the embedding 'scvi'"``.
 
     Raises
     ------
     ModelError
-        With the number of such values.
+        With the number of such values and the first row that has one.
     """
-    bad = 0
+    bad, first = 0, -1
     for rows in tiles(len(values)):
         # "not <=" is true for NaN too
-        bad += int(np.count_nonzero(~(np.abs(values[rows]) <= LARGEST_VALUE)))
+        wrong = ~(np.abs(values[rows]) <= LARGEST_VALUE)
+        if wrong.any():
+            bad += int(np.count_nonzero(wrong))
+            first = first if first >= 0 else rows.start + int(wrong.any(axis=1).argmax())
     if bad:
         raise ModelError(
-            f"the embedding ({name}) has values that are not finite, or are too large",
-            found=f"{bad} of {values.size} values",
+            f"{what} has values that are not finite, or are too large",
+            found=f"{bad:,} of {values.size:,} values, the first in row {first:,}",
             expected=f"finite values up to {LARGEST_VALUE:g}",
-            do="look at the training loss; a model whose loss diverged has to be trained again",
+            do="make it again; of a model whose loss diverged, look at the training log first",
         )
 
 

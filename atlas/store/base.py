@@ -49,7 +49,7 @@ class CountStore(StoreState):
         name
             Letters, digits, ``._-``.
         z
-            float32, (n_obs, n_latent), in the order of the store.
+            float32, (n_obs, n_latent), finite, in the order of the store.
         details
             How it was made, plain JSON.
         """

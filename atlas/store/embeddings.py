@@ -52,7 +52,7 @@ def read(root: Path, manifest: Manifest, name: str) -> npt.NDArray[np.float32]:
             raise StoreError(
                 f"The embedding {name!r} does not cover study {study.name!r}",
                 found="a study that was appended later",
-                do="run `atlas embed` again",
+                do=f"run `{_maker(root, manifest, name)}` again",
                 path=root,
             )
         z[start : start + study.n_obs] = read_array(root, study.parts[f"embedding:{name}"], "z")
@@ -71,16 +71,40 @@ def index_folder(root: Path, manifest: Manifest, name: str) -> Path | None:
     return None if index is None else checked_folder(root, index, f"the index of {name!r}")
 
 
+def _maker(root: Path, manifest: Manifest, name: str) -> str:
+    """The command that made an embedding: a baseline has a method and no training."""
+    about = details(root, manifest, name)
+    model = about.get("model", {})
+    if model.get("name") not in ("pca", "harmony") or "training" in about:
+        return f"atlas embed RUN {root} --name {name}"
+    per_batch = " --per-batch" if model.get("per_batch") else ""
+    return f"atlas baseline {root} --method {model['name']}{per_batch} --name {name}"
+
+
 def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
     if name not in manifest.embeddings:
         raise StoreError(
             "The store has no such embedding",
             found=name,
             expected=f"one of {', '.join(manifest.embeddings) or '(there are none)'}",
-            do="make one with `atlas embed`",
+            do="make one with `atlas embed` or `atlas baseline`",
             path=root,
         )
     return manifest.embeddings[name]
+
+
+def _check_finite(root: Path, name: str, z: npt.NDArray[Any], of: str = "") -> None:
+    """Refuse values that are not finite: nothing could be made of such an embedding."""
+    bad = ~np.isfinite(z)
+    if bad.any():
+        first = int(bad.any(axis=1).argmax())
+        raise StoreError(
+            f"The embedding {name!r} has values that are not finite and is not kept",
+            found=f"{int(bad.sum()):,} of {z.size:,} values, the first in row {first:,}{of}",
+            expected="finite values",
+            do="look at what made it; a model whose loss diverged has to be trained again",
+            path=root,
+        )
 
 
 def write(
@@ -89,6 +113,11 @@ def write(
     """Write an embedding of the studies of ``seen`` and commit it; returns the new state.
 
     A study appended meanwhile by another process is left without it.
+
+    Raises
+    ------
+    StoreError
+        It is not of the cells of ``seen``, or has values that are not finite.
     """
     check_name(name, "embedding")
     if z.ndim != 2 or len(z) != seen.n_obs:
@@ -98,6 +127,7 @@ def write(
             expected=f"({seen.n_obs}, n_latent)",
             path=root,
         )
+    _check_finite(root, name, z)
     bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
     rows = pairwise(bounds)
     mine = {s.name: z[a:b] for s, (a, b) in zip(seen.studies, rows, strict=True)}
@@ -134,6 +164,8 @@ def put(
         Folder of an index of neighbours of all rows as they are then, which is copied; without one
         the embedding has none.
     """
+    for study_name, z in rows.items():
+        _check_finite(root, name, z, f" of study {study_name!r}")
     number = newest.number + 1
     part, studies, widths = f"embedding:{name}", [], set()
     for study in newest.studies:

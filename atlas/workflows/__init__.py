@@ -17,8 +17,9 @@ from atlas.workflows.keeping import checkout, history, keep, named, stored_model
 from atlas.workflows.labelling import label, label_probabilities
 from atlas.workflows.living import update
 from atlas.workflows.maintenance import verify
+from atlas.workflows.measuring import beside
 from atlas.workflows.modelling import train
-from atlas.workflows.output import write_json, write_text
+from atlas.workflows.output import check_file, write_json, write_text
 from atlas.workflows.per_batch import embed_per_batch
 from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
 from atlas.workflows.projecting import project
@@ -36,6 +37,8 @@ __all__ = [
     "TransferredLabels",
     "baseline",
     "bench",
+    "beside",
+    "check_file",
     "check_scores_path",
     "check_target",
     "checkout",

@@ -20,6 +20,7 @@ from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
+from atlas.workflows.measuring import batch_sizes
 from loaders import SequentialLoader
 
 Method = Literal["pca", "harmony"]
@@ -58,7 +59,7 @@ def baseline(
     genes
         At most 5,000; without them those chosen by :func:`atlas.select_genes`.
     n_components
-        Axes: 50 without, and 10 per batch.
+        Axes: 50 without, 10 per batch, and no more than there are genes or cells.
     per_batch
         PCA of each batch on its own: what kNN purity compares with. Coordinates of different
         batches have nothing to do with each other.
@@ -77,8 +78,8 @@ def baseline(
     Raises
     ------
     ConfigError
-        No genes were chosen, too many, fewer than two cells, Harmony is not installed, or it is
-        asked for per batch.
+        No genes were chosen, too many, fewer than two cells, more axes than genes or cells, Harmony
+        is not installed, or it is asked for per batch.
     """
     if method not in get_args(Method):
         raise ConfigError("there is no such baseline", found=method, expected="pca or harmony")
@@ -97,21 +98,38 @@ def baseline(
         raise ConfigError(
             "no genes were chosen", do="run `atlas genes`, or name them", path=store.path
         )
-    n = n_components or (OWN_COMPONENTS if per_batch else N_COMPONENTS)
-    if n < 1:
-        raise ConfigError("n_components is out of range", found=n, expected="at least 1")
+    n = _n_components(store, n_components, len(chosen), per_batch)
     z = _pca(store, chosen, n, per_batch, progress)
     if harmony is not None:
         z = harmony(z, store.obs_codes["batch"], store.batches, seed)
     if name is not None:
-        how = {
+        how: dict[str, Any] = {
             "model": {"name": method, "n_components": n, "per_batch": per_batch, "seed": seed},
             "genes": list(chosen),
             "versions": versions(),
             "command": command(),
         }
+        if per_batch:
+            how["per_batch"] = batch_sizes(store)
         store.write_embedding(name, z, how)
     return z
+
+
+def _n_components(store: CountStore, asked: int | None, n_genes: int, per_batch: bool) -> int:
+    """Axes to make; refused where there cannot be so many, fewer where none were asked for."""
+    cells = int(np.bincount(store.obs_codes["batch"]).max()) if per_batch else store.n_obs
+    most = max(1, min(n_genes, cells - 1))
+    if asked is None:
+        return min(most, OWN_COMPONENTS if per_batch else N_COMPONENTS)
+    if not 1 <= asked <= most:
+        of = "cells of the largest batch" if per_batch else "cells"
+        raise ConfigError(
+            "n_components is out of range",
+            found=asked,
+            expected=f"1 to {most:,}: there are {n_genes:,} genes and {cells:,} {of}",
+            path=store.path,
+        )
+    return asked
 
 
 def _pca(

@@ -18,12 +18,15 @@ from atlas.evaluation.score_figure import FigureFormat, draw_scores
 from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
-from atlas.workflows.output import check_suffix, write_bytes, write_text
+from atlas.workflows import measuring
+from atlas.workflows.measuring import Searcher
+from atlas.workflows.output import check_file, check_suffix, write_bytes, write_text
 from atlas.workflows.proteins import proteins_of
 from atlas.workflows.rows import Rows, rows_where
 
-QUERIES = 5000
+QUERIES = Options().max_queries
 GRAPH_CELLS = Options().graph_cells
+MIXING_K = tuple(Options().mixing_k)
 
 
 def check_scores_path(path: str | PathLike[str]) -> None:
@@ -33,7 +36,10 @@ def check_scores_path(path: str | PathLike[str]) -> None:
     ------
     ConfigError
         Its name ends in none of .csv, .svg, .png and .pdf.
+    OutputError
+        Its folder is not there, or it is a folder itself.
     """
+    check_file(path)
     check_suffix(path, ("csv", *get_args(FigureFormat)), "the table of scores")
 
 
@@ -62,8 +68,10 @@ def evaluate(
     individual: str | None = None,
     before: str | None = None,
     protein: str | None = None,
+    k: Sequence[int] = MIXING_K,
     queries: int = QUERIES,
     graph_cells: int = GRAPH_CELLS,
+    backend: Searcher = "auto",
     seed: int = 0,
 ) -> Metrics:
     """Measure an embedding: mixing of batches, label transfer, silhouettes, and more.
@@ -78,28 +86,49 @@ def evaluate(
         Cells whose labels are carried over, and to which, by an obs column; without them each
         labeled cell is predicted from all others.
     individual
-        Name of an embedding of each batch on its own, for kNN purity: ``"pca_batch"`` of
-        :func:`atlas.baseline`.
+        Name of an embedding of each batch on its own, for kNN purity and k-means conservation;
+        without it ``"pca_batch"`` of :func:`atlas.baseline`, where that is kept with the store and
+        of the same cells and batches.
     before
-        Name of an embedding before integration, for the PCR comparison: ``"pca"``.
+        Name of an embedding before integration, for the PCR comparison; without it ``"pca"``, in
+        the same way.
     protein
         Name of an obsm array of proteins measured in the same cells (CITE-seq), for the common
         neighbours; counts are taken as centred log ratios. Studies without it are left out.
+    k
+        Neighbours for the entropy of batch mixing: one number or more, from 10 to 500.
     queries
-        Cells above this number are sampled; they are searched among all.
+        Cells above this number are sampled; they are searched among all. The standard errors that
+        this leaves are told.
     graph_cells
         Graph connectivity is left out where there are more cells.
+    backend
+        What searches: ``"faiss"`` or ``"torch"``, exactly; ``"index"``, the index kept with the
+        embedding, whose recall is told; ``"auto"``, that index where it is exact, else exact
+        search (but for graph connectivity of many cells, whose recall is told). Among some of the
+        cells, as a batch or the labeled ones, the search is always exact.
     seed
         Of the samples.
+
+    Raises
+    ------
+    ConfigError
+        An option out of range, an embedding of each batch on its own where one of all cells is
+        asked for, or no index to search.
+    ModelError
+        An embedding that is not finite.
     """
+    z = measuring.joint(store, embedding)
+    search, index = measuring.searcher(store, embedding, z, backend)
     return evaluate_embedding(
-        store.embedding(embedding),
+        z,
         **_categories(store, reference, query),
-        individual=None if individual is None else store.embedding(individual),
-        before=None if before is None else store.embedding(before),
-        proteins=None if protein is None else proteins_of(store, protein),
+        **_held_against(store, individual, before, protein),
+        index=index,
+        mixing_k=k,
         max_queries=queries,
         graph_cells=graph_cells,
+        backend=search,
         seed=seed,
     )
 
@@ -113,8 +142,10 @@ def compare(
     individual: str | None = None,
     before: str | None = None,
     protein: str | None = None,
+    k: Sequence[int] = MIXING_K,
     queries: int = QUERIES,
     graph_cells: int = GRAPH_CELLS,
+    backend: Searcher = "auto",
     seed: int = 0,
 ) -> Comparison:
     """Measure several embeddings on the same cells, and their differences with paired errors.
@@ -124,20 +155,48 @@ def compare(
     store
         An open store.
     embeddings
-        Names of embeddings kept with it.
-    reference, query, individual, before, protein, queries, graph_cells, seed
+        Names of embeddings kept with it, two or more.
+    reference, query, individual, before, protein, k, queries, graph_cells, backend, seed
         As in :func:`evaluate`.
+
+    Raises
+    ------
+    ConfigError, ModelError
+        As :func:`evaluate`; and fewer than two embeddings, or one named twice.
     """
     if len(set(embeddings)) < len(embeddings):
-        raise ConfigError("an embedding is named twice", found=", ".join(embeddings))
+        raise ConfigError(
+            "an embedding is named twice",
+            found=", ".join(embeddings),
+            expected="two embeddings or more, each once",
+        )
+    values = {name: measuring.joint(store, name) for name in embeddings}
+    searchers = {name: measuring.searcher(store, name, z, backend) for name, z in values.items()}
     return compare_embeddings(
-        {name: store.embedding(name) for name in embeddings},
+        values,
         **_categories(store, reference, query),
-        individual=None if individual is None else store.embedding(individual),
-        before=None if before is None else store.embedding(before),
-        proteins=None if protein is None else proteins_of(store, protein),
-        options=Options(max_queries=queries, graph_cells=graph_cells, seed=seed),
+        **_held_against(store, individual, before, protein),
+        indices={name: index for name, (_, index) in searchers.items() if index is not None},
+        options=Options(
+            mixing_k=k,
+            max_queries=queries,
+            graph_cells=graph_cells,
+            backend=next((search for search, _ in searchers.values()), "auto"),
+            seed=seed,
+        ),
     )
+
+
+def _held_against(
+    store: CountStore, own: str | None, before: str | None, protein: str | None
+) -> dict[str, Any]:
+    """What embeddings are measured beside."""
+    own, before = measuring.beside(store, own, before)
+    return {
+        "individual": measuring.individual(store, own),
+        "before": None if before is None else measuring.joint(store, before),
+        "proteins": None if protein is None else proteins_of(store, protein),
+    }
 
 
 def _categories(store: CountStore, reference: Rows | None, query: Rows | None) -> dict[str, Any]:
@@ -160,8 +219,10 @@ def report(
     individual: str | None = None,
     before: str | None = None,
     protein: str | None = None,
+    k: Sequence[int] = MIXING_K,
     queries: int = QUERIES,
     graph_cells: int = GRAPH_CELLS,
+    backend: Searcher = "auto",
     beside: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
@@ -170,7 +231,13 @@ def report(
     Parameters are those of :func:`evaluate`; ``out`` is the file, and ``beside`` names embeddings
     whose differences to this one are told. The losses, options and versions
     are those kept with the embedding, the commands those that made the store.
+
+    Raises
+    ------
+    OutputError
+        The file cannot be written; this is tried before anything is measured.
     """
+    check_file(out)
     how = store.embedding_details(embedding)
     training = how.get("training", {})
     model = how.get("model", {})
@@ -183,8 +250,10 @@ def report(
         "individual": individual,
         "before": before,
         "protein": protein,
+        "k": k,
         "queries": queries,
         "graph_cells": graph_cells,
+        "backend": backend,
         "seed": seed,
     }
     differences: tuple[Difference, ...] = ()
@@ -195,6 +264,7 @@ def report(
     else:
         measured = {embedding: evaluate(store, embedding=embedding, **options)}
     metrics = measured[embedding]
+    own, before = measuring.beside(store, individual, before)
     inputs = ReportInputs(
         title=store.path.name,
         embedding_name=embedding,
@@ -206,6 +276,8 @@ def report(
         n_modelled_genes=len(how.get("genes", [])),
         study_genes=tuple(int(n) for n in store.presence().sum(axis=1)),
         metrics=metrics,
+        individual_name=own,
+        before_name=before,
         differences=differences,
         scores=scib_table(measured) if metrics["nmi_kmeans"].value is not None else None,
         history=tuple(

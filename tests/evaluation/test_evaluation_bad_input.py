@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from atlas.errors import ConfigError, ModelError
+from atlas.evaluation import measures, vectors
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.measures import compare_embeddings, evaluate_embedding
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.neighbours import nearest
 from atlas.evaluation.scib_table import scib_table
+from atlas.evaluation.vectors import tiles as vectors_tiles
 
 N = 300
 RNG = np.random.default_rng(41)
@@ -95,7 +97,12 @@ def test_one_batch() -> None:
     assert metrics["label_accuracy_k50"].value is not None
     table = scib_table({"z": metrics})
     assert table["z", "Bio conservation"].value is not None
-    assert "BRAS, iLISI, KBET, PCR comparison" in str(table["z", "Batch correction"].skipped)
+    assert metrics["graph_connectivity"].value is not None
+    assert table["z", "Batch correction"].value is None
+    assert table["z", "Batch correction"].skipped == (
+        "only graph connectivity has a value, which knows no batches"
+    )
+    assert table["z", "Total"].value is None
 
 
 def test_labels_missing_for_some_are_as_if_these_cells_were_not_there() -> None:
@@ -114,6 +121,31 @@ def test_labels_missing_for_some_are_as_if_these_cells_were_not_there() -> None:
     for name in ("mixing_entropy_k50", "ilisi", "kbet", "pcr_batch"):
         assert metrics[name].value == whole[name].value
         assert metrics[name].n == N
+
+
+@pytest.mark.parametrize("place", [0.0, 0.1, -7.3, 1e6])
+def test_an_embedding_of_one_place(place: float) -> None:
+    """Nothing lies apart: batches are mixed, labels are not told apart, and it is said."""
+    metrics, why, groups = measure(z=np.tile(np.float32([place, 2 * place, place / 3]), (N, 1)))
+    assert metrics["bras"].value == metrics["silhouette_batch"].value == 1
+    assert metrics["silhouette_label"].value == metrics["isolated_labels"].value == 0.5
+    assert groups["bras", "label a"].value == 1
+    assert why["pcr_batch"] == "all cells lie at one place"
+    for found in metrics.measures:
+        if found.value is not None:
+            assert found.note == "all cells lie at one place", found.name
+
+
+def test_more_cells_at_one_place_than_neighbours_are_told() -> None:
+    z = Z.copy()
+    z[:40] = z[0]
+    metrics, _, _ = measure(z=z)
+    said = (
+        "40 of 300 cells asked lie at one place with 15 others or more, and the first of these by "
+        "row count as their neighbours"
+    )
+    assert metrics["mixing_entropy_k15"].note == metrics["purity_k15"].note == said
+    assert metrics["mixing_entropy_k50"].note is metrics["bras"].note is None
 
 
 @pytest.mark.parametrize("places", [1, 4])
@@ -143,8 +175,26 @@ def test_values_that_are_not_finite(where: str, value: float) -> None:
     with pytest.raises(kind, match=said):
         evaluate_embedding(z, BATCHES, LABELS, **arrays)
     if where == "embedding":
-        with pytest.raises(ModelError, match="not finite"):
+        with pytest.raises(ModelError, match=r"the embedding 'b' has .*not finite.*\n.*in row 7\n"):
             compare_embeddings({"a": Z, "b": broken}, BATCHES, LABELS)
+
+
+@pytest.mark.parametrize("where", ["embedding", "individual", "before", "proteins"])
+def test_all_values_are_checked_before_anything_is_measured(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first row is that of the whole array, also past the first tile of rows."""
+    monkeypatch.setattr(measures, "_measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(vectors, "tiles", lambda n: vectors_tiles(n, 64))
+    broken = Z.copy()
+    broken[200, 2] = np.inf
+    broken[201] = -np.inf
+    arrays = {"individual": Z, "before": Z, "proteins": Z}
+    embeddings = {"a": Z, "b": broken if where == "embedding" else Z}
+    if where != "embedding":
+        arrays[where] = broken
+    with pytest.raises(ModelError, match=r"found: 6 of 1,500 values, the first in row 200\n"):
+        compare_embeddings(embeddings, BATCHES, LABELS, **arrays)
 
 
 @pytest.mark.parametrize("change", ["values", "order", "cells", "dimensions"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,33 @@ def test_parts_build_the_same_index_and_a_seed_the_same_answers(kind: Kind, tmp_
         np.testing.assert_array_equal(found.indices, whole.indices)
         np.testing.assert_array_equal(found.distances, whole.distances)
         assert (found.backend, found.recall) == (whole.backend, whole.recall)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_indices_in_one_folder_do_not_meet_and_leave_nothing(kind: Kind, tmp_path: Path) -> None:
+    one, other = embedding(800, seed=1), embedding(800, seed=2)
+    indices = [NeighborIndex(6, kind=kind, folder=tmp_path) for _ in range(2)]
+    for part in (slice(0, 500), slice(500, 800)):
+        for index, z in zip(indices, (one, other), strict=True):
+            index.add(z[part])
+            np.testing.assert_array_equal(index.vectors, z[: part.stop])
+    for index, z in zip(indices, (one, other), strict=True):
+        whole = NeighborIndex.build(z, kind=kind).neighbours(5)
+        np.testing.assert_array_equal(index.neighbours(5).indices, whole.indices)
+    where = tmp_path if kind != "disk" else tmp_path / "index"  # lists on disk are in the folder
+    saved = indices[0].save(where)
+    found = NeighborIndex.load(saved, embedding=one)
+    np.testing.assert_array_equal(found.neighbours(5).indices, indices[0].neighbours(5).indices)
+    if kind == "disk":
+        with pytest.raises(OutputError, match=r"not empty\n  found: .atlas-index-"):
+            indices[1].save(tmp_path)
+    del index, indices
+    gc.collect()
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["index"]
+        if kind == "disk"
+        else ["index.json", "vectors.npy"] + (["index.faiss"] if kind in ("ivf", "hnsw") else [])
+    )
 
 
 @pytest.mark.parametrize("kind", ["exact", "flat", "ivf", "hnsw"])

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from anndata import AnnData
 
 from atlas.errors import ConfigError
 from atlas.evaluation.index import (
+    Kind,
     NeighborIndex,
     NeighborsResults,
     from_neighbors_results,
     to_neighbors_results,
     to_scanpy_graph,
 )
+from atlas.evaluation.neighbours import Neighbours, nearest
 
 Z = np.random.default_rng(0).standard_normal((500, 5)).astype(np.float32)
 
@@ -47,6 +53,37 @@ def test_what_are_no_neighbours_is_refused() -> None:
         from_neighbors_results(NeighborsResults(np.zeros((4, 3), dtype=np.int64), one))
     with pytest.raises(ConfigError, match="are no neighbours"):
         from_neighbors_results(NeighborsResults(np.zeros((4, 3), dtype=np.int64), one[:, :2]))
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", "ivf"])
+@pytest.mark.parametrize("turned_into", [to_neighbors_results, to_scanpy_graph])
+def test_neighbours_of_some_cells_are_not_given_as_those_of_all(
+    kind: Kind, turned_into: Callable[[Neighbours], Any]
+) -> None:
+    index = NeighborIndex.build(Z, kind=kind)
+    whole, rows = index.neighbours(5), np.arange(490, 500)
+    wrong = {
+        "of 10 queries among 500 cells": [index.neighbours(5, rows), whole.of(rows)],
+        "among their own neighbours": [
+            dataclasses.replace(whole, indices=np.arange(500)[:, None].repeat(5, axis=1))
+        ],
+        "another order": [
+            index.neighbours(5, np.arange(500)[::-1]),
+            index.search(Z, 5, np.full(500, -1)),
+        ],
+        "not known whose": [
+            Neighbours(whole.indices, whole.distances, "by hand"),
+            index.search(Z, 5),
+        ],
+    }
+    for said, several in wrong.items():
+        for found in several:
+            with pytest.raises(ConfigError, match=rf"neighbours of all cells\n.*({said})"):
+                turned_into(found)
+    first = to_neighbors_results(whole.first(3))
+    np.testing.assert_array_equal(first.indices[:, 1:], whole.indices[:, :3])
+    flat = nearest(Z, Z, 5, np.arange(500))
+    np.testing.assert_array_equal(to_neighbors_results(flat).indices[:, 1:], flat.indices)
 
 
 @pytest.mark.long

@@ -10,12 +10,8 @@ import scipy.stats
 
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.mixing import (
-    batch_entropies,
-    batch_mixing,
-    permutation_ceiling,
-    standard_error,
-)
+from atlas.evaluation.measures import evaluate_embedding
+from atlas.evaluation.mixing import batch_entropies, permutation_ceiling
 from atlas.evaluation.neighbours import nearest
 
 
@@ -54,29 +50,32 @@ def test_ceiling_equals_the_mean_over_drawn_permutations() -> None:
 def test_separated_and_mixed_batches() -> None:
     rng = np.random.default_rng(2)
     codes = np.repeat([0, 1], 400)
+    batches = Categories(codes, ["a", "b"])
     z = rng.standard_normal((800, 3)).astype(np.float32)
-    mixed = batch_mixing(nearest(z, z, 50, np.arange(800)), Categories(codes, ["a", "b"]))
-    assert mixed.entropy == pytest.approx(mixed.ceiling, abs=0.01)
-    assert mixed.bits == pytest.approx(mixed.entropy / math.log(2))
-    assert mixed.log_batches == pytest.approx(math.log(2))
+    mixed = evaluate_embedding(z, batches)
+    assert mixed["mixing_share_of_ceiling_k50"].value == pytest.approx(1, abs=0.015)
     z[400:] += 100
-    apart = batch_mixing(nearest(z, z, 50, np.arange(800)), Categories(codes, ["a", "b"]))
-    assert apart.entropy == 0
+    apart = evaluate_embedding(z, batches)
+    assert apart["mixing_entropy_k50"].value == 0
+    assert apart["mixing_entropy_k50"].standard_error == 0
 
 
 def test_a_name_without_a_cell_is_no_batch() -> None:
-    rng = np.random.default_rng(3)
-    z = rng.standard_normal((60, 2)).astype(np.float32)
-    found = nearest(z, z, 5, np.arange(60))
-    codes = np.tile([0, 2], 30)
-    two = batch_mixing(found, Categories(codes, ["a", "empty", "b"]))
-    assert two.log_batches == pytest.approx(math.log(2))
-    assert two == batch_mixing(found, Categories(codes // 2, ["a", "b"]))
+    z = np.random.default_rng(3).standard_normal((120, 2)).astype(np.float32)
+    codes = np.tile([0, 2], 60)
+    two = evaluate_embedding(z, Categories(codes, ["a", "empty", "b"]))
+    assert two == evaluate_embedding(z, Categories(codes // 2, ["a", "b"]))
+    assert two["mixing_share_of_log_b_k50"].value is not None
 
 
-def test_standard_error_of_one_value_is_unknown() -> None:
-    assert math.isnan(standard_error(np.array([1.0])))
-    assert standard_error(np.array([1.0, 3.0])) == pytest.approx(1.0)
+def test_one_cell_of_a_batch_has_no_error() -> None:
+    z = np.random.default_rng(3).standard_normal((60, 2)).astype(np.float32)
+    metrics = evaluate_embedding(z, Categories(np.arange(60) == 7, ["many", "single"]))
+    groups = {(g.name, g.of): g for g in metrics.groups}
+    found = groups["mixing_entropy_k50", "batch single"]
+    assert found.n == 1
+    assert found.value is not None
+    assert found.standard_error is found.low is found.high is None
 
 
 def test_codes_without_a_name_are_refused() -> None:

@@ -250,6 +250,18 @@ def test_projection_of_few_cells_is_by_principal_components() -> None:
     np.testing.assert_allclose(np.linalg.norm(drawn.xy, axis=0), spread, rtol=1e-5)
 
 
+@pytest.mark.parametrize("places", [1, 4])
+def test_projection_of_cells_at_few_places(places: int) -> None:
+    at = np.random.default_rng(2).standard_normal((places, 5)).astype(np.float32)
+    z = at[np.arange(100) % places]
+    drawn = project(z)
+    assert drawn.method == "principal components"
+    for place in range(places):
+        own = drawn.xy[np.arange(100) % places == place]
+        np.testing.assert_allclose(own, np.repeat(own[:1], len(own), axis=0), atol=1e-5)
+    assert len(np.unique(drawn.xy.round(3), axis=0)) == places
+
+
 @pytest.mark.long
 def test_umap_is_seeded_sampled_and_keeps_groups_together() -> None:
     rng = np.random.default_rng(3)

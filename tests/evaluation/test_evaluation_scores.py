@@ -17,7 +17,7 @@ import atlas
 from atlas.cli import main
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.measures import compare_embeddings
+from atlas.evaluation.measures import NO_BEFORE, compare_embeddings
 from atlas.evaluation.metrics import Measure, Metrics
 from atlas.evaluation.scib_table import BATCH, BIO, scib_table
 from atlas.evaluation.score_figure import draw_scores, inline_scores
@@ -106,6 +106,28 @@ def test_what_has_no_value_is_left_out_and_said() -> None:
         scib_table({})
 
 
+def test_scores_of_different_measures_say_that_they_do_not_compare() -> None:
+    half: dict[str, float | None] = dict.fromkeys({**BIO, **BATCH}.values(), 0.5)
+    table = scib_table(
+        {
+            "a": metrics_of({**half, "iLISI": None, "KBET": None}),
+            "b": metrics_of({**half, "KBET": None}),
+        }
+    )
+    said = "without iLISI, KBET; others have iLISI, so that these scores do not compare"
+    assert table["a", "Batch correction"].skipped == table["a", "Total"].skipped == said
+    assert table["b", "Total"].skipped == "without KBET"
+
+
+def test_graph_connectivity_alone_is_no_batch_correction() -> None:
+    values = dict.fromkeys(BIO.values(), 0.5) | {"Graph connectivity": 0.9}
+    table = scib_table({"a": metrics_of(values)})
+    assert table["a", "Graph connectivity"].value == 0.9
+    assert table["a", "Bio conservation"].value == 0.5
+    assert table["a", "Batch correction"].value is None
+    assert table["a", "Total"].skipped == "a class has no value"
+
+
 def test_the_error_of_an_aggregate_is_an_upper_bound() -> None:
     """Of 2,000 draws of ten scores, together or apart, the totals vary no more than it says."""
     rng = np.random.default_rng(2)
@@ -191,4 +213,4 @@ def test_from_the_command_line(
     assert main(["report", path, "--embedding", "a", "--beside", "b", "--out", str(report)]) == 0
     html = report.read_text()
     assert "<h2>Scores</h2>" in html
-    assert "PCR comparison (it needs an embedding before integration)" in html
+    assert f"PCR comparison ({NO_BEFORE})" in html

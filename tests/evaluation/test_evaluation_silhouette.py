@@ -8,11 +8,11 @@ from sklearn.metrics import pairwise_distances, silhouette_samples
 
 from atlas.errors import ConfigError
 from atlas.evaluation import distances
+from atlas.evaluation.bras import bras, bras_scores
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.estimates import Sample, draw
 from atlas.evaluation.silhouette import (
     batch_silhouettes,
-    bras_scores,
     isolated_labels,
     label_silhouettes,
 )
@@ -62,9 +62,15 @@ def test_bras_is_its_definition() -> None:
     z, labels, batches = cells()
     batches[labels == 2] = 0
     hidden = np.where(np.arange(300) >= 270, -1, labels)
-    ours = bras_scores(
-        z, Categories(hidden, "abc"), Categories(batches, "xyz"), whole(np.arange(270))
-    )
+    cells_ = (z, Categories(hidden, "abc"), Categories(batches, "xyz"), whole(np.arange(270)))
+    ours = bras_scores(*cells_)
+    codes, means = bras(*cells_)
+    assert codes.tolist() == [0, 1]
+    for code in codes:
+        own = ours[hidden[:270] == code]
+        assert means.of(code).value == pytest.approx(own.mean(), rel=1e-12)
+        assert means.of(code).n == len(own)
+    assert means.mean().value == pytest.approx(means.means.mean(), rel=1e-12)
     for cell in range(270):
         group = np.flatnonzero(hidden == hidden[cell])
         if hidden[cell] == 2:

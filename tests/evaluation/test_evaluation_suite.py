@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 from graph_helpers import in_largest_part
 from scipy.optimize import brentq
+from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
@@ -24,13 +25,13 @@ from atlas.evaluation.clustering import (
     normalised_mutual_information,
 )
 from atlas.evaluation.codes import Categories
-from atlas.evaluation.estimates import draw, mean
+from atlas.evaluation.estimates import draw, mean, mean_of
 from atlas.evaluation.lisi import lisi
+from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.mixing import reweighted_entropies
 from atlas.evaluation.neighbours import Neighbours, Recall, nearest
 from atlas.evaluation.purity import cluster_conservation, overlap, purity
 from atlas.evaluation.regression import explained_variance, pcr_comparison
-from atlas.evaluation.suite import _mean_of
 
 RNG = np.random.default_rng(5)
 N = 600
@@ -127,7 +128,7 @@ def test_a_mean_of_labels_has_the_error_of_independent_samples() -> None:
         strata = np.arange(size) % 3
         sample = draw(np.arange(size), strata, most, seed)
         parts.append(mean(np.random.default_rng(seed).random(len(sample)), sample))
-    joint = _mean_of(parts)
+    joint = mean_of(parts)
     assert joint.value == pytest.approx(np.mean([part.value for part in parts]))
     errors = [part.standard_error for part in parts]
     assert joint.standard_error == pytest.approx(np.sqrt(np.square(errors).sum()) / 3)
@@ -163,8 +164,8 @@ def test_explained_variance_is_that_of_regressed_components() -> None:
         rows = rng.integers(0, N, N)
         sample = draw(np.arange(N), BATCHES[rows], N, 0)
         again.append(explained_variance(Z[rows], Categories(BATCHES[rows], "xyz"), sample).value)
-    plain = draw(np.arange(N), np.zeros(N, dtype=np.int64), N, 0)
-    error = explained_variance(Z, Categories(BATCHES, "xyz"), plain).standard_error
+    # Batches are drawn along with the cells, so that the sample's strata are they does not matter.
+    error = explained_variance(Z, Categories(BATCHES, "xyz"), ALL).standard_error
     assert error == pytest.approx(np.std(again), rel=0.2)
 
 
@@ -173,9 +174,27 @@ def test_pcr_comparison() -> None:
     before = explained_variance((Z + 2 * BATCHES[:, None]).astype(np.float32), batches, ALL)
     after = explained_variance(Z, batches, ALL)
     assert pcr_comparison(before, after).value == pytest.approx(1 - after.value / before.value)
-    assert pcr_comparison(after, before).value == 0
+    more = explained_variance((Z + 6 * BATCHES[:, None]).astype(np.float32), batches, ALL)
+    worse = pcr_comparison(before, more)
+    assert worse.unclipped is not None
+    assert worse.unclipped.value == pytest.approx(1 - more.value / before.value)
+    assert worse.unclipped.interval().high < 0
+    assert (worse.value, worse.standard_error, worse.interval()) == (0, 0, (0, 0))
+    assert worse.minus(worse).interval() == (0, 0)
+    assert worse.scaled(-1.0, 1.0).interval() == (1, 1)
     with pytest.raises(ConfigError, match="at one place"):
         explained_variance(Z * 0, batches, ALL)
+
+
+def test_a_cut_value_keeps_what_its_interval_says_above() -> None:
+    sample = draw(np.arange(40), np.zeros(40, dtype=np.int64), 40, 0)
+    below = mean(np.random.default_rng(0).standard_normal(40) - 0.1, sample)
+    assert below.value < 0 < below.interval().high
+    cut = below.at_least(0.0)
+    assert cut.value == 0
+    assert cut.interval() == (0, below.interval().high)
+    assert cut.at_least(-1.0) is cut
+    assert below.minus(cut).standard_error == below.standard_error
 
 
 def test_agreement_is_scikit_learns_and_its_error_that_of_resampled_cells() -> None:
@@ -183,7 +202,7 @@ def test_agreement_is_scikit_learns_and_its_error_that_of_resampled_cells() -> N
     clusters = np.where(rng.random(N) < 0.8, LABELS, rng.integers(0, 4, N))
     labels = Categories(np.where(np.arange(N) < 40, -1, LABELS), "abcd")
     rows = np.arange(40, N)
-    sample = draw(rows, np.zeros(len(rows), dtype=np.int64), len(rows), 0)
+    sample = draw(rows, LABELS[rows], len(rows), 0)
     for measure, peer in (
         (adjusted_rand, adjusted_rand_score),
         (normalised_mutual_information, normalized_mutual_info_score),
@@ -245,6 +264,40 @@ def test_clusters_are_conserved_where_nothing_moves() -> None:
     batches = Categories(BATCHES, "xyz")
     same = cluster_conservation(Z, Z + 5, batches, 4)
     assert list(same) == ["x", "y", "z"]
-    assert min(same.values()) > 0.9
+    assert min(found.value for found in same.values()) > 0.9
     noise = RNG.standard_normal((N, 5)).astype(np.float32)
-    assert max(cluster_conservation(Z, noise, batches, 4).values()) < 0.2
+    apart = cluster_conservation(Z, noise, batches, 4)
+    assert max(found.value for found in apart.values()) < 0.2
+
+
+def test_conservation_is_scikit_learns_kmeans_and_ari() -> None:
+    """On clusters that lie apart enough for every start to find them."""
+    rng = np.random.default_rng(8)
+    groups, others = rng.integers(0, 4, N), rng.integers(0, 4, N)
+    others = np.where(rng.random(N) < 0.6, groups, others)
+    places = 20 * np.eye(4, 5) + rng.standard_normal((4, 5))
+    joint, own = (
+        (places[codes] + rng.standard_normal((N, 5))).astype(np.float32)
+        for codes in (groups, others)
+    )
+    metrics = evaluate_embedding(
+        joint, Categories(BATCHES, "xyz"), Categories(groups, "abcd"), individual=own
+    )
+    of = {g.of: g for g in metrics.groups if g.name == "cluster_conservation"}
+    expected = []
+    for code, name in enumerate("xyz"):
+        rows = code == BATCHES
+        theirs = [KMeans(4, n_init=10, random_state=3).fit_predict(z[rows]) for z in (joint, own)]
+        expected.append(adjusted_rand_score(*theirs))
+        batch = of[f"batch {name}"]
+        assert batch.value == pytest.approx(expected[-1], abs=1e-12)
+        assert batch.n == rows.sum()
+        assert batch.low is not None
+        assert batch.high is not None
+        assert batch.low < expected[-1] < batch.high
+    whole = metrics["cluster_conservation"]
+    assert 0.1 < np.mean(expected) < 0.6
+    assert whole.value == pytest.approx(np.mean(expected), abs=1e-12)
+    assert whole.n == N
+    errors = [float(batch.standard_error or 0) for batch in of.values()]
+    assert whole.standard_error == pytest.approx(np.sqrt(np.square(errors).sum()) / 3, rel=0.01)

@@ -305,7 +305,9 @@ def test_embeddings_keep_their_history_and_say_when_they_are_old(
     position = store.index_array("input_position")
     np.testing.assert_array_equal(export.obsm["X_scvi"][position], z + 1)
     store.append(make_study(prefix="o"), study="two")
-    with pytest.raises(StoreError, match=r"does not cover study 'two'(?s:.*)run `atlas embed`"):
+    with pytest.raises(
+        StoreError, match=r"does not cover study 'two'(?s:.*)run `atlas embed RUN .* --name scvi`"
+    ):
         store.embedding("scvi")
     with pytest.raises(
         StoreError, match=r"no such embedding\n  found: pca\n  expected: one of scvi"
@@ -313,3 +315,20 @@ def test_embeddings_keep_their_history_and_say_when_they_are_old(
         store.embedding("pca")
     with pytest.raises(StoreError, match=r"does not fit the store\n  found: shape \(60, 3\)"):
         store.write_embedding("scvi", z, {})
+
+
+def test_an_embedding_that_is_not_finite_is_refused_and_leaves_nothing(
+    store: CountStore, make_study: MakeStudy
+) -> None:
+    store.append(make_study(prefix="o"), study="two")
+    z = np.zeros((120, 3), np.float32)
+    store.write_embedding("z", z, {})
+    number = store.manifest.number
+    z[[70, 71], 1] = np.nan, np.inf
+    with pytest.raises(StoreError, match=r"not finite.*\n  found: 2 of 360 values, .* in row 70\n"):
+        store.write_embedding("z", z, {})
+    with pytest.raises(StoreError, match=r"2 of 180 values, the first in row 10 of study 'two'"):
+        store.extend_embedding("z", "two", z[60:], {})
+    assert open_store(store.path).manifest.number == number
+    np.testing.assert_array_equal(store.embedding("z"), np.zeros((120, 3)))
+    assert not open_store(store.path).verify().findings

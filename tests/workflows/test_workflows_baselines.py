@@ -58,6 +58,22 @@ def test_pca_is_scikit_learns(store: atlas.CountStore) -> None:
     assert details["genes"] == list(store.genes)
 
 
+def test_as_many_axes_as_there_are_genes_or_cells(
+    tmp_path: Path, make_study: MakeStudy, store: atlas.CountStore
+) -> None:
+    assert atlas.baseline(store).shape == (240, 20)
+    few = atlas.create_store(tmp_path / "few.atlas")
+    few.append(make_study(8), study="one", batch_key="batch")
+    genes = list(few.var.index)
+    assert atlas.baseline(few, genes=genes).shape == (8, 7)
+    largest = int(np.bincount(few.obs_codes["batch"]).max())
+    assert atlas.baseline(few, genes=genes, per_batch=True).shape == (8, largest - 1)
+    with pytest.raises(
+        ConfigError, match=rf"1 to {largest - 1}: .* {largest} cells of the largest"
+    ):
+        atlas.baseline(few, genes=genes, per_batch=True, n_components=largest)
+
+
 def test_pca_of_each_batch_is_that_of_its_cells(store: atlas.CountStore) -> None:
     z = atlas.baseline(store, per_batch=True, n_components=4)
     x, batch = expression(store), store.obs_codes["batch"]
@@ -91,8 +107,9 @@ def test_what_cannot_be_made_is_refused(store: atlas.CountStore) -> None:
         atlas.baseline(store, "scanorama")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="none per batch"):
         atlas.baseline(store, "harmony", per_batch=True)
-    with pytest.raises(ConfigError, match="n_components"):
-        atlas.baseline(store, n_components=-1)
+    for n, per_batch, most in ((-1, False, 20), (0, False, 20), (21, False, 20), (21, True, 20)):
+        with pytest.raises(ConfigError, match=rf"n_components.*\n.*{n}\n.*1 to {most}: .*20 genes"):
+            atlas.baseline(store, n_components=n, per_batch=per_batch)
     with pytest.raises(ConfigError, match="of so many genes"):
         Moments(np.ones((1, 5001), dtype=bool))
     with pytest.raises(ConfigError, match="two cells or more"):
@@ -165,8 +182,8 @@ def test_commands(
         "--csv",
         str(measures),
     )
-    assert "kNN purity" in told
-    assert "PCR comparison" in told
+    assert "kNN purity and k-means conservation: beside pca_batch" in told
+    assert "PCR comparison: beside flat" in told
     assert measures.read_text().startswith("name,title,")
     differences = tmp_path / "differences.csv"
     told = run(
@@ -189,18 +206,14 @@ def test_commands(
 
 def test_the_report_tells_the_intervals(store: atlas.CountStore, tmp_path: Path) -> None:
     atlas.baseline(store, n_components=5)
+    atlas.baseline(store, n_components=2, name="flat")
     atlas.baseline(store, per_batch=True)
-    out = atlas.report(
-        store,
-        embedding="pca",
-        individual="pca_batch",
-        beside=["pca_batch"],
-        out=tmp_path / "r.html",
-    )
+    out = atlas.report(store, embedding="pca", beside=["flat"], out=tmp_path / "r.html")
     text = out.read_text()
-    assert "kNN purity" in text
+    assert "kNN purity and k-means conservation are beside “pca_batch”" in text
+    assert "The PCR comparison is with “pca”" in text
     metrics = atlas.evaluate(store, embedding="pca")
     entropy = metrics["mixing_entropy_k50"]
     assert f"{entropy.low:.3f} to {entropy.high:.3f}" in text
-    found = atlas.compare(store, ["pca", "pca_batch"]).differences
+    found = atlas.compare(store, ["pca", "flat"]).differences
     assert all(f"{d.low:+.3f} to {d.high:+.3f}" in text for d in found)

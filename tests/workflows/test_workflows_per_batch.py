@@ -72,7 +72,12 @@ def test_purity_is_taken_against_it(applied: Applied, made: tuple[Path, np.ndarr
     store = applied.open()
     atlas.embed(atlas.load_model(applied.scvi), store, name="scvi")
     metrics = atlas.evaluate(store, embedding="scvi", individual="scvi_batch")
-    same = atlas.evaluate(store, embedding="scvi_batch", individual="scvi_batch")
+    with pytest.raises(
+        ConfigError, match=r"embeds each batch on its own(.|\n)*--individual scvi_b"
+    ):
+        atlas.evaluate(store, embedding="scvi_batch")
+    store.write_embedding("again", store.embedding("scvi_batch"), {})
+    same = atlas.evaluate(store, embedding="again", individual="scvi_batch")
     by_chance = 15 / (2 * np.bincount(store.obs_codes["batch"]).min() - 15)
     assert by_chance < metrics["purity_k15"].value < 1
     assert same["purity_k15"].value == 1

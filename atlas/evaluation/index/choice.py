@@ -87,6 +87,7 @@ def choose(
     ConfigError
         A kind or device by name that is not there.
     """
+    check_names(kind, device)
     hardware = Hardware.here() if hardware is None else hardware
     if kind != "auto":
         return Choice(kind, _device(kind, device, hardware), "asked for by name")
@@ -111,9 +112,17 @@ def choose(
     )
 
 
+def check_names(kind: Kind | Literal["auto"], device: Device | Literal["auto"]) -> None:
+    """Refuse kinds and devices that there are nowhere."""
+    if kind not in (*KINDS, "auto"):
+        raise ConfigError(
+            "there is no such index", found=kind, expected=" or ".join((*KINDS, "auto"))
+        )
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError("there is no such device", found=device, expected="auto, cpu or cuda")
+
+
 def _device(kind: Kind, device: Device | Literal["auto"], hardware: Hardware) -> Device:
-    if kind not in KINDS:
-        raise ConfigError("there is no such index", found=kind, expected=" or ".join(KINDS))
     if kind != "exact" and not hardware.has_faiss:
         raise ConfigError(
             f"an index of kind {kind!r} needs FAISS, which is not installed",

@@ -44,13 +44,13 @@ def to_neighbors_results(neighbours: Neighbours) -> Any:
     -------
     ``scib_metrics.nearest_neighbors.NeighborsResults`` where it is installed, else
     :class:`NeighborsResults`, with k + 1 columns.
+
+    Raises
+    ------
+    ConfigError
+        They are not of all cells in order, or some cells are among their own.
     """
-    own = np.arange(len(neighbours.indices), dtype=np.int64)
-    if np.any(neighbours.indices == own[:, None]):
-        raise ConfigError(
-            "some cells are among their own neighbours",
-            expected="neighbours of all cells, in order, each left out of its own",
-        )
+    own = _all_cells(neighbours)
     indices = np.concatenate([own[:, None], neighbours.indices], axis=1)
     distances = np.concatenate(
         [np.zeros((len(own), 1), dtype=np.float32), neighbours.distances], axis=1
@@ -60,6 +60,29 @@ def to_neighbors_results(neighbours: Neighbours) -> Any:
     except ImportError:
         return NeighborsResults(indices, distances)
     return Theirs(indices=indices, distances=distances)
+
+
+def _all_cells(neighbours: Neighbours) -> Indices:
+    """Numbers of all cells; refused where the neighbours are not those of all, in order."""
+    found, n = neighbours.query_ids, neighbours.n
+    own = np.arange(len(neighbours.indices), dtype=np.int64)
+    wrong = None
+    if found is None or n is None:
+        wrong = "neighbours of which it is not known whose they are (query_ids, n)"
+    elif len(own) != n:
+        wrong = f"neighbours of {len(own):,} queries among {n:,} cells"
+    elif not np.array_equal(found, own):
+        wrong = "neighbours in another order than that of the cells"
+    elif np.any(neighbours.indices == own[:, None]):
+        wrong = "cells among their own neighbours"
+    if wrong is not None:
+        raise ConfigError(
+            "other packages take the neighbours of all cells",
+            found=wrong,
+            expected="neighbours of all cells, in order, each left out of its own",
+            do="search all: NeighborIndex.build(embedding).neighbours(k)",
+        )
+    return own
 
 
 def from_neighbors_results(
@@ -95,6 +118,8 @@ def from_neighbors_results(
         distances[keep].reshape(n, k - 1),
         backend,
         recall,
+        np.arange(n, dtype=np.int64),
+        n,
     )
 
 
@@ -132,11 +157,16 @@ def to_scanpy_graph(neighbours: Neighbours) -> ScanpyGraph:
     """Graphs for scanpy from the neighbours of all cells.
 
     ``n_neighbors`` there counts the cell itself: k neighbours are ``n_neighbors = k + 1``.
+
+    Raises
+    ------
+    ConfigError
+        As :func:`to_neighbors_results`.
     """
-    from umap.umap_ import fuzzy_simplicial_set
+    whole = to_neighbors_results(neighbours)
+    from umap.umap_ import fuzzy_simplicial_set  # takes seconds to import
 
     n, k = neighbours.indices.shape
-    whole = to_neighbors_results(neighbours)
     distances = sp.csr_matrix(
         (
             neighbours.distances.astype(np.float64).ravel(),

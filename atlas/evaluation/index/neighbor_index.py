@@ -19,7 +19,7 @@ from atlas.evaluation.exact import (
     Kernel,
 )
 from atlas.evaluation.index import lists, stored
-from atlas.evaluation.index.choice import Choice, Kind, choose
+from atlas.evaluation.index.choice import Choice, Kind, check_names, choose
 from atlas.evaluation.index.searching import search_all, search_lists
 from atlas.evaluation.index.spool import Spool
 from atlas.evaluation.neighbours import (
@@ -57,8 +57,8 @@ class NeighborIndex:
     seed
         Of samples and centroids. Two indices of the same rows, kind and seed answer the same.
     folder
-        Where vectors are kept while they are added, and lists on disk; memory without one, and a
-        temporary folder for lists.
+        Where vectors are kept while they are added, and lists on disk, in files that are gone when
+        the index is; memory without one, and a temporary folder for lists. :meth:`save` keeps it.
     n_queries
         Queries to expect, for the choice; without it as many as rows.
     recall_target
@@ -80,17 +80,16 @@ class NeighborIndex:
             raise ConfigError(
                 "recall_target is out of range", found=recall_target, expected="(0, 1]"
             )
+        check_names(kind, device)
         self.seed = seed
         self.recall_target = recall_target
         self._asked: tuple[Kind | Literal["auto"], Device | Literal["auto"]] = (kind, device)
         self._n_queries = n_queries
         self._folder = None if folder is None else Path(folder)
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
-        file = None
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            file = self._folder / ".vectors.f32"
-        self._spool = Spool(n_dimensions, file)
+        self._spool = Spool(n_dimensions, self._folder)
         self._choice: Choice | None = None
         self._centre: Floats = np.zeros(n_dimensions)
         self._lists: lists.Approximate | None = None
@@ -110,7 +109,7 @@ class NeighborIndex:
         """
         embedding = np.ascontiguousarray(embedding, dtype=np.float32)
         check_space(embedding, embedding)
-        check_values(embedding, "embedding")
+        check_values(embedding, "the embedding")
         index = cls(embedding.shape[1], **options)
         index._spool = Spool.of(embedding)
         index._make()
@@ -216,7 +215,7 @@ class NeighborIndex:
         self._built()
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         check_space(self.vectors, queries)
-        check_values(queries, "queries")
+        check_values(queries, "the array of queries")
         ids = check_query_ids(query_ids, len(queries), len(self))
         check_k(k, len(self), ids)
         return self._search(queries, k, ids, self.recall(k))
@@ -254,7 +253,7 @@ class NeighborIndex:
                 self.vectors, queries, k, ids, self._centre, kernel, device
             )
         distances = np.sqrt(squared).astype(np.float32)
-        return Neighbours(indices, distances, self._backend(wanted), recall)
+        return Neighbours(indices, distances, self._backend(wanted), recall, ids, len(self))
 
     def _exactly(self, rows: Indices, k: int) -> Neighbours:
         indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._centre)
@@ -285,9 +284,11 @@ class NeighborIndex:
         )
         self._centre = column_means(vectors)
         if choice.kind in ("ivf", "hnsw", "disk"):
-            folder = self._folder
-            if choice.kind == "disk" and folder is None:
-                self._scratch = tempfile.TemporaryDirectory(prefix="atlas-index-")
+            folder = None
+            if choice.kind == "disk":
+                self._scratch = tempfile.TemporaryDirectory(
+                    dir=self._folder, prefix=".atlas-index-"
+                )
                 folder = Path(self._scratch.name)
             self._lists = lists.build(
                 vectors, choice.kind, choice.device, self._centre, seed=self.seed, folder=folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Self
 
@@ -19,20 +21,19 @@ class Spool:
     ----------
     n_dimensions
         Columns of the rows.
-    file
-        Where to keep them; None for memory.
+    folder
+        Keep them in a file there, which has no name and is gone with the spool; None for memory.
     """
 
-    def __init__(self, n_dimensions: int, file: Path | None = None) -> None:
+    def __init__(self, n_dimensions: int, folder: Path | None = None) -> None:
         self.n_dimensions = n_dimensions
-        self.file = file
+        # open as long as the spool, or an array of its rows, is there
+        self._file = None if folder is None else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._parts: list[Embedding] = []
         self._n = 0
         self._digest = RowDigest(n_dimensions)
         self._given: Embedding | None = None
         self._given_digest = ""
-        if file is not None:
-            file.write_bytes(b"")
 
     @classmethod
     def of(cls, rows: Embedding, digest: str | None = None) -> Self:
@@ -59,18 +60,19 @@ class Spool:
                 found=f"shape {rows.shape}",
                 expected=f"(n, {self.n_dimensions})",
             )
-        check_values(rows, "rows to index")
+        check_values(rows, "the array of rows to index")
         if self._given is not None:
             given, self._given, self._n = self._given, None, 0
             for part in tiles(len(given)):
                 self.append(given[part])
         self._digest.update(rows)
         self._n += len(rows)
-        if self.file is None:
+        if self._file is None:
             self._parts.append(rows)
         else:
-            with self.file.open("ab") as file:
-                file.write(rows.data)
+            self._file.seek(0, os.SEEK_END)  # an array that was mapped has moved the position
+            self._file.write(rows.data)
+            self._file.flush()
 
     def __len__(self) -> int:
         return self._n
@@ -85,8 +87,8 @@ class Spool:
         if self._given is not None:
             return self._given
         shape = (self._n, self.n_dimensions)
-        if self.file is not None and self._n:
-            return np.memmap(self.file, dtype=np.float32, mode="r", shape=shape)
+        if self._file is not None and self._n:
+            return np.memmap(self._file, dtype=np.float32, mode="r", shape=shape)
         if len(self._parts) != 1:
             parts = [np.empty((0, self.n_dimensions), dtype=np.float32), *self._parts]
             self._parts = [np.concatenate(parts)]

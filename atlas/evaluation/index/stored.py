@@ -100,7 +100,10 @@ def save(folder: Path, about: Stored, vectors: Embedding, structure: Any | None)
     """Write all files beside ``folder`` and give them its name at the end."""
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(
-            "the folder of the index is not empty", do="choose another folder", path=folder
+            "the folder of the index is not empty",
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:5]),
+            do="choose another folder",
+            path=folder,
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
