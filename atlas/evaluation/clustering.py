@@ -140,8 +140,8 @@ def agreement(
     """A measure of all cells' table, with its error, the clusters being given.
 
     The error is that of the infinitesimal jackknife: what one more cell in each field of the table
-    changes. How much the clusters differ from start to start it does not tell: where 1,000 cells are
-    drawn and clustered anew, 95 % intervals hold their mean in 91 of 100 runs.
+    changes. How much the clusters differ from start to start it does not tell: where 1,000 cells
+    are drawn and clustered anew, 95 % intervals hold their mean in 91 of 100 runs.
 
     Parameters
     ----------
