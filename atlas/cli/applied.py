@@ -23,8 +23,13 @@ def add_commands(command: Command) -> None:
     sub = command("de", de, "find genes that differ between groups of cells")
     _add_common(sub)
     sub.add_argument("--group1", metavar="CELLS", help="column=value,value; a label with --scanvi")
-    sub.add_argument("--group2", metavar="CELLS", help="all other cells if not given")
+    sub.add_argument("--group2", metavar="CELLS", help="all others with a value if not given")
     sub.add_argument("--by", metavar="COLUMN", help="each of its values against all others")
+    sub.add_argument(
+        "--unlabeled",
+        default="Unknown",
+        help="value that stands for no label: such cells are left out, unless a group is of them",
+    )
     sub.add_argument("--pairwise", action="store_true", help="each against each other")
     sub.add_argument(
         "--mode",
@@ -145,6 +150,7 @@ def de(options: argparse.Namespace) -> None:
         pseudocount=options.pseudocount,
         n_pairs=options.pairs,
         rows=options.rows,
+        unlabeled=options.unlabeled,
         out=options.out,
         seed=options.seed,
         device=options.device,
@@ -154,7 +160,8 @@ def de(options: argparse.Namespace) -> None:
     shown = ["proba_de", "lfc_median", "expected_fdr"] if change else ["proba_m1", "bayes_factor"]
     shown += ["raw_mean1", "raw_mean2", "non_zeros_proportion1", "non_zeros_proportion2"]
     for name, table in found.groupby("comparison", sort=False):
-        print(name)
+        cells = [float(table[f"n_cells{i}"].iloc[0]) for i in (1, 2)]
+        print(f"{name}: {cells[0]:,.0f} and {cells[1]:,.0f} cells")
         if len(table) and options.top > 0:
             print(table[shown].head(options.top).to_string(float_format=lambda v: f"{v:.4g}"))
         if change:

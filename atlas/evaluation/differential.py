@@ -34,6 +34,8 @@ class GroupCounts:
 
     Attributes
     ----------
+    n_cells
+        How many there are; the sum of their weights, where cells have weights.
     raw_mean
         Mean count of each gene: float64, (n_genes,); NaN where no cell's study measured it.
     non_zeros_proportion
@@ -42,6 +44,7 @@ class GroupCounts:
         Mean of the counts per 10,000 of the modelled genes.
     """
 
+    n_cells: float
     raw_mean: npt.NDArray[np.float64]
     non_zeros_proportion: npt.NDArray[np.float64]
     raw_normalized_mean: npt.NDArray[np.float64]

@@ -26,7 +26,15 @@ from atlas.models import Conditions, TrainedModel
 from atlas.models.layers import sample_normal
 from atlas.store import CountStore, FilesSource
 from atlas.workflows.expression import batch_code, batch_frequencies
-from atlas.workflows.groups import Comparison, Groups, GroupSums, Side, comparisons_of, groups_of
+from atlas.workflows.groups import (
+    Comparison,
+    Groups,
+    GroupSums,
+    Side,
+    comparisons_of,
+    groups_of,
+    warn_of_groups,
+)
 from atlas.workflows.labelling import classes_of
 from atlas.workflows.output import check_table_name, write_table
 from atlas.workflows.rows import Rows, RowsOrMask, mask_of
@@ -52,6 +60,7 @@ def differential_expression(
     pseudocount: float | None = None,
     n_pairs: int = 5000,
     rows: RowsOrMask = None,
+    unlabeled: str = "Unknown",
     out: str | PathLike[str] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -72,8 +81,8 @@ def differential_expression(
     store
         An open store, or files as they are.
     group1, group2
-        Cells by an obs column, such as ``"cell_type=B"``; without ``group2`` all other cells. In
-        the scANVI form labels of the model.
+        Cells by an obs column, such as ``"cell_type=B"``; without ``group2`` all other cells that
+        have a value there. In the scANVI form labels of the model.
     by
         In place of groups: each value of this obs column against all others.
     pairwise
@@ -94,6 +103,10 @@ def differential_expression(
         Pairs for each comparison.
     rows
         Cells to look at: by an obs column, or a mask (n_obs,); all when None.
+    unlabeled
+        The value that stands for no label, besides missing and empty ones: such cells are neither a
+        group of ``by`` nor among all others. A warning tells how many they are, and others tell of
+        groups of fewer than 10 cells, and of groups that no batch has both of.
     out
         A CSV or TSV to write.
     seed
@@ -105,9 +118,9 @@ def differential_expression(
     -------
     DataFrame
         A row for each gene and comparison, the most certain first, with scvi-tools' names of
-        columns: what the mode gives; ``raw_mean1``, ``non_zeros_proportion1``,
-        ``raw_normalized_mean1`` and the same of group 2, over the cells whose study measured the
-        gene; ``comparison``, ``group1``, ``group2``.
+        columns: what the mode gives; ``n_cells1`` (in the scANVI form the sum of their q),
+        ``raw_mean1``, ``non_zeros_proportion1``, ``raw_normalized_mean1`` and the same of group 2,
+        over the cells whose study measured the gene; ``comparison``, ``group1``, ``group2``.
 
     Raises
     ------
@@ -127,7 +140,8 @@ def differential_expression(
         )
         drawn = _draw_classes(model, stream, comparisons, n_pairs, rng)
     else:
-        groups = groups_of(store, mask_of(store, rows), group1, group2, by, pairwise)
+        groups = groups_of(store, mask_of(store, rows), group1, group2, by, pairwise, unlabeled)
+        warn_of_groups(store, groups)
         stream = CellStream(
             model,
             store,

@@ -106,7 +106,7 @@ def test_pseudocount_comes_from_genes_that_are_not_expressed() -> None:
     silent[[2, 5, 7]] = [0.009, 0.0, np.nan]
 
     def of(raw: np.ndarray) -> GroupCounts:
-        return GroupCounts(raw, raw, raw)
+        return GroupCounts(len(raw), raw, raw, raw)
 
     assert maths.pseudocount_of(scales, of(loud), of(loud)) == 1e-10
     highest = sorted([float(other[:, 2].max()), float(other[:, 5].max())])

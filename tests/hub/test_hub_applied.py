@@ -144,7 +144,7 @@ def test_change_and_vanilla_of_the_same_shares(both: Both) -> None:
 
     scales = maths.summarise(pairs)
     means = [adata.X[mask].mean(axis=0) for mask in masks]
-    offset = maths.pseudocount_of(scales, *(GroupCounts(m, m, m) for m in means))
+    offset = maths.pseudocount_of(scales, *(GroupCounts(1, m, m, m) for m in means))
     found = maths.change(pairs, scales, pseudocount=offset)
     for name, values in change.items():
         np.testing.assert_allclose(found[name], values, rtol=2e-4, atol=2e-5, err_msg=name)
