@@ -75,7 +75,9 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
         made = folder / f"imputed{i}.zarr"
         listed = str(folder / "genes.txt") if i else ",".join(genes)
         atlas("impute", scvi, store, "--genes", listed, "--out", str(made), *flag)
-        assert anndata.read_zarr(made).var_names.tolist() == list(genes)
+        found = anndata.read_zarr(made)
+        assert found.var_names.tolist() == list(genes)
+        assert found.uns["atlas"]["n_samples"] == (25, 1, 0, 25)[i]
     said = atlas("likelihood", scvi, store, "--samples", "3", "--out", str(folder / "ll.csv"))
     assert "log likelihood" in said
     assert len(pd.read_csv(folder / "ll.csv")) == 200
@@ -99,6 +101,14 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["normalized", "scvi", "--out", "o.h5ad"], ["a folder", "o.zarr"]),
         (["normalized", "scvi", "--out", "o.zarr", "--batch", "a"], ["no such batch", "one/a"]),
         (["impute", "scvi", "--out", "o.zarr", "--genes", "CD3E"], ["no such genes", "CD3E"]),
+        (
+            ["impute", "scvi", "--out", "o.zarr", "--draw", "--samples", "0"],
+            ["--draw", "another --seed"],
+        ),
+        (
+            ["de", "scvi", "--by", "batch", "--mode", "vanilla", "--delta", "1"],
+            ["delta=1.0", "change"],
+        ),
         (["likelihood", "scvi", "--samples", "-3"], ["n_samples is out of range", "-3"]),
         (["likelihood", "nowhere"], ["no such folder"]),
     ],

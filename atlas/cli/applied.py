@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atlas.errors import ConfigError
+
 if TYPE_CHECKING:
     from atlas.models import TrainedModel
     from atlas.store import CountStore
@@ -35,7 +37,7 @@ def add_commands(command: Command) -> None:
         "--mode",
         choices=("change", "vanilla"),
         default="change",
-        help="log fold changes beyond a threshold; or Bayes factors of being higher",
+        help="log fold changes beyond --delta; or Bayes factors of being higher, by however little",
     )
     sub.add_argument(
         "--scanvi", action="store_true", help="compare labels of a scanvi, not cells of the store"
@@ -43,13 +45,15 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--batches", metavar="A,B", help="decode for these; all by their frequencies if not given"
     )
-    sub.add_argument("--delta", type=float, default=0.25, help="log2 fold change that counts")
+    sub.add_argument(
+        "--delta", type=float, help="of change: log2 fold change that counts; .25 if not given"
+    )
     sub.add_argument("--fdr", type=float, default=0.05, help="expected false discovery rate")
     sub.add_argument(
         "--sides",
         choices=("three", "two"),
-        default="three",
-        help="up and down apart (the likelier of the two), or p(|LFC| >= delta)",
+        help="of change: up and down apart (three, if not given; the likelier of the two), or "
+        "p(|LFC| >= delta)",
     )
     sub.add_argument("--pseudocount", type=float, help="added to shares; estimated if not given")
     sub.add_argument("--pairs", type=int, default=5000, help="pairs of cells of a comparison")
@@ -71,7 +75,11 @@ def add_commands(command: Command) -> None:
 
     sub = command("impute", impute, "write the expected counts of cells given their posterior")
     _add_dense(sub)
-    sub.add_argument("--samples", type=int, default=25, help="draws of z to average; 0: its mean")
+    sub.add_argument(
+        "--samples",
+        type=int,
+        help="draws of z to average, 0: at its mean; if not given 25, and 0 with --dropout",
+    )
     kind = sub.add_mutually_exclusive_group()
     kind.add_argument(
         "--zero-inflation", action="store_true", help="what would be counted, dropout included"
@@ -157,16 +165,17 @@ def de(options: argparse.Namespace) -> None:
         progress=True,
     )
     change = options.mode == "change"
-    shown = ["proba_de", "lfc_median", "expected_fdr"] if change else ["proba_m1", "bayes_factor"]
+    shown = ["proba_de"] if change else ["proba_m1", "bayes_factor"]
+    shown += ["lfc_median", "expected_fdr"]
     shown += ["raw_mean1", "raw_mean2", "non_zeros_proportion1", "non_zeros_proportion2"]
     for name, table in found.groupby("comparison", sort=False):
         cells = [float(table[f"n_cells{i}"].iloc[0]) for i in (1, 2)]
         print(f"{name}: {cells[0]:,.0f} and {cells[1]:,.0f} cells")
         if len(table) and options.top > 0:
             print(table[shown].head(options.top).to_string(float_format=lambda v: f"{v:.4g}"))
-        if change:
-            called = int(table.filter(like="is_de_fdr_").iloc[:, 0].sum())
-            print(f"{called:,} of {len(table):,} genes differ at an expected FDR of {options.fdr}")
+        called = int(table.filter(like="is_de_fdr_").iloc[:, 0].sum())
+        said = "differ" if change else "are higher in one of the two"
+        print(f"{called:,} of {len(table):,} genes {said} at an expected FDR of {options.fdr}")
     if options.out:
         print(f"{options.out}: {len(found):,} lines")
 
@@ -204,20 +213,22 @@ def normalized(options: argparse.Namespace) -> None:
 def impute(options: argparse.Namespace) -> None:
     from atlas import workflows
 
+    if options.draw and options.samples is not None:
+        raise ConfigError(
+            "One count is drawn for each cell and gene, not a mean over draws",
+            found=f"--draw with --samples {options.samples}",
+            do="leave --samples out; another --seed gives another draw",
+        )
     model, store = _opened(options)
     given = _dense(options)
+    if options.samples is not None:
+        given["n_samples"] = options.samples
     if options.draw:
         out = workflows.posterior_predictive(model, store, **given)
     elif options.dropout:
-        out = workflows.dropout_probability(model, store, n_samples=options.samples, **given)
+        out = workflows.dropout_probability(model, store, **given)
     else:
-        out = workflows.impute(
-            model,
-            store,
-            zero_inflation=options.zero_inflation,
-            n_samples=options.samples,
-            **given,
-        )
+        out = workflows.impute(model, store, zero_inflation=options.zero_inflation, **given)
     _print_shape(out)
 
 

@@ -73,6 +73,10 @@ def test_vanilla_is_the_integral_of_the_paper(applied: Applied, batches: list[st
     np.testing.assert_allclose(found["proba_m1"], p, atol=0.02)
     np.testing.assert_allclose(found["scale1"], scale, rtol=0.05)
     assert found["bayes_factor"].max() > 1
+    called = found["is_de_fdr_0.05"]
+    assert called.any()
+    assert not called.all()
+    assert (np.sign(found["lfc_median"][called]) == np.sign(found["bayes_factor"][called])).all()
 
 
 def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
@@ -96,7 +100,8 @@ def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
     assert len(encoded) == 4  # minibatches of the store, for four comparisons
     for one, other in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(one, other)
-    n = torch.bincount(torch.cat(seen), minlength=len(model.batches)).numpy() / 8
+    # twice a pair, and pairs twice: for their shares, and for their fold changes
+    n = torch.bincount(torch.cat(seen), minlength=len(model.batches)).numpy() / 16
     share = np.bincount(store.obs_codes["batch"], minlength=len(store.batches)) / store.n_obs
     assert np.abs(n - 1000 * share).max() <= 1
     assert share.max() > 2 * share.min()
@@ -304,6 +309,10 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     refused(ConfigError, "'score' holds measurements.*\n  found: 1,300 different", by="score")
     refused(ModelError, "no such batch\n  found: 'b9'", group1="label=type_1", batches=["b9"])
     refused(ConfigError, "mode is not offered", group1="label=type_1", mode="wilcoxon")
+    refused(ConfigError, "Mode vanilla.*\n  found: delta=0.25, sides='two'", group1="label=type_1",
+            mode="vanilla", delta=0.25, sides="two")  # fmt: skip
+    refused(ConfigError, "sides is not offered", group1="label=type_1", sides="one")
+    refused(ConfigError, "delta is out of range", group1="label=type_1", delta=-1)
     refused(ConfigError, "n_pairs is out of range", group1="label=type_1", n_pairs=0)
     refused(ConfigError, "fdr is out of range", group1="label=type_1", fdr=5)
     refused(ConfigError, "CSV or TSV", group1="label=type_1", out=tmp_path / "de.xlsx")
