@@ -45,6 +45,32 @@ def check_suffix(path: str | PathLike[str], known: Sequence[str], what: str) -> 
         )
 
 
+def check_file(path: str | PathLike[str]) -> None:
+    """Refuse a file that cannot be written, before the work whose result it would hold.
+
+    Raises
+    ------
+    OutputError
+        Its folder is not there or takes no files, or it is a folder itself.
+    """
+    target = Path(path)
+    found = None
+    if target.is_dir():
+        found = "a folder of this name"
+    elif not target.parent.is_dir():
+        found = f"no folder {target.parent}"
+    elif not os.access(target.parent, os.W_OK):
+        found = f"no leave to write in {target.parent}"
+    if found is not None:
+        raise OutputError(
+            "The file cannot be written",
+            found=found,
+            expected="a file in a folder that is there",
+            do="make the folder, or name another file",
+            path=target,
+        )
+
+
 def write_bytes(path: str | PathLike[str], content: bytes) -> None:
     """Write a file, whole or not at all."""
     with replacing(Path(path)) as partial:
@@ -84,7 +110,7 @@ def write_table(table: pd.DataFrame, out: str | PathLike[str], index: str) -> No
 
 
 def check_table_name(out: str | PathLike[str]) -> Path:
-    """The path of a table to write; refused where the ending says another format."""
+    """The path of a table to write; refused where the ending says another format, or cannot be."""
     path = Path(out)
     if path.suffix not in (".csv", ".tsv", ".txt"):
         raise ConfigError(
@@ -93,4 +119,5 @@ def check_table_name(out: str | PathLike[str]) -> Path:
             expected="a name that ends with .csv, .tsv or .txt",
             path=path,
         )
+    check_file(path)
     return path

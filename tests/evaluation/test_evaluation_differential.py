@@ -28,7 +28,7 @@ def _pairs(one: np.ndarray, other: np.ndarray, size: int = 50) -> Pairs:
 def test_vanilla_is_a_count_of_pairs() -> None:
     one, other = _shares(0, 4.0), _shares(1)
     pairs, offset = _pairs(one, other), 1e-4
-    table = maths.vanilla(pairs, maths.summarise(pairs), pseudocount=offset, fdr=0.3)
+    table = maths.vanilla(pairs, maths.summarise(pairs), pseudocount=offset, fdr=0.1)
     sure = [max(p, 1 - p) for p in table["proba_m1"]]
     for gene in range(N_GENES):
         n = sum(a > b for a, b in zip(one[:, gene], other[:, gene], strict=True))
@@ -46,8 +46,8 @@ def test_vanilla_is_a_count_of_pairs() -> None:
         assert table["lfc_std"][gene] == pytest.approx(np.std(lfc), rel=1e-4)
         wrong = [1 - q for q in sure if q >= sure[gene]]
         assert table["expected_fdr"][gene] == pytest.approx(sum(wrong) / len(wrong), abs=1e-12)
-    assert table["is_de_fdr_0.3"].tolist() == (table["expected_fdr"] <= 0.3).tolist()
-    assert 0 < table["is_de_fdr_0.3"].sum() < N_GENES
+    assert table["is_de_fdr_0.1"].tolist() == (table["expected_fdr"] <= 0.1).tolist()
+    assert 0 < table["is_de_fdr_0.1"].sum() < N_GENES
     assert table["bayes_factor"].idxmax() == 3
     assert np.isfinite(maths.bayes_factor(np.array([0.0, 1.0]))).all()
 
