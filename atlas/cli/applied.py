@@ -104,7 +104,16 @@ def _add_common(sub: Any) -> None:
     sub.add_argument("model", help="a run folder")
     sub.add_argument("store")
     sub.add_argument("--rows", help="cells by an obs column: column=value,value")
-    sub.add_argument("--device", default="auto")
+    add_device(sub)
+
+
+def add_device(sub: Any) -> None:
+    """Add the option of where to compute."""
+    sub.add_argument(
+        "--device",
+        default="auto",
+        help="where to compute: cpu, cuda or cuda:1; auto takes a GPU where there is one",
+    )
 
 
 def _add_dense(sub: Any) -> None:
