@@ -21,6 +21,11 @@ def add_commands(command: Command) -> None:
     sub = command("label", label, "label cells by a scANVI, as obs columns of the store")
     _add_common(sub)
     sub.add_argument("--name", default="", help="of the columns; the model's if not given")
+    sub.add_argument(
+        "--probabilities",
+        metavar="FILE",
+        help="write that of each class and group, for each cell, as .csv or .tsv",
+    )
 
     sub = command("de", de, "find genes that differ between groups of cells")
     _add_common(sub)
@@ -91,6 +96,15 @@ def add_commands(command: Command) -> None:
         "--dropout", action="store_true", help="the probability of zero inflation instead"
     )
 
+    sub = command("posterior", posterior, "write mean and variance of z of each cell")
+    _add_common(sub)
+    sub.add_argument("--out", required=True, metavar="FILE", help="a .csv or .tsv")
+    sub.add_argument(
+        "--library", action="store_true", help="that of the log library size too: scvi, scanvi"
+    )
+    sub.add_argument("--samples", type=int, default=0, help="draws of z of each cell, besides")
+    sub.add_argument("--seed", type=int, default=0)
+
     sub = command("likelihood", likelihood, "measure how likely cells are under a model")
     _add_common(sub)
     sub.add_argument(
@@ -136,7 +150,13 @@ def label(options: argparse.Namespace) -> None:
 
     model, store = _opened(options)
     made = workflows.label(
-        model, store, name=options.name, rows=options.rows, device=options.device, progress=True
+        model,
+        store,
+        name=options.name,
+        probabilities=options.probabilities,
+        rows=options.rows,
+        device=options.device,
+        progress=True,
     )
     for name, n in sorted(made.counts.items(), key=lambda item: -item[1]):
         print(f"  {name:<40} {n:>12,} cells")
@@ -145,6 +165,8 @@ def label(options: argparse.Namespace) -> None:
         f"mean entropy {made.mean_entropy:.3f} nats"
     )
     print(f"obs columns {', '.join(made.table.columns)}; manifest {store.number}")
+    if options.probabilities:
+        print(f"{options.probabilities}: {len(made.table):,} lines")
 
 
 def de(options: argparse.Namespace) -> None:
@@ -246,6 +268,24 @@ def _print_shape(out: Any) -> None:
 
     n_obs, n_vars = zarr.open_array(Path(out) / "X", mode="r").shape
     print(f"{out}: {n_obs:,} cells × {n_vars:,} genes (anndata.read_zarr)")
+
+
+def posterior(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    model, store = _opened(options)
+    found = workflows.posterior_table(
+        model,
+        store,
+        out=options.out,
+        n_samples=options.samples,
+        library=options.library,
+        rows=options.rows,
+        seed=options.seed,
+        device=options.device,
+        progress=True,
+    )
+    print(f"{options.out}: {len(found):,} cells × {found.shape[1]} columns")
 
 
 def likelihood(options: argparse.Namespace) -> None:
