@@ -334,6 +334,20 @@ def _check_taken(
         )
 
 
+def _check_classes(
+    labels: LabelTree, store: CountStore | FilesSource, label_key: str | None
+) -> None:
+    """Refuse labels of one class, which the model would too, but without where they came from."""
+    if len(labels.leaves) < 2:
+        where = f"in obs column {label_key!r}" if label_key else "among the labels of the store"
+        raise ConfigError(
+            "scANVI needs two classes of cells at least",
+            found=f"one class, {labels.classes[0]!r}, {where}",
+            do="give labels of two types, or --unobserved-classes for types without a label",
+            path=store.path,
+        )
+
+
 def _labels(
     store: CountStore | FilesSource,
     label_key: str | None,
@@ -351,17 +365,3 @@ def _labels(
         )
     parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
     return LabelTree.make(names, parent_of, unobserved)
-
-
-def _check_classes(
-    labels: LabelTree, store: CountStore | FilesSource, label_key: str | None
-) -> None:
-    """Refuse labels of one class, which the model would too, but without where they came from."""
-    if len(labels.leaves) < 2:
-        where = f"in obs column {label_key!r}" if label_key else "among the labels of the store"
-        raise ConfigError(
-            "scANVI needs two classes of cells at least",
-            found=f"one class, {labels.classes[0]!r}, {where}",
-            do="give labels of two types, or --unobserved-classes for types without a label",
-            path=store.path,
-        )
