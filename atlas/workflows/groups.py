@@ -198,7 +198,7 @@ def _labeled(
         none |= (texts.isna() | texts.isin(["", unlabeled])).to_numpy(bool)
     if n := int((none & chosen).sum()):
         warnings.warn(
-            f"{n:,} of {int(chosen.sum()):,} cells are left out: they have no value in obs column "
+            f"{n:,} cells are left out: they have no value in obs column "
             f"{' or '.join(map(repr, columns))}" + (f", or {unlabeled!r}" if unlabeled else ""),
             UserWarning,
             stacklevel=4,
