@@ -307,7 +307,7 @@ class TrainConfig(_Config):
     precision
         ``"bfloat16"`` runs the matrix products in bfloat16, the likelihood in float32.
     device
-        ``"auto"``, ``"cpu"``, ``"cuda"`` or ``"cuda:1"``.
+        ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` takes a GPU where there is one.
     threads
         Threads of torch; 0 takes what torch would take. Recorded, because another number may sum
         in another order.

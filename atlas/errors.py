@@ -25,7 +25,11 @@ The command line prints the message and leaves with code 2.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from os import PathLike
+
+_MOST_LISTED = 12
 
 
 class AtlasError(Exception):
@@ -133,3 +137,13 @@ class OutputError(AtlasError):
 
 class ConfigError(AtlasError):
     """An option out of range, or options that contradict each other."""
+
+
+def listed(names: Iterable[object], like: str = "") -> str:
+    """Names for a message; of many a dozen, those like what was asked for first."""
+    every = [str(name) for name in names]
+    if len(every) <= _MOST_LISTED:
+        return ", ".join(every)
+    close = difflib.get_close_matches(like, every, n=3, cutoff=0.5)
+    first = [*close, *(name for name in every if name not in close)][:_MOST_LISTED]
+    return ", ".join(first) + f", … ({len(every):,} in all)"

@@ -156,7 +156,7 @@ def ours(arguments: Json, phases: Phases) -> Json:
                 store,
                 **groups,
                 mode=mode,
-                delta=DELTA,
+                delta=DELTA if mode == "change" else None,
                 n_pairs=arguments["n_pairs"],
                 seed=arguments["seed"],
                 device="cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import scipy.sparse as sp
 from anndata import AnnData
 
 from atlas.cli import main
+from atlas.cli.parser import build_parser
 from atlas.store import open_store
 
 MakeStudy = Callable[..., AnnData]
@@ -88,6 +90,24 @@ def test_the_commands_of_the_readme(
     assert (
         atlas("simulate", str(tmp_path / "sim"), "--cells", "60", "--genes", "40").count("\n") == 3
     )
+
+
+def test_help_says_what_an_option_is_for_every_model_that_takes_it() -> None:
+    (commands,) = (a for a in build_parser()._actions if a.choices)
+    told = {name: " ".join(sub.format_help().split()) for name, sub in commands.choices.items()}
+    for name, sub in commands.choices.items():
+        assert not re.search(r"default: (None|\[\])?\)", told[name]), name
+        for action in sub._actions:
+            assert "--device" not in action.option_strings or "cuda" in action.help, name
+    train = told["train"]
+    assert (
+        "scvi, scanvi: Dropout in the encoder (0.1). trvae, cvae: Dropout in encoder and" in train
+    )
+    assert 'scvi, scanvi: "zinb", "nb" or "poisson" (zinb). trvae, cvae: "nb" or "zinb"' in train
+    assert '"gaussian" of normalised expression' in train
+    assert "davae: BatchNorm (the paper)" in train
+    assert "decoder (scvi, scanvi, trvae, cvae: 2)" in train  # said once where it is the same
+    assert "(default: 0.001)" in train
 
 
 def _damaged(tmp_path: Path, make_study: MakeStudy, kind: str) -> Path:
@@ -205,6 +225,7 @@ def test_an_export_to_a_full_disk_leaves_nothing_and_exits_in_order(
     script = f"""
 import resource, signal, sys
 from atlas.cli import main
+from atlas.cli.parser import build_parser
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
 sys.exit(main(["export", {str(store)!r}, {str(out)!r}]))

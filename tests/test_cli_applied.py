@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import anndata
+import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
 
+from atlas import embed, latent_posterior, load_model, to_anndata
 from atlas.cli import main
 from atlas.store import open_store
 
@@ -45,11 +47,18 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
         return capsys.readouterr().out
 
     scvi, scanvi = str(folder / "scvi"), str(folder / "scanvi")
-    said = atlas("label", scanvi, store, "--name", "pred", "--rows", "batch=a")
+    every = folder / "p.csv"
+    chosen = ("--rows", "batch=a")
+    said = atlas("label", scanvi, store, "--name", "pred", *chosen, "--probabilities", str(every))
     assert "obs columns pred, pred_probability, pred_entropy" in said
     obs = open_store(store).obs()
     assert obs["pred"].notna().equals(obs["batch"] == "a")
     assert f"{int((obs['pred'] == 'T').sum())} cells" in said
+    p = pd.read_csv(every, index_col="cell")
+    assert p.columns.tolist() == ["B", "T"]
+    assert p.index.equals(obs.index[obs["pred"].notna()])
+    assert p.idxmax(axis=1).tolist() == obs["pred"].dropna().tolist()
+    np.testing.assert_allclose(p.max(axis=1), obs["pred_probability"].dropna(), rtol=1e-5)
     out = folder / "de.tsv"
     pairs = ("--pairs", "300")
     said = atlas("de", scvi, store, "--group1", "cell_type=T", "--out", str(out), *pairs)
@@ -58,8 +67,10 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
     assert len(table) == 20
     assert {"proba_de", "lfc_mean", "raw_mean1", "is_de_fdr_0.05"} <= set(table)
     said = atlas("de", scvi, store, "--by", "cell_type", "--pairwise", "--mode", "vanilla", *pairs)
-    assert "B vs T" in said
-    assert "Unknown vs" not in said.split("B vs T")[0]
+    assert (
+        f"B vs T: {(obs['cell_type'] == 'B').sum()} and {(obs['cell_type'] == 'T').sum()}" in said
+    )
+    assert "Unknown" not in said
     said = atlas("de", scanvi, store, "--scanvi", "--group1", "T", "--batches", "one/a", *pairs)
     assert "T vs Rest" in said
     rho = folder / "rho.zarr"
@@ -73,7 +84,29 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
         made = folder / f"imputed{i}.zarr"
         listed = str(folder / "genes.txt") if i else ",".join(genes)
         atlas("impute", scvi, store, "--genes", listed, "--out", str(made), *flag)
-        assert anndata.read_zarr(made).var_names.tolist() == list(genes)
+        found = anndata.read_zarr(made)
+        assert found.var_names.tolist() == list(genes)
+        assert found.uns["atlas"]["n_samples"] == (25, 1, 0, 25)[i]
+    out = folder / "z.tsv"
+    said = atlas(
+        "posterior", scvi, store, "--out", str(out), "--samples", "2", "--library", *chosen
+    )
+    assert "× 42 columns" in said  # mean, variance and two draws of 10 dimensions; two of library
+    z = pd.read_csv(out, sep="\t", index_col="cell")
+    here = (obs["batch"] == "a").to_numpy()
+    opened = open_store(store)
+    loaded = load_model(scvi)
+    means = embed(loaded, opened, name=None)[here]
+    np.testing.assert_allclose(z.filter(regex="^mean"), means, rtol=1e-5, atol=1e-6)
+    latent = latent_posterior(loaded, opened, n_samples=2, rows="batch=a")
+    np.testing.assert_allclose(z.filter(regex="^sample_2_"), latent.samples[1], rtol=1e-5)
+    np.testing.assert_allclose(z.filter(regex="^variance"), latent.variance, rtol=1e-5)
+    counts = to_anndata(opened).X[here][:, [opened.var.index.get_loc(g) for g in loaded.genes]]
+    with np.errstate(divide="ignore"):
+        log_total = np.log(np.asarray(counts.sum(axis=1)).ravel())
+    some = np.isfinite(log_total)
+    np.testing.assert_allclose(z["log_library_mean"][some], log_total[some], rtol=1e-5)
+    assert (z["log_library_variance"] == 0).all()
     said = atlas("likelihood", scvi, store, "--samples", "3", "--out", str(folder / "ll.csv"))
     assert "log likelihood" in said
     assert len(pd.read_csv(folder / "ll.csv")) == 200
@@ -90,9 +123,24 @@ def test_the_commands(store: str, folder: Path, capsys: pytest.CaptureFixture[st
         (["de", "scvi", "--group1", "lane=0", "--group2", "batch=a"], ["overlap", "in both"]),
         (["de", "scanvi", "--scanvi", "--group1", "NK"], ["not trained on this label", "B, T"]),
         (["de", "scvi", "--by", "batch", "--out", "de.xlsx"], ["CSV or TSV", "de.xlsx"]),
+        (
+            ["de", "scvi", "--by", "score"],
+            ["'score' holds measurements", "200 different", "ranges"],
+        ),
         (["normalized", "scvi", "--out", "o.h5ad"], ["a folder", "o.zarr"]),
         (["normalized", "scvi", "--out", "o.zarr", "--batch", "a"], ["no such batch", "one/a"]),
         (["impute", "scvi", "--out", "o.zarr", "--genes", "CD3E"], ["no such genes", "CD3E"]),
+        (
+            ["impute", "scvi", "--out", "o.zarr", "--draw", "--samples", "0"],
+            ["--draw", "another --seed"],
+        ),
+        (
+            ["de", "scvi", "--by", "batch", "--mode", "vanilla", "--delta", "1"],
+            ["delta=1.0", "change"],
+        ),
+        (["label", "scanvi", "--probabilities", "p.h5ad"], ["CSV or TSV", "p.h5ad"]),
+        (["posterior", "scvi", "--out", "no/z.tsv"], ["cannot be written", "no folder no"]),
+        (["posterior", "scvi", "--out", "z.tsv", "--samples", "-1"], ["n_samples is out of range"]),
         (["likelihood", "scvi", "--samples", "-3"], ["n_samples is out of range", "-3"]),
         (["likelihood", "nowhere"], ["no such folder"]),
     ],

@@ -239,7 +239,11 @@ def test_covariates_and_size_factors(store: atlas.CountStore, tmp_path: Path) ->
     [
         ({"label_key": "nowhere"}, AtlasError, "nowhere"),
         ({"label_key": "none"}, ConfigError, "needs cells with a label"),
-        ({"label_key": "same"}, ConfigError, r"two classes[\s\S]*one class, 'T'"),
+        (
+            {"label_key": "same"},
+            ConfigError,
+            r"two classes[\s\S]*one class, 'T', in obs column 'same'",
+        ),
         (
             {"label_key": "seen", "hierarchy": {"type_1": "a", "a": "type_1"}},
             ConfigError,

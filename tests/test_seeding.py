@@ -233,6 +233,8 @@ def test_a_gene_that_nobody_has_counts_for_is_told_and_counts_for_nothing(tmp_pa
 def test_missing_genes(store: atlas.CountStore) -> None:
     with pytest.raises(InputError, match=r"does not have these genes(.|\n)*CD8BB \(closest: CD8B"):
         atlas.seed_labels(store, {"A": "CD4+ CD8BB-"})
+    with pytest.raises(InputError, match=r"CD25 \(nor as IL2R, IL2RA; closest: "):
+        atlas.seed_labels(store, {"A": "CD4+ CD25-"})
     with pytest.warns(UserWarning, match="left out: CD8BB"):
         found = atlas.seed_labels(store, {"A": "CD4+ CD8BB-"}, name=None, ignore_missing=True)
     assert found.signatures == (Signature("A", ("CD4",)),)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, get_args
 
+from atlas.cli.applied import add_device
 from atlas.config import BenchTask
 
 _UNITS = {"": 1, "k": 1_000, "m": 1_000_000}
@@ -32,7 +33,7 @@ def add_bench(command: Callable[..., Any]) -> None:
     sub.add_argument("--minibatch-size", type=int, default=128)
     sub.add_argument("--epochs", type=int, default=1)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--device", default="auto")
+    add_device(sub)
     sub.add_argument("--threads", type=int, default=0)
     sub.add_argument("--work", metavar="DIR", help="where simulated stores are kept")
     sub.add_argument("--json", metavar="FILE", help="write all that was measured")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
+from atlas.cli.applied import add_device
 from atlas.config import MissingGenes
 
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], Any]
@@ -41,7 +42,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument("store")
     sub.add_argument("folder", metavar="RUN", help="the model's run folder")
     sub.add_argument("--name", default="", help="the model's if not given")
-    sub.add_argument("--device", default="auto")
+    add_device(sub)
 
     sub = command(
         "update", update, "add a study to a store and to a model kept with it, all or nothing"
@@ -88,7 +89,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument("--lr", type=float, default=0.01, help="of Adam")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as cores")
-    sub.add_argument("--device", default="auto")
+    add_device(sub)
     sub.add_argument(
         "--fresh", action="store_true", help="do not go on with an update that was interrupted"
     )

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import inspect
-import re
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, get_args, get_type_hints
 
 from atlas.cli import applied, benching, commands, living, measuring, sharing, transfer
+from atlas.cli.helping import Formatter, architecture_help, field_help
 from atlas.config import (
     ARCHITECTURES,
     Initialisation,
@@ -34,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=help,
             description=help,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=Formatter,
         )
         sub.set_defaults(run=run)
         return sub
@@ -223,7 +222,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--name", default="", help="name to keep the embedding under; the model's if not given"
     )
-    sub.add_argument("--device", default="auto")
+    applied.add_device(sub)
     sub.add_argument(
         "--per-batch",
         metavar="DIR",
@@ -335,16 +334,8 @@ def _add_architectures(sub: argparse.ArgumentParser) -> None:
         for field in dataclasses.fields(kind):
             fields.setdefault(field.name, []).append(model)
     for name, models in fields.items():
-        kinds = [ARCHITECTURES[model] for model in models]
-        hints = [get_type_hints(kind)[name] for kind in kinds]
-        defaults = {
-            model: ARCHITECTURES[model].__dataclass_fields__[name].default for model in models
-        }
-        if len(set(defaults.values())) == 1:
-            said = f"{', '.join(models)}: {defaults[models[0]]}"
-        else:
-            said = ", ".join(f"{model}: {value}" for model, value in defaults.items())
-        text = f"{_field_help(kinds[0])[name]} ({said})"
+        hints = [get_type_hints(ARCHITECTURES[model])[name] for model in models]
+        text = architecture_help(name, models)
         flag = "--" + name.replace("_", "-")
         shared: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": name}
         if hints[0] is bool:
@@ -358,7 +349,7 @@ def _add_architectures(sub: argparse.ArgumentParser) -> None:
 
 def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> None:
     """One option per field of a configuration, ``n_layers`` as ``--n-layers``."""
-    hints, helps = get_type_hints(kind), _field_help(kind)
+    hints, helps = get_type_hints(kind), field_help(kind)
     for field in dataclasses.fields(kind):
         if field.name in without:
             continue
@@ -372,14 +363,3 @@ def _add_fields(sub: argparse.ArgumentParser, kind: type[Any], without: Any) -> 
             sub.add_argument(flag, choices=choices, default=default, help=text)
         else:
             sub.add_argument(flag, type=hint, default=default, help=text)
-
-
-def _field_help(kind: type[Any]) -> dict[str, str]:
-    """What the docstring of a configuration says of each field."""
-    _, _, attributes = (inspect.getdoc(kind) or "").partition("Attributes\n----------\n")
-    out = {}
-    for block in re.split(r"\n(?=\S)", attributes):
-        names, _, text = block.partition("\n")
-        for name in names.split(", "):
-            out[name] = " ".join(text.replace("``", "").replace("%", "%%").split())
-    return out

@@ -34,6 +34,8 @@ class GroupCounts:
 
     Attributes
     ----------
+    n_cells
+        How many there are; the sum of their weights, where cells have weights.
     raw_mean
         Mean count of each gene: float64, (n_genes,); NaN where no cell's study measured it.
     non_zeros_proportion
@@ -42,6 +44,7 @@ class GroupCounts:
         Mean of the counts per 10,000 of the modelled genes.
     """
 
+    n_cells: float
     raw_mean: npt.NDArray[np.float64]
     non_zeros_proportion: npt.NDArray[np.float64]
     raw_normalized_mean: npt.NDArray[np.float64]
@@ -92,24 +95,37 @@ def bayes_factor(probability: Floats) -> npt.NDArray[np.float64]:
     return np.log(p + EPSILON) - np.log(1 - p + EPSILON)
 
 
-def vanilla(scales: Scales) -> pd.DataFrame:
+def vanilla(
+    pairs: Pairs, scales: Scales, *, pseudocount: float, fdr: float = 0.05, memory: int = MEMORY
+) -> pd.DataFrame:
     """Which group expresses each gene at a higher share (scVI, Lopez et al. 2018, Methods 4.3).
 
     The probability of H1 is that over pairs of cells, one of each group, and over the conditions
-    that they were decoded under.
+    that they were decoded under. A discovery is a gene said to be higher in the group in which it
+    is likelier to be, so a false one is a wrong direction: the expected rate is of these.
+
+    Parameters
+    ----------
+    pairs, scales, pseudocount, fdr, memory
+        As for :func:`change`; the pseudocount is in the log fold changes only.
 
     Returns
     -------
     DataFrame
-        A row for each gene: ``proba_m1``, ``proba_m2``, ``bayes_factor``, ``scale1``, ``scale2``.
+        A row for each gene: ``proba_m1``, ``proba_m2``, ``bayes_factor``, ``scale1``, ``scale2``,
+        the LFC as in :func:`change`, ``expected_fdr``, ``is_de_fdr_…``.
     """
+    found = _all_changes(pairs, scales, pseudocount, 0.0, memory)
+    p = scales.higher
     return pd.DataFrame(
         {
-            "proba_m1": scales.higher,
-            "proba_m2": 1 - scales.higher,
-            "bayes_factor": bayes_factor(scales.higher),
+            "proba_m1": p,
+            "proba_m2": 1 - p,
+            "bayes_factor": bayes_factor(p),
             "scale1": scales.mean1,
             "scale2": scales.mean2,
+            **{name: values for name, values in found.items() if name.startswith("lfc_")},
+            **_called(np.maximum(p, 1 - p), fdr),
         }
     )
 
@@ -154,16 +170,9 @@ def change(
         ``scale2``, ``pseudocounts``, ``delta``, mean, median, standard deviation and extremes of
         the LFC (with a thousandth of the pseudocount), ``expected_fdr``, ``is_de_fdr_…``.
     """
-    n_genes = len(scales.mean1)
-    width = max(1, memory // (16 * scales.n_pairs))  # two of shares, two of what is made of them
-    parts = [
-        _changes(pairs, scales.n_pairs, slice(a, a + width), pseudocount, delta)
-        for a in range(0, n_genes, width)
-    ]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    found = _all_changes(pairs, scales, pseudocount, delta, memory)
     above, below = found.pop("above"), found.pop("below")
     p = np.maximum(above, below) if sides == "three" else above + below
-    expected = expected_fdr(p)
     return pd.DataFrame(
         {
             "proba_de": p,
@@ -174,10 +183,27 @@ def change(
             "pseudocounts": pseudocount,
             "delta": delta,
             **found,
-            "expected_fdr": expected,
-            f"is_de_fdr_{fdr:g}": expected <= fdr,
+            **_called(p, fdr),
         }
     )
+
+
+def _called(probability: Floats, fdr: float) -> dict[str, Any]:
+    """The columns that say which genes are called."""
+    expected = expected_fdr(probability)
+    return {"expected_fdr": expected, f"is_de_fdr_{fdr:g}": expected <= fdr}
+
+
+def _all_changes(
+    pairs: Pairs, scales: Scales, pseudocount: float, delta: float, memory: int
+) -> dict[str, npt.NDArray[np.float64]]:
+    """What :func:`_changes` finds of all genes, as many at a time as fit in memory."""
+    width = max(1, memory // (16 * scales.n_pairs))  # two of shares, two of what is made of them
+    parts = [
+        _changes(pairs, scales.n_pairs, slice(a, a + width), pseudocount, delta)
+        for a in range(0, len(scales.mean1), width)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _changes(

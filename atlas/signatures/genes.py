@@ -153,14 +153,18 @@ def resolve(
     return out
 
 
-def unknown_genes(names: Iterable[str], table: GeneTable, path: Path | None = None) -> InputError:
-    """The error for genes that are nowhere, with the names that are closest."""
+def unknown_genes(
+    names: Iterable[str], table: GeneTable, aliases: Aliases, path: Path | None = None
+) -> InputError:
+    """The error for genes that are nowhere, with aliases that were tried and the closest names."""
     folded = {name.upper(): name for name in table.names}
     told = []
     for name in names:
         close = difflib.get_close_matches(name.upper(), folded, n=3, cutoff=0.6)
         like = ", ".join(folded[c] for c in close)
-        told.append(f"{name} (closest: {like or 'none'})")
+        also = sorted(other for other in aliases.of(name) if other.upper() != name.upper())
+        tried = f"nor as {', '.join(also)}; " if also else ""
+        told.append(f"{name} ({tried}closest: {like or 'none'})")
     return InputError(
         "The store does not have these genes of the signatures",
         found="; ".join(told),

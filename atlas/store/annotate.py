@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from atlas.errors import ConfigError, InputError, MissingColumnError, StoreError
+from atlas.errors import ConfigError, InputError, MissingColumnError, StoreError, listed
 from atlas.store import manifest as manifests
 from atlas.store import obs_part
 from atlas.store.arrays import read_array, write_part
@@ -325,7 +325,7 @@ def _key(frame: pd.DataFrame, key: str, what: str, study: str, path: Path | None
         raise MissingColumnError(
             f"There is no obs column for the {what}",
             found=repr(key),
-            expected=f"a column of the table or of study {study}: {', '.join(frame.columns)}",
+            expected=f"a column of the table or of study {study}: {listed(frame.columns, key)}",
             path=path,
         )
     return frame[key]

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from atlas.errors import InputError, MissingColumnError
+from atlas.errors import InputError, MissingColumnError, listed
 
 Codes: TypeAlias = npt.NDArray[np.int64]
 
@@ -34,7 +34,7 @@ def obs_column(obs: pd.DataFrame, key: str, what: str, path: Path | None) -> pd.
         raise MissingColumnError(
             f"There is no obs column for the {what}",
             found=repr(key),
-            expected="one of " + (", ".join(map(str, obs.columns)) or "(there are none)"),
+            expected="one of " + (listed(obs.columns, key) or "(there are none)"),
             do=f"name the column with --{what}-key ({what}_key= in Python), or leave it out",
             path=path,
         )

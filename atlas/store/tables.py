@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from atlas.errors import MissingColumnError
+from atlas.errors import MissingColumnError, listed
 
 
 def join_obs(
@@ -38,7 +38,7 @@ def join_obs(
         raise MissingColumnError(
             "The store has no such obs column",
             found=", ".join(map(repr, unknown)),
-            expected="one of " + ", ".join([*there, *own]),
+            expected="one of " + listed([*there, *own], unknown[0]),
             path=path,
         )
     index = pd.Index([name for frame in frames for name in frame.index], dtype=object)

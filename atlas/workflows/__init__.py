@@ -21,7 +21,12 @@ from atlas.workflows.measuring import beside
 from atlas.workflows.modelling import train
 from atlas.workflows.output import check_file, write_json, write_text
 from atlas.workflows.per_batch import embed_per_batch
-from atlas.workflows.posterior import latent_posterior, library_posterior, likelihood
+from atlas.workflows.posterior import (
+    latent_posterior,
+    library_posterior,
+    likelihood,
+    posterior_table,
+)
 from atlas.workflows.projecting import project
 from atlas.workflows.results import check_scores_path, compare, evaluate, report, write_scores
 from atlas.workflows.scaling import bench
@@ -63,6 +68,7 @@ __all__ = [
     "named",
     "normalized",
     "posterior_predictive",
+    "posterior_table",
     "prepare_share",
     "project",
     "report",

@@ -22,6 +22,7 @@ from atlas.models import TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.store.export import obs_of, var_of
 from atlas.store.zarr_study import create_group, write_tables
+from atlas.workflows.output import check_file
 from atlas.workflows.streaming import Cells, CellStream
 
 CHUNK = (1024, 1024)
@@ -117,7 +118,7 @@ def gene_columns(model: TrainedModel, genes: Sequence[str] | None) -> npt.NDArra
 
 
 def check_out(path: Path) -> None:
-    """Refuse a folder that is there, and names of other formats."""
+    """Refuse a folder that is there, one in a folder that is not, and names of other formats."""
     if path.suffix in (".h5ad", ".h5", ".csv", ".tsv"):
         raise ConfigError(
             "Values of cells and genes are written as AnnData in Zarr, a folder",
@@ -127,6 +128,7 @@ def check_out(path: Path) -> None:
         )
     if path.exists():
         raise OutputError("There is something here already", do="choose another name", path=path)
+    check_file(path)
 
 
 def _blocks(

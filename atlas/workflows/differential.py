@@ -7,7 +7,7 @@ hold; then pairs of draws of z are decoded, both under the same conditions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Literal, get_args
@@ -21,18 +21,28 @@ from tqdm import tqdm
 
 from atlas.errors import ConfigError
 from atlas.evaluation import differential as maths
-from atlas.evaluation.differential import Floats, GroupCounts, Sides
-from atlas.models import Conditions, TrainedModel
+from atlas.evaluation.differential import GroupCounts, Sides
+from atlas.models import TrainedModel
 from atlas.models.layers import sample_normal
 from atlas.store import CountStore, FilesSource
-from atlas.workflows.expression import batch_code, batch_frequencies
-from atlas.workflows.groups import Comparison, Groups, GroupSums, Side, comparisons_of, groups_of
+from atlas.workflows.groups import (
+    Comparison,
+    Groups,
+    GroupSums,
+    Side,
+    comparisons_of,
+    groups_of,
+    warn_of_groups,
+)
 from atlas.workflows.labelling import classes_of
 from atlas.workflows.output import check_table_name, write_table
+from atlas.workflows.pairs import DecodedPairs, batch_weights, draw_conditions
 from atlas.workflows.rows import Rows, RowsOrMask, mask_of
-from atlas.workflows.streaming import MINIBATCH, CellStream
+from atlas.workflows.streaming import CellStream
 
 Mode = Literal["change", "vanilla"]
+DELTA = 0.25
+"""The log2 fold change that counts, where none is given."""
 
 
 def differential_expression(
@@ -46,12 +56,13 @@ def differential_expression(
     mode: Mode = "change",
     scanvi: bool = False,
     batches: Sequence[str] | None = None,
-    delta: float = 0.25,
+    delta: float | None = None,
     fdr: float = 0.05,
-    sides: Sides = "three",
+    sides: Sides | None = None,
     pseudocount: float | None = None,
     n_pairs: int = 5000,
     rows: RowsOrMask = None,
+    unlabeled: str = "Unknown",
     out: str | PathLike[str] | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -72,8 +83,8 @@ def differential_expression(
     store
         An open store, or files as they are.
     group1, group2
-        Cells by an obs column, such as ``"cell_type=B"``; without ``group2`` all other cells. In
-        the scANVI form labels of the model.
+        Cells by an obs column, such as ``"cell_type=B"``; without ``group2`` all other cells that
+        have a value there. In the scANVI form labels of the model.
     by
         In place of groups: each value of this obs column against all others.
     pairwise
@@ -81,19 +92,28 @@ def differential_expression(
     mode
         ``"change"``: log fold changes and the probability that they exceed ``delta``
         (:func:`atlas.evaluation.differential.change`). ``"vanilla"``: Bayes factors of one share
-        being higher than the other (:func:`atlas.evaluation.differential.vanilla`).
+        being higher than the other, by however little, with the log fold changes and the expected
+        rate of wrong directions beside them (:func:`atlas.evaluation.differential.vanilla`).
     scanvi
         The scANVI form: z is drawn from p(z | u, c) for the label c, u from the aggregate of
         q(u | z, c) over the cells, weighted by their q(c | x), which also weighs the raw means.
         Labels of cells are not looked at.
     batches
         Decode for these, equally often, in place of all by their frequencies in the store.
-    delta, fdr, sides, pseudocount
-        Of mode ``change``; the pseudocount is estimated where None.
+    delta, sides
+        Of mode ``change`` alone: the log fold change that counts, 0.25 where None; and
+        ``"three"`` (where None) or ``"two"`` sides.
+    fdr, pseudocount
+        The expected false discovery rate to keep to, and what is added to shares before their
+        logarithm; estimated where None.
     n_pairs
         Pairs for each comparison.
     rows
         Cells to look at: by an obs column, or a mask (n_obs,); all when None.
+    unlabeled
+        The value that stands for no label, besides missing and empty ones: such cells are neither a
+        group of ``by`` nor among all others. A warning tells how many they are, and others tell of
+        groups of fewer than 10 cells, and of groups that no batch has both of.
     out
         A CSV or TSV to write.
     seed
@@ -105,9 +125,9 @@ def differential_expression(
     -------
     DataFrame
         A row for each gene and comparison, the most certain first, with scvi-tools' names of
-        columns: what the mode gives; ``raw_mean1``, ``non_zeros_proportion1``,
-        ``raw_normalized_mean1`` and the same of group 2, over the cells whose study measured the
-        gene; ``comparison``, ``group1``, ``group2``.
+        columns: what the mode gives; ``n_cells1`` (in the scANVI form the sum of their q),
+        ``raw_mean1``, ``non_zeros_proportion1``, ``raw_normalized_mean1`` and the same of group 2,
+        over the cells whose study measured the gene; ``comparison``, ``group1``, ``group2``.
 
     Raises
     ------
@@ -119,7 +139,7 @@ def differential_expression(
     if out is not None:
         check_table_name(out)
     rng = np.random.default_rng(seed)
-    weights = _batch_weights(model, store, batches)
+    weights = batch_weights(model, store, batches)
     if scanvi:
         comparisons = comparisons_of(classes_of(model)[1], group1, group2, by, pairwise)
         stream = CellStream(
@@ -127,7 +147,8 @@ def differential_expression(
         )
         drawn = _draw_classes(model, stream, comparisons, n_pairs, rng)
     else:
-        groups = groups_of(store, mask_of(store, rows), group1, group2, by, pairwise)
+        groups = groups_of(store, mask_of(store, rows), group1, group2, by, pairwise, unlabeled)
+        warn_of_groups(store, groups)
         stream = CellStream(
             model,
             store,
@@ -137,21 +158,27 @@ def differential_expression(
         )
         comparisons = groups.comparisons
         drawn = _draw_cells(model, stream, groups, n_pairs, rng)
-    conditions = _conditions(stream, weights, n_pairs, rng)
+    conditions = draw_conditions(stream, weights, n_pairs, rng)
     tables = []
     for comparison in tqdm(comparisons, "comparisons", disable=not progress):
         side1, side2 = comparison.side1, comparison.side2
-        pairs = _Pairs(model, drawn.z[side1], drawn.z[side2], conditions)
+        pairs = DecodedPairs(model, drawn.z[side1], drawn.z[side2], conditions)
         counts1, counts2 = drawn.counts[side1], drawn.counts[side2]
         scales = maths.summarise(pairs)
+        offset = pseudocount
+        if offset is None:
+            offset = maths.pseudocount_of(scales, counts1, counts2)
         if mode == "vanilla":
-            table, order = maths.vanilla(scales), ["bayes_factor"]
+            table = maths.vanilla(pairs, scales, pseudocount=offset, fdr=fdr)
+            order = ["bayes_factor"]
         else:
-            offset = pseudocount
-            if offset is None:
-                offset = maths.pseudocount_of(scales, counts1, counts2)
             table = maths.change(
-                pairs, scales, pseudocount=offset, delta=delta, sides=sides, fdr=fdr
+                pairs,
+                scales,
+                pseudocount=offset,
+                delta=DELTA if delta is None else delta,
+                sides=sides or "three",
+                fdr=fdr,
             )
             order = ["proba_de", "size"]
         table.index = pd.Index(model.genes, name="gene")
@@ -170,20 +197,6 @@ class _Drawn:
     counts: Mapping[Side, GroupCounts]
 
 
-class _Pairs:
-    """Shares of pairs of draws of z under the same conditions, block by block."""
-
-    def __init__(self, model: TrainedModel, z1: Tensor, z2: Tensor, conditions: Conditions) -> None:
-        self._model, self._z, self._conditions = model, (z1, z2), conditions
-
-    def __call__(self) -> Iterator[tuple[Floats, Floats]]:
-        for start in range(0, len(self._z[0]), MINIBATCH):
-            block = slice(start, start + MINIBATCH)
-            there = _rows_of(self._conditions, block)
-            one, other = (self._model.module.decode(z[block], there) for z in self._z)
-            yield one.cpu().numpy(), other.cpu().numpy()
-
-
 def _finished(
     table: pd.DataFrame,
     comparison: Comparison,
@@ -195,7 +208,7 @@ def _finished(
     for i, counts in enumerate((counts1, counts2), start=1):
         for field in dataclasses.fields(counts):
             table[f"{field.name}{i}"] = getattr(counts, field.name)
-    if "lfc_median" in table:
+    if "size" in order:
         table["size"] = table["lfc_median"].abs()  # of equally certain genes the larger change
     table = table.sort_values(order, ascending=False, kind="stable")
     table = table.drop(columns="size", errors="ignore")
@@ -307,65 +320,35 @@ def replaced(
     return slots, rng.choice(len(weights), len(slots), p=weights / new)
 
 
-def _conditions(
-    stream: CellStream,
-    weights: npt.NDArray[np.float64],
-    n_pairs: int,
-    rng: np.random.Generator,
-) -> Conditions:
-    """What each pair is decoded for: batches in their proportions, covariates of cells drawn."""
-    ends = np.round(np.cumsum(weights) * n_pairs).astype(np.int64)
-    batch = rng.permutation(np.searchsorted(ends, np.arange(n_pairs), side="right"))
-    cells = rng.choice(stream.chosen, n_pairs)
-    columns = stream.columns
-    found = Conditions(
-        torch.from_numpy(batch.astype(np.int64)),
-        None
-        if columns.categories is None
-        else torch.from_numpy(columns.categories[cells].astype(np.int64)),
-        None if columns.continuous is None else torch.from_numpy(columns.continuous[cells]),
-    )
-    return found.to(stream.device)
-
-
-def _rows_of(conditions: Conditions, rows: slice) -> Conditions:
-    categories, continuous = conditions.categories, conditions.continuous
-    return Conditions(
-        conditions.batch[rows],
-        None if categories is None else categories[rows],
-        None if continuous is None else continuous[rows],
-    )
-
-
-def _batch_weights(
-    model: TrainedModel, store: CountStore | FilesSource, batches: Sequence[str] | None
-) -> npt.NDArray[np.float64]:
-    if batches is None:
-        return batch_frequencies(model, store)
-    if isinstance(batches, str) or not len(batches):
-        raise ConfigError("Batches are given as a list", found=repr(batches), expected="a list")
-    out = np.zeros(len(model.batches))
-    out[[batch_code(model, name) for name in batches]] = 1
-    out /= out.sum()
-    return out
-
-
 def _generator(rng: np.random.Generator, device: torch.device) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int(rng.integers(2**63)))
 
 
 def _check(
-    mode: str, sides: str, delta: float, fdr: float, n_pairs: int, pseudocount: float | None
+    mode: str,
+    sides: str | None,
+    delta: float | None,
+    fdr: float,
+    n_pairs: int,
+    pseudocount: float | None,
 ) -> None:
     for name, value, choices in (("mode", mode, Mode), ("sides", sides, Sides)):
-        if value not in get_args(choices):
+        if value is not None and value not in get_args(choices):
             expected = " or ".join(map(repr, get_args(choices)))
             raise ConfigError(f"{name} is not offered", found=repr(value), expected=expected)
     for name, number, fits, expected in (
-        ("delta", delta, delta >= 0, "at least 0"),
+        ("delta", delta, delta is None or delta >= 0, "at least 0"),
         ("fdr", fdr, 0 < fdr < 1, "between 0 and 1"),
         ("n_pairs", n_pairs, n_pairs >= 1, "at least 1"),
         ("pseudocount", pseudocount, pseudocount is None or pseudocount > 0, "above 0"),
     ):
         if not fits:
             raise ConfigError(f"{name} is out of range", found=number, expected=expected)
+    given = {"delta": delta, "sides": sides}
+    if mode == "vanilla" and (vain := [name for name, v in given.items() if v is not None]):
+        raise ConfigError(
+            "Mode vanilla asks which share is higher, by however little",
+            found=", ".join(f"{name}={given[name]!r}" for name in vain),
+            expected="neither delta nor sides",
+            do="leave them out, or choose --mode change",
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,11 +17,13 @@ from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.differential import GroupCounts
 from atlas.models import Inputs, LabelTree
 from atlas.store import CountStore, FilesSource
-from atlas.workflows.rows import Rows, rows_where, texts_of
+from atlas.workflows.rows import Rows, column_of, columns_of, rows_where, texts_of
 
 Side = tuple[int, ...]
 """Codes of the groups on one side of a comparison."""
 REST = "Rest"
+FEW_CELLS = 10
+"""A group of fewer is cautioned about: its cells say little of others of their kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +62,12 @@ def groups_of(
     group2: Rows | None,
     by: str | None,
     pairwise: bool,
+    unlabeled: str = "Unknown",
 ) -> Groups:
     """Groups by obs columns, among the cells chosen; see :func:`differential_expression`.
+
+    Cells without a value, or with ``unlabeled``, are no group of ``by`` and not in the rest of
+    another group, unless they are asked for by name. A warning tells how many they are.
 
     Raises
     ------
@@ -76,14 +83,19 @@ def groups_of(
             do="--group1 column=value [--group2 column=value], or --by column",
         )
     if by is not None:
-        texts = texts_of(store, by).where(chosen)
+        _check_groups(store, by)
+        there = _labeled(store, (by,), chosen, unlabeled)
+        texts = texts_of(store, by).where(there)
         values = sorted(set(texts.dropna()))
         codes = pd.Categorical(texts, categories=values).codes.astype(np.int32)
         return Groups(codes, len(values), _all_of(values, f"obs column {by!r}", pairwise))
     assert group1 is not None
     _no_pairwise(pairwise)
     first = rows_where(store, group1) & chosen
-    second = (~first if group2 is None else rows_where(store, group2)) & chosen
+    if group2 is None:
+        second = _labeled(store, columns_of(group1), chosen & ~first, unlabeled)
+    else:
+        second = rows_where(store, group2) & chosen
     for name, mask, asked in (("group1", first, group1), ("group2", second, group2)):
         if not mask.any():
             raise ConfigError(
@@ -173,6 +185,74 @@ def _all_of(names: Sequence[str], where: str, pairwise: bool) -> tuple[Compariso
     return tuple(Comparison(names[a], REST, (a,), tuple(b for b in every if b != a)) for a in every)
 
 
+def _labeled(
+    store: CountStore | FilesSource,
+    columns: Sequence[str],
+    chosen: npt.NDArray[np.bool_],
+    unlabeled: str,
+) -> npt.NDArray[np.bool_]:
+    """Which of the cells chosen have a value in these columns; warns of those that have none."""
+    none = np.zeros(store.n_obs, bool)
+    for column in columns:
+        texts = texts_of(store, column)
+        none |= (texts.isna() | texts.isin(["", unlabeled])).to_numpy(bool)
+    if n := int((none & chosen).sum()):
+        warnings.warn(
+            f"{n:,} cells are left out: they have no value in obs column "
+            f"{' or '.join(map(repr, columns))}" + (f", or {unlabeled!r}" if unlabeled else ""),
+            UserWarning,
+            stacklevel=4,
+        )
+    return chosen & ~none
+
+
+def _check_groups(store: CountStore | FilesSource, column: str) -> None:
+    """Refuse measurements, of which each cell would be a group."""
+    values = column_of(store, column).dropna()
+    if not pd.api.types.is_float_dtype(values.dtype):
+        return
+    if len(fractions := values[values % 1 != 0]):
+        raise ConfigError(
+            f"Obs column {column!r} holds measurements, not groups of cells",
+            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
+            expected="a column of names or of whole numbers",
+            do="cut the numbers into ranges (pandas.cut), and add these with `atlas annotate`",
+            path=store.path,
+        )
+
+
+def warn_of_groups(store: CountStore | FilesSource, groups: Groups) -> None:
+    """Warn of groups of few cells, and of comparisons whose groups share no batch."""
+    within = groups.codes >= 0
+    cells = np.zeros((groups.n_groups, len(store.batches)), np.int64)
+    np.add.at(cells, (groups.codes[within], store.obs_codes["batch"][within]), 1)
+    few: dict[str, int] = {}
+    apart = []
+    for one in groups.comparisons:
+        sides = cells[list(one.side1)].sum(axis=0), cells[list(one.side2)].sum(axis=0)
+        for name, side in zip((one.name1, one.name2), sides, strict=True):
+            if side.sum() < FEW_CELLS:
+                few[f"{REST} of {one.name1}" if name == REST else name] = int(side.sum())
+        if not (sides[0] * sides[1]).any():
+            apart.append(f"{one.name1} vs {one.name2}")
+    if few:
+        told = ", ".join(f"{name} ({n})" for name, n in few.items())
+        warnings.warn(
+            f"Groups of few cells, which say little of others of their kind: {told}",
+            UserWarning,
+            stacklevel=3,
+        )
+    if apart:
+        told = ", ".join(apart[:5]) + (", …" if len(apart) > 5 else "")
+        warnings.warn(
+            f"No batch has cells of both groups: {told}. What differs between batches is taken "
+            "out, so what differs between these groups can go with it; to see it, train with a "
+            "--batch-key whose batches have cells of both",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _no_pairwise(pairwise: bool) -> None:
     if pairwise:
         raise ConfigError(
@@ -203,6 +283,7 @@ class GroupSums:
     def __init__(self, n_groups: int, n_genes: int, device: torch.device) -> None:
         # cells whose study measured the gene, counts, cells that have it, counts per 10,000
         self._sums = torch.zeros(4, n_groups, n_genes, dtype=torch.float64, device=device)
+        self._cells = torch.zeros(n_groups, dtype=torch.float64, device=device)
 
     def add(self, inputs: Inputs, weights: Tensor) -> None:
         """Add cells; how much of each is in which group is float32, (n_cells, n_groups)."""
@@ -214,10 +295,12 @@ class GroupSums:
             self._sums, (there, counts, (counts > 0).float(), share), strict=True
         ):
             total += weights.T @ values
+        self._cells += weights.sum(dim=0)
 
     def of(self, side: Iterable[int]) -> GroupCounts:
         """What was counted on a side."""
         sums = self._sums[:, list(side)].sum(dim=1).cpu().numpy()
         with np.errstate(invalid="ignore"):
             found = sums[1:] / np.where(sums[0] > 0, sums[0], np.nan)
-        return GroupCounts(found[0], found[1], found[2])
+        n_cells = float(self._cells[list(side)].sum())
+        return GroupCounts(n_cells, found[0], found[1], found[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from atlas.store import CountStore, FilesSource
 from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
+from atlas.workflows.output import check_table_name, write_table
 from atlas.workflows.rows import RowsOrMask
 from atlas.workflows.streaming import CellStream
 
@@ -46,6 +48,7 @@ def label(
     store: CountStore | FilesSource,
     *,
     name: str | None = "",
+    probabilities: str | PathLike[str] | None = None,
     rows: RowsOrMask = None,
     device: str = "auto",
     progress: bool = False,
@@ -68,6 +71,8 @@ def label(
     name
         Keep the labels as these obs columns, by default of the model's name; None keeps none.
         Cells that are not chosen keep what they had.
+    probabilities
+        A CSV or TSV to write: what :func:`label_probabilities` gives of these cells.
     rows
         Which cells: by an obs column, or a mask (n_obs,); all when None.
     device, progress
@@ -75,10 +80,13 @@ def label(
 
     Raises
     ------
-    ModelError, ConfigError
-        The model has no classes, or ``name`` is an obs column that was not made here.
+    ModelError, ConfigError, OutputError
+        The model has no classes, ``name`` is an obs column that was not made here, or the file
+        cannot be written.
     """
     _, tree = classes_of(model)
+    if probabilities is not None:
+        check_table_name(probabilities)
     name = model.name if name == "" else name
     if name is not None:
         check_name(name, "label column")
@@ -87,6 +95,8 @@ def label(
     chosen, log_p = _log_probabilities(model, store, rows, device, progress)
     table = _table(tree, log_p, name or model.name)
     table.index = store.obs([]).index[chosen]
+    if probabilities is not None:
+        write_table(_probabilities(tree, log_p, table.index), probabilities, "cell")
     predicted = table[name or model.name]
     if name is not None and isinstance(store, CountStore):
         study = np.asarray(store.studies, object)[store.obs_codes["study"][chosen]]
@@ -115,7 +125,13 @@ def label_probabilities(
     """
     _, tree = classes_of(model)
     chosen, log_p = _log_probabilities(model, store, rows, device, progress)
-    return pd.DataFrame(np.exp(log_p), store.obs([]).index[chosen], list(tree.names))
+    return _probabilities(tree, log_p, store.obs([]).index[chosen])
+
+
+def _probabilities(
+    tree: LabelTree, log_p: npt.NDArray[np.float32], index: pd.Index[Any]
+) -> pd.DataFrame:
+    return pd.DataFrame(np.exp(log_p), index, list(tree.names))
 
 
 def classes_of(model: TrainedModel) -> tuple[SCANVI, LabelTree]:

@@ -190,6 +190,8 @@ def train(
     if rows is not None:
         known, codes = batches_within(store, chosen)
     prior = library_prior(view, codes, len(known), chosen) if library == "latent" else None
+    if labels is not None:
+        _check_classes(labels, store, label_key)
     module = build_model(
         architecture,
         view.n_vars,
@@ -329,6 +331,20 @@ def _check_taken(
             f"The model {model} does not take these",
             found=", ".join(wrong),
             do="leave them out, or train scanvi",
+        )
+
+
+def _check_classes(
+    labels: LabelTree, store: CountStore | FilesSource, label_key: str | None
+) -> None:
+    """Refuse labels of one class, which the model would too, but without where they came from."""
+    if len(labels.leaves) < 2:
+        where = f"in obs column {label_key!r}" if label_key else "among the labels of the store"
+        raise ConfigError(
+            "scANVI needs two classes of cells at least",
+            found=f"one class, {labels.classes[0]!r}, {where}",
+            do="give labels of two types, or --unobserved-classes for types without a label",
+            path=store.path,
         )
 
 

@@ -110,7 +110,7 @@ def write_table(table: pd.DataFrame, out: str | PathLike[str], index: str) -> No
 
 
 def check_table_name(out: str | PathLike[str]) -> Path:
-    """The path of a table to write; refused where the ending says another format."""
+    """The path of a table to write; refused where the ending says another format, or cannot be."""
     path = Path(out)
     if path.suffix not in (".csv", ".tsv", ".txt"):
         raise ConfigError(
@@ -119,4 +119,5 @@ def check_table_name(out: str | PathLike[str]) -> Path:
             expected="a name that ends with .csv, .tsv or .txt",
             path=path,
         )
+    check_file(path)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,59 @@ def library_posterior(
         found = torch.cat(module.library_posterior(cells.inputs), dim=-1)
         out[cells.place] = found[: cells.n_cells].cpu().numpy()
     return pd.DataFrame(out, store.obs([]).index[stream.chosen], ["mean", "variance"])
+
+
+def posterior_table(
+    model: TrainedModel,
+    store: CountStore | FilesSource,
+    *,
+    out: str | PathLike[str],
+    n_samples: int = 0,
+    library: bool = False,
+    rows: RowsOrMask = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """The posterior of z of cells as a table, which is written.
+
+    Parameters
+    ----------
+    out
+        A CSV or TSV, a line for each cell.
+    library
+        Also the posterior of the log library size, in a pass of its own.
+    model, store, n_samples, rows, seed, device, progress
+        As for :func:`latent_posterior`.
+
+    Returns
+    -------
+    DataFrame
+        By row name: ``mean_1`` … and ``variance_1`` … of each dimension; ``sample_1_1`` … of draw
+        and dimension; ``log_library_mean`` and ``log_library_variance``, natural log.
+
+    Raises
+    ------
+    ConfigError, ModelError, OutputError
+        As for :func:`latent_posterior` and :func:`library_posterior`, or the file cannot be
+        written.
+    """
+    check_table_name(out)
+    more = []
+    given: dict[str, Any] = {"rows": rows, "device": device, "progress": progress}
+    if library:
+        more = [library_posterior(model, store, **given).add_prefix("log_library_")]
+    found = latent_posterior(model, store, n_samples=n_samples, seed=seed, **given)
+    draws = {f"sample_{i}": values for i, values in enumerate(found.samples, start=1)}
+    named = {"mean": found.mean, "variance": found.variance, **draws}
+    index = store.obs([]).index[found.rows]
+    parts = [
+        pd.DataFrame(values, index, [f"{name}_{j + 1}" for j in range(values.shape[1])])
+        for name, values in named.items()
+    ]
+    table = pd.concat([*parts, *more], axis=1)
+    write_table(table, out, "cell")
+    return table
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,7 +235,7 @@ def _resolved(
     resolved = resolve(asked, store.gene_table, known, store.path)
     if absent := [gene.asked for gene in resolved.values() if gene.name is None]:
         if not ignore_missing:
-            raise unknown_genes(absent, store.gene_table, store.path)
+            raise unknown_genes(absent, store.gene_table, known, store.path)
         warnings.warn(
             "Genes that the store does not have are left out: " + ", ".join(absent),
             UserWarning,

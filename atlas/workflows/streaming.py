@@ -184,13 +184,18 @@ def _batch_codes(
     codes = np.array([code.get(name, -1) for name in store.batches], np.int64)
     if not needed:
         return np.maximum(codes, 0)
-    met = np.unique(store.obs_codes["batch"][mask])
+    own = store.obs_codes["batch"]
+    met = np.unique(own[mask])
     if unknown := [store.batches[i] for i in met if codes[i] < 0]:
+        of_study = store.obs_codes["study"]
+        new = np.unique(of_study[mask & (codes[own] < 0)])
+        known = [store.studies[i] for i in np.unique(of_study[mask]) if i not in new]
+        rest = f"; or leave them out: --rows atlas_study={','.join(known)}" if known else ""
         raise ModelError(
             "The store has batches that the model was not trained on",
             found=", ".join(unknown[:5]) + (", …" if len(unknown) > 5 else ""),
             expected=f"some of {', '.join(model.batches[:8])}",
-            do="add their studies to the model with `atlas extend`, or train one on all",
+            do="add their studies to the model with `atlas extend`, or train one on all" + rest,
             path=store.path,
         )
     return np.maximum(codes, 0)

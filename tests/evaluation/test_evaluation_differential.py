@@ -27,7 +27,9 @@ def _pairs(one: np.ndarray, other: np.ndarray, size: int = 50) -> Pairs:
 
 def test_vanilla_is_a_count_of_pairs() -> None:
     one, other = _shares(0, 4.0), _shares(1)
-    table = maths.vanilla(maths.summarise(_pairs(one, other)))
+    pairs, offset = _pairs(one, other), 1e-4
+    table = maths.vanilla(pairs, maths.summarise(pairs), pseudocount=offset, fdr=0.1)
+    sure = [max(p, 1 - p) for p in table["proba_m1"]]
     for gene in range(N_GENES):
         n = sum(a > b for a, b in zip(one[:, gene], other[:, gene], strict=True))
         p = n / N_PAIRS
@@ -36,6 +38,16 @@ def test_vanilla_is_a_count_of_pairs() -> None:
         assert table["bayes_factor"][gene] == pytest.approx(expected, rel=1e-9)
         mean = math.fsum(map(float, one[:, gene])) / N_PAIRS
         assert table["scale1"][gene] == pytest.approx(mean, rel=1e-9)
+        lfc = [
+            math.log2(a + offset / 1000) - math.log2(b + offset / 1000)
+            for a, b in zip(map(float, one[:, gene]), map(float, other[:, gene]), strict=True)
+        ]
+        assert table["lfc_median"][gene] == pytest.approx(np.median(lfc), rel=1e-4, abs=1e-6)
+        assert table["lfc_std"][gene] == pytest.approx(np.std(lfc), rel=1e-4)
+        wrong = [1 - q for q in sure if q >= sure[gene]]
+        assert table["expected_fdr"][gene] == pytest.approx(sum(wrong) / len(wrong), abs=1e-12)
+    assert table["is_de_fdr_0.1"].tolist() == (table["expected_fdr"] <= 0.1).tolist()
+    assert 0 < table["is_de_fdr_0.1"].sum() < N_GENES
     assert table["bayes_factor"].idxmax() == 3
     assert np.isfinite(maths.bayes_factor(np.array([0.0, 1.0]))).all()
 
@@ -93,7 +105,9 @@ def test_two_like_groups_differ_in_nothing() -> None:
     table = maths.change(pairs, scales, pseudocount=1e-6)
     assert not table["is_de_fdr_0.05"].any()
     assert (table["proba_de"] < 0.55).all()
-    assert maths.vanilla(scales)["bayes_factor"].abs().max() < 0.3
+    which = maths.vanilla(pairs, scales, pseudocount=1e-6)
+    assert which["bayes_factor"].abs().max() < 0.3
+    assert not which["is_de_fdr_0.05"].any()
     # p(|LFC| >= delta) cannot tell unlike groups from groups of unlike cells
     two = maths.change(pairs, scales, pseudocount=1e-6, sides="two")
     assert (two["proba_de"] > 0.6).all()
@@ -106,7 +120,7 @@ def test_pseudocount_comes_from_genes_that_are_not_expressed() -> None:
     silent[[2, 5, 7]] = [0.009, 0.0, np.nan]
 
     def of(raw: np.ndarray) -> GroupCounts:
-        return GroupCounts(raw, raw, raw)
+        return GroupCounts(len(raw), raw, raw, raw)
 
     assert maths.pseudocount_of(scales, of(loud), of(loud)) == 1e-10
     highest = sorted([float(other[:, 2].max()), float(other[:, 5].max())])

@@ -144,11 +144,13 @@ def test_change_and_vanilla_of_the_same_shares(both: Both) -> None:
 
     scales = maths.summarise(pairs)
     means = [adata.X[mask].mean(axis=0) for mask in masks]
-    offset = maths.pseudocount_of(scales, *(GroupCounts(m, m, m) for m in means))
+    offset = maths.pseudocount_of(scales, *(GroupCounts(1, m, m, m) for m in means))
     found = maths.change(pairs, scales, pseudocount=offset)
     for name, values in change.items():
         np.testing.assert_allclose(found[name], values, rtol=2e-4, atol=2e-5, err_msg=name)
-    found_vanilla = maths.vanilla(scales)
+    found_vanilla = maths.vanilla(pairs, scales, pseudocount=offset)
+    for name in ("lfc_mean", "lfc_median", "lfc_std", "lfc_min", "lfc_max"):
+        assert found_vanilla[name].equals(found[name])
     for name, values in vanilla.items():
         np.testing.assert_allclose(found_vanilla[name], values, rtol=1e-4, err_msg=name)
     called = core._fdr_de_prediction(pd.Series(change["proba_de"]), fdr=0.05)

@@ -64,3 +64,16 @@ def test_an_input_column_is_never_hidden_by_the_stores_own(tmp_path: Path) -> No
     one = pd.DataFrame({"atlas_study": ["theirs"]}, index=["a"])
     own = {"atlas_study": pd.Categorical(["ours"])}
     assert list(join_obs([one], own, None, tmp_path)["atlas_study"]) == ["theirs"]
+
+
+def test_an_error_lists_a_dozen_of_many_columns_the_likely_ones_first(tmp_path: Path) -> None:
+    frame = pd.DataFrame({f"column {i}": [i] for i in range(30)} | {"cell_type": ["B"]})
+    with pytest.raises(MissingColumnError) as refused:
+        join_obs([frame], {}, ["celltype"], tmp_path)
+    said = str(refused.value.expected)
+    assert said.startswith("one of cell_type, column 0, column 1, ")
+    assert said.endswith(", … (31 in all)")
+    assert said.count(",") == 12
+    with pytest.raises(MissingColumnError) as refused:
+        join_obs([frame.iloc[:, :12]], {}, ["celltype"], tmp_path)
+    assert str(refused.value.expected) == "one of " + ", ".join(frame.columns[:12])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +73,10 @@ def test_vanilla_is_the_integral_of_the_paper(applied: Applied, batches: list[st
     np.testing.assert_allclose(found["proba_m1"], p, atol=0.02)
     np.testing.assert_allclose(found["scale1"], scale, rtol=0.05)
     assert found["bayes_factor"].max() > 1
+    called = found["is_de_fdr_0.05"]
+    assert called.any()
+    assert not called.all()
+    assert (np.sign(found["lfc_median"][called]) == np.sign(found["bayes_factor"][called])).all()
 
 
 def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
@@ -91,10 +97,11 @@ def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
     monkeypatch.setattr(model.module, "decode", watched)
     monkeypatch.setattr(model.module, "posterior", counting)
     atlas.differential_expression(model, store, by="cell_type", mode="vanilla", n_pairs=1000)
-    assert len(encoded) == 4  # minibatches of the store, for five comparisons
+    assert len(encoded) == 4  # minibatches of the store, for four comparisons
     for one, other in zip(seen[::2], seen[1::2], strict=True):
         assert torch.equal(one, other)
-    n = torch.bincount(torch.cat(seen), minlength=len(model.batches)).numpy() / 10
+    # twice a pair, and pairs twice: for their shares, and for their fold changes
+    n = torch.bincount(torch.cat(seen), minlength=len(model.batches)).numpy() / 16
     share = np.bincount(store.obs_codes["batch"], minlength=len(store.batches)) / store.n_obs
     assert np.abs(n - 1000 * share).max() <= 1
     assert share.max() > 2 * share.min()
@@ -103,9 +110,13 @@ def test_both_of_a_pair_are_decoded_for_a_batch_drawn_by_its_frequency(
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")
 def test_what_was_counted(applied: Applied) -> None:
     model, store = atlas.load_model(applied.scvi), applied.open()
-    found = atlas.differential_expression(model, store, by="cell_type", n_pairs=200)
-    _, _, counts = _all_inputs(model, store)
     labels = store.obs()["cell_type"].astype(object)
+    unlabeled = (labels == "Unknown").to_numpy()
+    told = f"{unlabeled.sum()} cells are left out: .*'cell_type', or 'Unknown'"
+    with pytest.warns(UserWarning, match=told):
+        found = atlas.differential_expression(model, store, by="cell_type", n_pairs=200)
+    _, _, counts = _all_inputs(model, store)
+    labels = labels.where(~unlabeled)
     groups = sorted(labels.dropna().unique())
     assert found["comparison"].unique().tolist() == [f"{g} vs Rest" for g in groups]
     assert len(found) == len(groups) * len(model.genes)
@@ -115,6 +126,7 @@ def test_what_was_counted(applied: Applied) -> None:
         sides = (labels == group), (labels != group) & labels.notna()
         for i, mask in enumerate(sides, start=1):
             mine = counts[mask.to_numpy()]
+            assert (table[f"n_cells{i}"] == mask.sum()).all()
             np.testing.assert_allclose(table[f"raw_mean{i}"], np.nanmean(mine, 0), rtol=1e-5)
             there = np.where(np.isnan(mine), np.nan, mine > 0)
             np.testing.assert_allclose(
@@ -125,6 +137,47 @@ def test_what_was_counted(applied: Applied) -> None:
                 table[f"raw_normalized_mean{i}"], np.nanmean(scaled, 0), rtol=1e-4
             )
     assert (found.groupby("group1", sort=False)["proba_de"].diff().dropna() <= 0).any()
+
+
+def test_cells_without_a_label_are_in_no_group_unless_asked_for(applied: Applied) -> None:
+    model, store = atlas.load_model(applied.scvi), applied.open()
+    texts = store.obs()["cell_type"].astype(str)
+    n = {name: int((texts == name).sum()) for name in ("type_1", "Unknown")}
+    rest = store.n_obs - sum(n.values())
+
+    def cells(**options: object) -> tuple[float, float]:
+        found = atlas.differential_expression(model, store, n_pairs=50, **options)
+        assert found["n_cells1"].nunique() == found["n_cells2"].nunique() == 1
+        return found["n_cells1"].iloc[0], found["n_cells2"].iloc[0]
+
+    for column in ("cell_type", "label"):  # the codes, too: -1 there, a word here
+        with pytest.warns(UserWarning, match=f"^{n['Unknown']} cells are left out"):
+            assert cells(group1=f"{column}=type_1") == (n["type_1"], rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        named = cells(group1="cell_type=type_1", group2="cell_type=Unknown")
+        assert named == (n["type_1"], n["Unknown"])
+        assert cells(group1="cell_type=Unknown") == (n["Unknown"], store.n_obs - n["Unknown"])
+        everyone = cells(group1="cell_type=type_1", unlabeled="no such word")
+        assert everyone == (n["type_1"], store.n_obs - n["type_1"])
+
+
+def test_cautions(applied: Applied, tmp_path: Path) -> None:
+    store = atlas.open_store(shutil.copytree(applied.store, tmp_path / "s.atlas"))
+    model = atlas.load_model(applied.scvi)
+    index, odd = store.obs([]).index, np.arange(store.n_obs) < 3
+    store.annotate(pd.DataFrame({"few": np.where(odd, "some", "many")}, index=index))
+    with pytest.warns(UserWarning, match=r"Groups of few cells.*: few=some \(3\)$"):
+        atlas.differential_expression(model, store, group1="few=some", n_pairs=50)
+    apart = {"group1": "atlas_batch=study_1/batch_1", "group2": "atlas_batch=study_2/batch_2"}
+    with pytest.warns(UserWarning, match="No batch has cells of both groups: .*study_2/batch_2. "):
+        atlas.differential_expression(model, store, n_pairs=50, **apart)
+    with pytest.warns(UserWarning, match="both groups: study_1 vs Rest, study_2 vs Rest. What"):
+        atlas.differential_expression(model, store, by="study", n_pairs=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared = {"group1": "cell_type=type_1", "group2": "cell_type=type_2"}
+        atlas.differential_expression(model, store, n_pairs=50, **shared)
 
 
 def test_pairwise_rows_and_the_other_way_round(applied: Applied) -> None:
@@ -252,8 +305,14 @@ def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     refused(ConfigError, "no cell in group2", group1="study=study_1,study_2")
     refused(ConfigError, "not two groups.*\n  found: 1 value", by="study", rows="study=study_1")
     refused(ConfigError, "Pairwise comparisons", group1="label=type_1", pairwise=True)
+    store.annotate(pd.DataFrame({"score": [0.5, *range(store.n_obs - 1)]}, store.obs([]).index))
+    refused(ConfigError, "'score' holds measurements.*\n  found: 1,300 different", by="score")
     refused(ModelError, "no such batch\n  found: 'b9'", group1="label=type_1", batches=["b9"])
     refused(ConfigError, "mode is not offered", group1="label=type_1", mode="wilcoxon")
+    refused(ConfigError, "Mode vanilla.*\n  found: delta=0.25, sides='two'", group1="label=type_1",
+            mode="vanilla", delta=0.25, sides="two")  # fmt: skip
+    refused(ConfigError, "sides is not offered", group1="label=type_1", sides="one")
+    refused(ConfigError, "delta is out of range", group1="label=type_1", delta=-1)
     refused(ConfigError, "n_pairs is out of range", group1="label=type_1", n_pairs=0)
     refused(ConfigError, "fdr is out of range", group1="label=type_1", fdr=5)
     refused(ConfigError, "CSV or TSV", group1="label=type_1", out=tmp_path / "de.xlsx")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import anndata
@@ -190,6 +191,13 @@ def test_a_batch_that_only_the_decoder_sees_must_be_known(applied: Applied, tmp_
             function(model, one)
     there = atlas.normalized(model, one, batch="study_1/batch_1")
     assert there.shape == (300, 60)
+    # beside studies that it knows: the advice names them, and works
+    both = atlas.open_store(shutil.copytree(applied.store, tmp_path / "both.atlas"))
+    both.append(AnnData(cells.X, obs=cells.obs[["cell_type"]], var=cells.var[[]]), study="new")
+    with pytest.raises(ModelError, match="atlas_study=study_1,study_2\n") as refused:
+        atlas.normalized(model, both)
+    rows = str(refused.value.do).partition("--rows ")[2]
+    assert atlas.normalized(model, both, rows=rows).shape == (1300, 60)
     with pytest.raises(ModelError, match="no frequencies"):
         atlas.normalized(model, one, batch="average")
 

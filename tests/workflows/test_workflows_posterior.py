@@ -16,6 +16,7 @@ import atlas
 from atlas.config import Architecture, CvaeConfig, DavaeConfig, ScviConfig, TrvaeConfig
 from atlas.errors import ConfigError, ModelError, OutputError
 from atlas.models import TrainedModel, build_model
+from atlas.workflows.streaming import CellStream
 
 
 @pytest.mark.parametrize("gene_likelihood", ["nb", "zinb", "poisson"])
@@ -150,14 +151,28 @@ def test_every_model_can_be_applied(applied: Applied, config: Architecture) -> N
     pd.testing.assert_frame_equal(again.cells, found.cells)
 
 
+def test_outputs_are_tried_before_cells_are_read(
+    applied: Applied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, store = atlas.load_model(applied.scvi), applied.open()
+    monkeypatch.setattr(CellStream, "__iter__", lambda _: pytest.fail("cells were read"))
+    (tmp_path / "o.csv").mkdir()
+    for out, found in ((tmp_path / "no" / "o.csv", "no folder"), (tmp_path / "o.csv", "a folder")):
+        with pytest.raises(OutputError, match=f"cannot be written\n  found: {found}"):
+            atlas.likelihood(model, store, n_samples=0, out=out)
+        with pytest.raises(OutputError, match=f"cannot be written\n  found: {found}"):
+            atlas.differential_expression(model, store, by="cell_type", out=out)
+    with pytest.raises(OutputError, match="cannot be written\n  found: no folder"):
+        atlas.normalized(model, store, out=tmp_path / "no" / "such" / "n.zarr")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.csv"]
+
+
 def test_wrong_ways(applied: Applied, tmp_path: Path) -> None:
     model, store = atlas.load_model(applied.scvi), applied.open()
     with pytest.raises(ConfigError, match="n_samples is out of range"):
         atlas.likelihood(model, store, n_samples=-1)
     with pytest.raises(ConfigError, match=r"CSV or TSV\n  found: o\.xlsx"):
         atlas.likelihood(model, store, out=tmp_path / "o.xlsx")
-    with pytest.raises(OutputError, match="could not be written"):
-        atlas.likelihood(model, store, n_samples=0, out=tmp_path / "no" / "o.csv")
     with pytest.raises(ModelError, match="no library size"):
         atlas.library_posterior(another(model, CvaeConfig()), store)
     with pytest.raises(ConfigError, match="No cell has this value"):
