@@ -28,9 +28,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=version("atlas-trainer"))
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> Any:
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int | None], help: str, *aliases: str
+    ) -> Any:
         sub = subparsers.add_parser(
             name,
+            aliases=aliases,
             help=help,
             description=help,
             formatter_class=Formatter,
@@ -119,7 +122,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--label-key", help="obs column that becomes the label of these studies")
     sub.add_argument("--unlabeled", default="Unknown", help="value that stands for no label")
 
-    sub = command("drop", commands.drop, "take a study out of a store; older states keep it")
+    says = "take a study out of a store, and say what depended on it; older states keep it"
+    sub = command("drop", commands.drop, says, "remove-study")
     sub.add_argument("store")
     sub.add_argument("study")
     sub.add_argument(
