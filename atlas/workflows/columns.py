@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from atlas.errors import ConfigError, InputError, ModelError
+from atlas.errors import ConfigError, ModelError
 from atlas.models import LabelTree
 from atlas.models.columns import ObsColumns
 from atlas.store import CountStore, FilesSource
 from atlas.training.inputs import CellColumns
 from atlas.workflows.rows import texts_of
-
-Hierarchy = str | PathLike[str] | Mapping[str, str]
-"""The parent of each label, or a file that has it: JSON, or a CSV or TSV of child and parent."""
 
 
 def describe_columns(
@@ -102,55 +96,6 @@ def label_names(
         codes = store.obs_codes["label"]
         return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
     return sorted(set(texts_of(store, column).dropna()) - {"", unlabeled})
-
-
-def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
-    """The parent of each label, from a mapping or a file.
-
-    Raises
-    ------
-    InputError, ConfigError
-        The file is not there or no such table, or a label has two parents.
-    """
-    if isinstance(hierarchy, Mapping):
-        return {str(child): str(parent) for child, parent in hierarchy.items()}
-    path = Path(hierarchy)
-    if not path.is_file():
-        raise InputError("There is no such file", expected="a hierarchy of labels", path=path)
-    wanted = "a JSON object of child and parent, or a table of two columns, child and parent"
-    if path.suffix == ".json":
-        try:
-            pairs = json.loads(path.read_bytes(), object_pairs_hook=list)
-            rows = [(child, parent) for child, parent in pairs]
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                "The hierarchy cannot be read", found=str(error), expected=wanted, path=path
-            ) from error
-    else:
-        table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
-        if table.shape[1] != 2:
-            found = ", ".join(map(str, table.columns))
-            raise InputError(
-                "The hierarchy cannot be read", found=found, expected=wanted, path=path
-            )
-        rows = list(table.itertuples(index=False, name=None))
-    out: dict[str, str] = {}
-    for child, parent in rows:
-        if not (isinstance(child, str) and isinstance(parent, str) and child and parent):
-            raise InputError(
-                "A line of the hierarchy lacks a name",
-                found=f"child {child!r}, parent {parent!r}",
-                expected=wanted,
-                path=path,
-            )
-        if out.setdefault(child, parent) != parent:
-            raise ConfigError(
-                "A label has two parents in the hierarchy",
-                found=f"{child}: {out[child]} and {parent}",
-                expected="one",
-                path=path,
-            )
-    return out
 
 
 def _codes(

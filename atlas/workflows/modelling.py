@@ -25,13 +25,8 @@ from atlas.training.loading import n_rows
 from atlas.training.loop import fit
 from atlas.training.ranks import Ranks, first_rank, joined
 from atlas.training.run import check_run_folder
-from atlas.workflows.columns import (
-    Hierarchy,
-    cell_columns,
-    describe_columns,
-    label_names,
-    read_hierarchy,
-)
+from atlas.workflows.columns import cell_columns, describe_columns, label_names
+from atlas.workflows.hierarchy import Hierarchy, label_tree
 from atlas.workflows.projecting import advice, project
 from atlas.workflows.rows import (
     Rows,
@@ -102,7 +97,7 @@ def train(
         there, or with ``"Unknown"``, have no label.
     hierarchy
         For scANVI: the parent of each label that has one, to any depth; a mapping, a JSON file, or
-        a table of two columns, child and parent.
+        a table of two columns whose first line is ``child,parent``.
     categorical_covariates, continuous_covariates
         For scVI and scANVI: obs columns to condition on besides the batch.
     size_factor
@@ -347,5 +342,4 @@ def _labels(
             "`atlas annotate` or `atlas seed-labels`",
             path=store.path,
         )
-    parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
-    return LabelTree.make(names, parent_of, unobserved)
+    return label_tree(names, hierarchy, unobserved)
