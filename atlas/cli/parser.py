@@ -161,6 +161,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--label-key", help="scanvi: obs column of the labels; else the store's own")
     sub.add_argument(
+        "--unlabeled", default="Unknown", help="of that column: value that stands for no label"
+    )
+    sub.add_argument(
         "--hierarchy",
         metavar="FILE",
         help="scanvi: the parent of each label; JSON, or a table of child and parent",

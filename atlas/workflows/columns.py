@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,10 +11,10 @@ import pandas as pd
 
 from atlas.errors import ConfigError, ModelError
 from atlas.models import LabelTree
-from atlas.models.columns import ObsColumns
+from atlas.models.columns import UNLABELED, ObsColumns
 from atlas.store import CountStore, FilesSource
 from atlas.training.inputs import CellColumns
-from atlas.workflows.rows import texts_of
+from atlas.workflows.rows import column_of, texts_of
 
 
 def describe_columns(
@@ -23,6 +24,7 @@ def describe_columns(
     continuous: Sequence[str] = (),
     size_factor: str | None = None,
     label: str | None = None,
+    unlabeled: str = UNLABELED,
     chosen: npt.NDArray[np.bool_] | None = None,
 ) -> ObsColumns:
     """Names of columns with the categories that their cells have, or those chosen, sorted."""
@@ -33,7 +35,7 @@ def describe_columns(
         if texts.isna().any():
             raise _missing(store, name, texts)
         found.append((name, tuple(sorted(set(texts)))))
-    return ObsColumns(tuple(found), tuple(continuous), size_factor, label)
+    return ObsColumns(tuple(found), tuple(continuous), size_factor, label, unlabeled)
 
 
 def cell_columns(
@@ -89,13 +91,67 @@ def label_codes(
 
 
 def label_names(
-    store: CountStore | FilesSource, column: str | None, unlabeled: str = "Unknown"
+    store: CountStore | FilesSource, column: str | None, unlabeled: str = UNLABELED
 ) -> list[str]:
-    """Labels that cells of a store have, sorted."""
+    """Labels that cells of a store have, sorted.
+
+    Raises
+    ------
+    ConfigError, MissingColumnError
+        There is no such column, or it has measurements: numbers with fractions.
+    """
     if column is None:
         codes = store.obs_codes["label"]
         return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
-    return sorted(set(texts_of(store, column).dropna()) - {"", unlabeled})
+    texts = texts_of(store, column)
+    values = column_of(store, column).dropna()
+    if pd.api.types.is_float_dtype(values.dtype) and len(fractions := values[values % 1 != 0]):
+        raise ConfigError(
+            f"Obs column {column!r} holds measurements, not labels",
+            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
+            expected="a column of names or of whole numbers",
+            do="name another column; or cut the numbers into ranges (pandas.cut), and add these "
+            "with `atlas annotate`",
+            path=store.path,
+        )
+    return sorted(set(texts.dropna()) - {"", unlabeled})
+
+
+def warn_of_unseen(
+    labels: LabelTree | None,
+    code: npt.NDArray[np.int32] | None,
+    train_rows: Sequence[tuple[int, int]],
+    new: int = 0,
+) -> None:
+    """Warn of labels none of whose cells are trained on, so that none teaches the classifier them.
+
+    Parameters
+    ----------
+    labels, code
+        The tree, and each cell's node of it, -1 for none: int32, (n_obs,).
+    train_rows
+        Ranges (start, stop) of the rows that are trained on.
+    new
+        Of nodes from this number on, those that surgery adds.
+    """
+    if labels is None or code is None:
+        return
+    trained = np.zeros(len(labels.names), bool)
+    for start, stop in train_rows:
+        own = code[start:stop]
+        trained[own[own >= 0]] = True
+    cells = np.bincount(code[code >= 0], minlength=len(labels.names))
+    unseen = [i for i in np.flatnonzero(cells) if i >= new and not trained[i]]
+    if unseen:
+        named = [f"{labels.names[i]} (of {cells[i]:,})" for i in unseen[:5]]
+        warnings.warn(
+            f"No cell of these labels is trained on: {', '.join(named)}"
+            + (", …" if len(unseen) > 5 else "")
+            + ". They stay classes, of which the classifier learns nothing. Hold out other cells "
+            "(--hold-out), or none (--validation-share 0)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _codes(

@@ -91,15 +91,24 @@ def split_within(split: Split, chosen: npt.NDArray[np.bool_]) -> Split:
     return Split(ranges_of(chosen & ~held_out), ranges_of(chosen & held_out), [])
 
 
-def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
-    """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
+def column_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
+    """An obs column as it is; columns as in :func:`rows_where`."""
     try:
-        found = store.obs([column])[column]
+        return store.obs([column])[column]
     except MissingColumnError:
         if column not in ("study", "batch", "label"):
             raise
-        found = store.obs([f"atlas_{column}"])[f"atlas_{column}"]
-    return found.map(text_of, na_action="ignore").astype(object)
+        return store.obs([f"atlas_{column}"])[f"atlas_{column}"]
+
+
+def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
+    """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
+    return column_of(store, column).map(text_of, na_action="ignore").astype(object)
+
+
+def columns_of(rows: Rows) -> tuple[str, ...]:
+    """The obs columns that cells are chosen by."""
+    return tuple(_chosen(rows))
 
 
 def _chosen(rows: Rows) -> dict[str, Any]:
