@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--hierarchy",
         metavar="FILE",
-        help="scanvi: the parent of each label; JSON, or a table of child and parent",
+        help="scanvi: the parent of each label; JSON, or a table whose first line is child,parent",
     )
     sub.add_argument(
         "--from", dest="start_from", metavar="RUN", help="scanvi: a trained scvi to start from"
