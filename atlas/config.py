@@ -134,9 +134,11 @@ class ScanviConfig(ScviConfig):
     ----------
     training
         ``"alternating"``: the bound is maximised with the classifier fixed, and after each epoch
-        the classifier is trained on the labelled cells with the rest fixed (Supplementary Note 3,
-        Algorithm 2). ``"joint"``: both at once (Algorithm 1). ``"scvi-tools"``: its objective, with
-        the unlabelled cells' bound for all cells and a cross-entropy.
+        the classifier is trained with the rest fixed on labelled cells, each label equally often
+        (Supplementary Note 3, Algorithm 2). ``"joint"``: both at once (Algorithm 1).
+        ``"scvi-tools"``: its objective, with the unlabelled cells' bound for all cells and a
+        cross-entropy. In these two forms labels come as often as their cells, unless ``balance``
+        is ``"label"``, and a minibatch has the labelled cells that it happens to have.
     classifier_layers, classifier_hidden
         Number and width of the hidden layers of the classifier.
     classifier_epochs
@@ -316,7 +318,8 @@ class TrainConfig(_Config):
         at the end of each epoch.
     balance
         ``"batch"`` or ``"label"``: draw cells so that each batch, or each label, comes equally
-        often, cells without a label as one label more; ``"none"`` takes each cell once an epoch.
+        often, cells without a label as one label more: with 4 labels a fifth of the draws is of
+        these, however many there are. ``"none"`` takes each cell once an epoch.
     block_size, buffer_size
         Of the loader, in rows; 0 takes the loader's default.
     memory

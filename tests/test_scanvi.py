@@ -14,6 +14,7 @@ from anndata import AnnData
 import atlas
 from atlas.errors import AtlasError, CheckpointError, ConfigError, ModelError
 from atlas.models import Inputs
+from atlas.workflows.hierarchy import read_hierarchy
 from atlas.workflows.streaming import CellStream
 
 OPTIONS = {
@@ -245,9 +246,9 @@ def test_covariates_and_size_factors(store: atlas.CountStore, tmp_path: Path) ->
             r"two classes[\s\S]*one class, 'T', in obs column 'same'",
         ),
         (
-            {"label_key": "seen", "hierarchy": {"type_1": "a", "a": "type_1"}},
+            {"label_key": "seen", "hierarchy": {**GROUPS, "left": "type_1"}},
             ConfigError,
-            "does not have all labels|cycle",
+            r"cycle\n  found: type_1 → left → type_1[\s\S]*what to do: take one",
         ),
         ({"label_key": "seen", "hierarchy": {"type_1": "a"}}, ConfigError, "all labels"),
         (
@@ -276,14 +277,57 @@ def test_wrong_ways(
     assert not list((tmp_path / "run").glob("model.json"))
 
 
-def test_a_hierarchy_with_two_parents(store: atlas.CountStore, tmp_path: Path) -> None:
-    path = tmp_path / "tree.json"
-    path.write_text('{"type_1": "a", "type_1": "b"}')
-    with pytest.raises(ConfigError, match=r"two parents[\s\S]*type_1: a and b[\s\S]*tree\.json"):
+LINES = "".join(f"{child},{parent}\n" for child, parent in GROUPS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("t.csv", "child,parent\n" + LINES),
+        ("t.csv", "\ufeffChild, Parent\r\n\r\n" + LINES.replace(",", " , ")),
+        ("t.tsv", "parent\tchild\n" + "".join(f"{g}\t{t}\n" for t, g in GROUPS.items())),
+        ("t.csv", 'child;parent\n"type_1";left\n' + LINES.replace(",", ";")),
+        ("t.json", json.dumps(GROUPS)),
+    ],
+)
+def test_a_hierarchy_is_read(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert read_hierarchy(tmp_path / name) == GROUPS
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("t.csv", LINES, "first line 'type_1,left'"),
+        ("t.csv", "label,group\n" + LINES, r"first line 'label,group'[\s\S]*child,parent"),
+        ("t.csv", "", "an empty file"),
+        ("t.csv", " \n\n", "an empty file"),
+        ("t.csv", "child,parent\n", "no lines of child and parent"),
+        ("t.csv", b"child,parent\nT,\xff\n", "not text in UTF-8"),
+        ("t.csv", "child,parent\n" + LINES + "a,b,c\n", "3 columns in line 6"),
+        ("t.csv", "child\nT\n", "1 columns in line 1"),
+        ("t.csv", 'child,parent\n"T,b\n', r"line 2: unexpected end of data"),
+        ("t.csv", "child,parent\nT, \n", r"lacks a name\n  found: child 'T', parent ''"),
+        ("t.csv", "child,parent\n" + LINES + "type_1,right\n", "type_1: left and right"),
+        ("t.csv", "child,parent\n" + LINES + "left,type_1\n", "cycle"),
+        ("t.csv", "child,parent\ntype_1,type_1\n", "type_1 → type_1"),
+        ("t.csv", "child,parent\ntype_1,left\n", r"all labels of the cells\n  found: type_2"),
+        ("t.json", '{"type_1": "a", "type_1": "b"}', "type_1: a and b"),
+        ("t.json", '["type_1"]', "cannot be read"),
+        ("t.json", '{"type_1": {"a": "b"}}', "lacks a name"),
+        ("t.json", "{}", "no lines of child and parent"),
+    ],
+)
+def test_a_bad_hierarchy_is_refused_with_its_path(
+    store: atlas.CountStore, tmp_path: Path, name: str, text: str | bytes, says: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(AtlasError, match=says) as error:
         atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
-    path.write_text(json.dumps(["type_1"]))
-    with pytest.raises(AtlasError, match="cannot be read"):
-        atlas.train(store, "scanvi", label_key="seen", hierarchy=path, out=tmp_path / "run")
+    assert error.value.path == path
+    assert error.value.do
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_label_column_is_another_run(

@@ -16,6 +16,7 @@ from anndata import AnnData
 
 import atlas
 import loaders
+from atlas.config import ARCHITECTURES
 from atlas.errors import CheckpointError, ConfigError, MissingColumnError, ModelError
 from atlas.models import Inputs
 from atlas.simulate import Truth, simulate
@@ -217,19 +218,32 @@ def test_every_architecture_trains_and_loads(
     assert loaded.training["config"]["max_epochs"] == 1
 
 
-def test_empty_cells_and_a_batch_of_one_cell_are_no_errors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_model_trains_on_extreme_cells(tmp_path: Path, name: str) -> None:
+    """Counts up to a million, empty cells, a batch of one cell, a gene without any counts."""
     rng = np.random.default_rng(0)
     adata = AnnData(rng.poisson(1, (300, 40)).astype(np.float32))
-    adata.X[:5] = 0
-    adata.obs["batch"] = ["lonely", *["b"] * 299]
+    adata.X[1:6] = 0
+    adata.X[6, :3] = adata.X[0, 5] = 1e6
+    adata.X[:, 7] = 0
+    adata.obs["batch"] = ["lonely", *["b"] * 150, *["c"] * 149]
+    adata.obs["cell_type"] = rng.choice(["T", "B", "Unknown"], 300)
     adata.obs_names = [f"c{i}" for i in range(300)]
     adata.var_names = [f"g{i}" for i in range(40)]
     store = atlas.create_store(tmp_path / "s.atlas")
-    store.append(adata, study="one", batch_key="batch")
-    genes = atlas.select_genes(store, 30)
-    model = atlas.train(store, genes=genes, max_epochs=2, out=tmp_path / "run")
-    assert np.isfinite(atlas.embed(model, store, name="scvi")).all()
-    atlas.evaluate(store, embedding="scvi")
+    store.append(adata, study="one", batch_key="batch", label_key="cell_type")
+    options = {"genes": list(store.var.index), "max_epochs": 2, "minibatch_size": 64, "threads": 1}
+    if name == "scanvi":
+        options["classifier_epochs"] = 5
+    model = atlas.train(store, name, out=tmp_path / "run", **options)
+    for weight, value in model.module.state_dict().items():
+        assert torch.isfinite(value).all(), weight
+    assert np.isfinite([epoch["train_loss"] for epoch in model.training["history"]]).all()
+    z = atlas.embed(model, store, name=name)
+    assert z.shape == (300, model.module.n_latent)
+    assert np.isfinite(z).all()
+    assert np.isfinite(atlas.likelihood(model, store, n_samples=4).cells.to_numpy()).all()
+    atlas.evaluate(store, embedding=name)
 
 
 def test_the_public_names() -> None:

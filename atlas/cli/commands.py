@@ -182,6 +182,7 @@ def train(options: argparse.Namespace) -> None:
         out=options.out,
         hold_out=options.hold_out,
         label_key=options.label_key,
+        unlabeled=options.unlabeled,
         hierarchy=options.hierarchy,
         categorical_covariates=_listed(options.categorical_covariates),
         continuous_covariates=_listed(options.continuous_covariates),
@@ -234,6 +235,11 @@ def extend(options: argparse.Namespace) -> None:
         print(f"{len(added.orthologs):,} of {len(model.genes):,} genes are orthologs' counts")
     if added.labels:
         print(f"new classes: {', '.join(added.labels)}")
+        if model.labels is not None and model.labels.n_levels > 1:
+            print(
+                "they stand at the root, in none of the groups of the hierarchy: that is the "
+                "reference's, and extend takes no other"
+            )
     print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
 
 

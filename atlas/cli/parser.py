@@ -164,9 +164,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--label-key", help="scanvi: obs column of the labels; else the store's own")
     sub.add_argument(
+        "--unlabeled", default="Unknown", help="of that column: value that stands for no label"
+    )
+    sub.add_argument(
         "--hierarchy",
         metavar="FILE",
-        help="scanvi: the parent of each label; JSON, or a table of child and parent",
+        help="scanvi: the parent of each label; JSON, or a table whose first line is child,parent",
     )
     sub.add_argument(
         "--from", dest="start_from", metavar="RUN", help="scanvi: a trained scvi to start from"

@@ -59,7 +59,7 @@ def add_command(command: Command) -> None:
     sub.add_argument(
         "--hierarchy",
         metavar="FILE",
-        help="the parent of each label; JSON, or a table of child and parent",
+        help="the parent of each label; JSON, or a table whose first line is child,parent",
     )
     sub.add_argument("--label-key", help="obs column of the labels; else the store's own")
     sub.add_argument("--seed", type=int, default=0)

@@ -18,10 +18,10 @@ from atlas.ingest.content import (
     Content,
     CountsBlock,
     LayerBlock,
-    OpenMatrix,
     missing_layer,
     stamp,
 )
+from atlas.ingest.fractions import are_estimates, looks_like_counts, sample_of, warn_of_rounding
 from atlas.ingest.matrix import Budget, Matrix, Rows, select_columns
 from atlas.ingest.names import check_row_names, make_genes_unique, named
 
@@ -253,6 +253,14 @@ class CountsSource:
             raise self._not_counts(rows)
         return indptr, indices[:entry], data[:entry]
 
+    def check_rounding(self) -> None:
+        """Warn where fractions are rounded that are much of the counts."""
+        if self._round_counts and self.dtype.kind == "f":
+            warn_of_rounding(self._sample(), self.name)
+
+    def _sample(self) -> npt.NDArray[np.float64] | None:
+        return sample_of(lambda: self._content.counts)
+
     def _matrix(self, layer: str | None) -> Matrix:
         if layer is None:
             return self._content.counts
@@ -300,8 +308,16 @@ class CountsSource:
         others = [advice for advice, matrix in elsewhere.items() if looks_like_counts(matrix)]
         if others:
             do = "; ".join(others)
+        elif status == kernels.FRACTION and are_estimates(self._sample()):
+            do = (
+                "give the file that holds the raw counts; or, if these are estimated counts, round "
+                "them with --round of `atlas ingest` (round_counts=True in Python)"
+            )
         elif status == kernels.FRACTION:
-            do = "give the file that holds the raw counts, or round with --round"
+            do = (
+                "give the file that holds the raw counts; these look normalised, or like "
+                "logarithms, which rounding does not undo"
+            )
         else:
             do = "give the file that holds the raw counts"
         return CountsError(
@@ -353,18 +369,3 @@ def _tidy_layer(
     block.eliminate_zeros()
     block = block[order]
     return block.indptr.astype(np.int64), block.indices.astype(index_type), block.data
-
-
-def looks_like_counts(matrix: OpenMatrix) -> bool:
-    """Whether a sample of the values could be raw counts."""
-    try:
-        values = matrix().sample().astype(np.float64)
-    except InputError:  # damaged, or no numbers; and not what was asked for
-        return False
-    return bool(
-        values.any()
-        and np.isfinite(values).all()
-        and (values >= 0).all()
-        and (values < 2**32).all()
-        and (values == np.rint(values)).all()
-    )

@@ -241,6 +241,7 @@ def open_study(
     tables = []
     for source, label in zip(inputs, labels, strict=True):
         with reading.open(source) as counts:
+            counts.check_rounding()
             name = f"{label} ({counts.name})" if isinstance(source, AnnData) else counts.name
             tables.append(join.Tables.of(counts, name))
     columns, var, notes = join.join_genes(tables, genes_of_all)
@@ -276,6 +277,7 @@ def open_study(
 
 def _single(source: Path | AnnData, reading: Reading, prefix_rows: bool) -> StudyCounts:
     counts = reading.open(source)
+    counts.check_rounding()
     obs = counts.obs
     if prefix_rows:
         (label,) = join.labels([source])

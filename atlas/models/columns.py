@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Final, Self
 
 from atlas.models.base import CovariateSizes
+
+UNLABELED: Final = "Unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +25,15 @@ class ObsColumns:
         Name of the column of size factors; None where the model takes none.
     label
         Name of the column of labels; None for the store's own.
+    unlabeled
+        The value of that column that stands for no label, as a missing one does.
     """
 
     categorical: tuple[tuple[str, tuple[str, ...]], ...] = ()
     continuous: tuple[str, ...] = ()
     size_factor: str | None = None
     label: str | None = None
+    unlabeled: str = UNLABELED
 
     @property
     def sizes(self) -> CovariateSizes:
@@ -38,12 +43,17 @@ class ObsColumns:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Plain JSON values; ``unlabeled`` only where it is not the usual one.
+
+        Models with the usual one so stay those of before, which earlier versions read.
+        """
+        unlabeled = {} if self.unlabeled == UNLABELED else {"unlabeled": self.unlabeled}
         return {
             "categorical": {name: list(categories) for name, categories in self.categorical},
             "continuous": list(self.continuous),
             "size_factor": self.size_factor,
             "label": self.label,
+            **unlabeled,
         }
 
     @classmethod
@@ -54,6 +64,7 @@ class ObsColumns:
             tuple(values["continuous"]),
             values["size_factor"],
             values["label"],
+            values.get("unlabeled", UNLABELED),
         )
 
 

@@ -75,6 +75,7 @@ _SCHEMA = {
                 "continuous": {"type": "array", "items": {"type": "string"}},
                 "size_factor": {"type": ["string", "null"]},
                 "label": {"type": ["string", "null"]},
+                "unlabeled": {"type": "string"},
             },
             "required": ["categorical", "continuous", "size_factor", "label"],
             "additionalProperties": False,

@@ -196,5 +196,6 @@ def _depth(node: str, parent_of: Mapping[str, str]) -> int:
                 "The hierarchy of labels has a cycle",
                 found=" → ".join(path[path.index(path[-1]) :]),
                 expected="a tree: going from child to parent ends at a root",
+                do="take one of these lines out",
             )
     return len(path) - 1

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from os import PathLike
-from pathlib import Path
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from atlas.errors import ConfigError, InputError, ModelError
+from atlas.errors import ConfigError, ModelError
 from atlas.models import LabelTree
-from atlas.models.columns import ObsColumns
+from atlas.models.columns import UNLABELED, ObsColumns
 from atlas.store import CountStore, FilesSource
 from atlas.training.inputs import CellColumns
-from atlas.workflows.rows import texts_of
-
-Hierarchy = str | PathLike[str] | Mapping[str, str]
-"""The parent of each label, or a file that has it: JSON, or a CSV or TSV of child and parent."""
+from atlas.workflows.rows import column_of, texts_of
 
 
 def describe_columns(
@@ -29,6 +24,7 @@ def describe_columns(
     continuous: Sequence[str] = (),
     size_factor: str | None = None,
     label: str | None = None,
+    unlabeled: str = UNLABELED,
     chosen: npt.NDArray[np.bool_] | None = None,
 ) -> ObsColumns:
     """Names of columns with the categories that their cells have, or those chosen, sorted."""
@@ -39,7 +35,7 @@ def describe_columns(
         if texts.isna().any():
             raise _missing(store, name, texts)
         found.append((name, tuple(sorted(set(texts)))))
-    return ObsColumns(tuple(found), tuple(continuous), size_factor, label)
+    return ObsColumns(tuple(found), tuple(continuous), size_factor, label, unlabeled)
 
 
 def cell_columns(
@@ -95,62 +91,67 @@ def label_codes(
 
 
 def label_names(
-    store: CountStore | FilesSource, column: str | None, unlabeled: str = "Unknown"
+    store: CountStore | FilesSource, column: str | None, unlabeled: str = UNLABELED
 ) -> list[str]:
-    """Labels that cells of a store have, sorted."""
-    if column is None:
-        codes = store.obs_codes["label"]
-        return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
-    return sorted(set(texts_of(store, column).dropna()) - {"", unlabeled})
-
-
-def read_hierarchy(hierarchy: Hierarchy) -> dict[str, str]:
-    """The parent of each label, from a mapping or a file.
+    """Labels that cells of a store have, sorted.
 
     Raises
     ------
-    InputError, ConfigError
-        The file is not there or no such table, or a label has two parents.
+    ConfigError, MissingColumnError
+        There is no such column, or it has measurements: numbers with fractions.
     """
-    if isinstance(hierarchy, Mapping):
-        return {str(child): str(parent) for child, parent in hierarchy.items()}
-    path = Path(hierarchy)
-    if not path.is_file():
-        raise InputError("There is no such file", expected="a hierarchy of labels", path=path)
-    wanted = "a JSON object of child and parent, or a table of two columns, child and parent"
-    if path.suffix == ".json":
-        try:
-            pairs = json.loads(path.read_bytes(), object_pairs_hook=list)
-            rows = [(child, parent) for child, parent in pairs]
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                "The hierarchy cannot be read", found=str(error), expected=wanted, path=path
-            ) from error
-    else:
-        table = pd.read_csv(path, sep=None, engine="python", dtype=str, keep_default_na=False)
-        if table.shape[1] != 2:
-            found = ", ".join(map(str, table.columns))
-            raise InputError(
-                "The hierarchy cannot be read", found=found, expected=wanted, path=path
-            )
-        rows = list(table.itertuples(index=False, name=None))
-    out: dict[str, str] = {}
-    for child, parent in rows:
-        if not (isinstance(child, str) and isinstance(parent, str) and child and parent):
-            raise InputError(
-                "A line of the hierarchy lacks a name",
-                found=f"child {child!r}, parent {parent!r}",
-                expected=wanted,
-                path=path,
-            )
-        if out.setdefault(child, parent) != parent:
-            raise ConfigError(
-                "A label has two parents in the hierarchy",
-                found=f"{child}: {out[child]} and {parent}",
-                expected="one",
-                path=path,
-            )
-    return out
+    if column is None:
+        codes = store.obs_codes["label"]
+        return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
+    texts = texts_of(store, column)
+    values = column_of(store, column).dropna()
+    if pd.api.types.is_float_dtype(values.dtype) and len(fractions := values[values % 1 != 0]):
+        raise ConfigError(
+            f"Obs column {column!r} holds measurements, not labels",
+            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
+            expected="a column of names or of whole numbers",
+            do="name another column; or cut the numbers into ranges (pandas.cut), and add these "
+            "with `atlas annotate`",
+            path=store.path,
+        )
+    return sorted(set(texts.dropna()) - {"", unlabeled})
+
+
+def warn_of_unseen(
+    labels: LabelTree | None,
+    code: npt.NDArray[np.int32] | None,
+    train_rows: Sequence[tuple[int, int]],
+    new: int = 0,
+) -> None:
+    """Warn of labels none of whose cells are trained on, so that none teaches the classifier them.
+
+    Parameters
+    ----------
+    labels, code
+        The tree, and each cell's node of it, -1 for none: int32, (n_obs,).
+    train_rows
+        Ranges (start, stop) of the rows that are trained on.
+    new
+        Of nodes from this number on, those that surgery adds.
+    """
+    if labels is None or code is None:
+        return
+    trained = np.zeros(len(labels.names), bool)
+    for start, stop in train_rows:
+        own = code[start:stop]
+        trained[own[own >= 0]] = True
+    cells = np.bincount(code[code >= 0], minlength=len(labels.names))
+    unseen = [i for i in np.flatnonzero(cells) if i >= new and not trained[i]]
+    if unseen:
+        named = [f"{labels.names[i]} (of {cells[i]:,})" for i in unseen[:5]]
+        warnings.warn(
+            f"No cell of these labels is trained on: {', '.join(named)}"
+            + (", …" if len(unseen) > 5 else "")
+            + ". They stay classes, of which the classifier learns nothing. Hold out other cells "
+            "(--hold-out), or none (--validation-share 0)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _codes(

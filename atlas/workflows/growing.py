@@ -117,7 +117,7 @@ def grown_labels(
     if tree is None:
         return None
     try:
-        names = label_names(store, columns.label)
+        names = label_names(store, columns.label, columns.unlabeled)
     except MissingColumnError:
         return tree  # none of the studies has labels
     every = LabelTree(tuple(names), (-1,) * len(names)) if names else None

@@ -16,7 +16,8 @@ from atlas.config import ARCHITECTURES, Architecture, ScanviConfig, ScviConfig, 
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.confounding import confounding
-from atlas.models import SCANVI, LabelTree, TrainedModel, build_model, load_model
+from atlas.models import SCANVI, LabelTree, ObsColumns, TrainedModel, build_model, load_model
+from atlas.models.columns import UNLABELED
 from atlas.models.start import start_at
 from atlas.provenance import command, versions
 from atlas.store import CountStore, FilesSource
@@ -26,12 +27,12 @@ from atlas.training.loop import fit
 from atlas.training.ranks import Ranks, first_rank, joined
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import (
-    Hierarchy,
     cell_columns,
     describe_columns,
     label_names,
-    read_hierarchy,
+    warn_of_unseen,
 )
+from atlas.workflows.hierarchy import Hierarchy, label_tree
 from atlas.workflows.projecting import advice, project
 from atlas.workflows.rows import (
     Rows,
@@ -40,6 +41,7 @@ from atlas.workflows.rows import (
     mask_of,
     rows_where,
     split_within,
+    texts_of,
 )
 from atlas.workflows.starting import (
     library_prior,
@@ -66,6 +68,7 @@ def train(
     rows: RowsOrMask = None,
     hold_out: Rows | None = None,
     label_key: str | None = None,
+    unlabeled: str = UNLABELED,
     hierarchy: Hierarchy | None = None,
     categorical_covariates: Sequence[str] = (),
     continuous_covariates: Sequence[str] = (),
@@ -99,10 +102,12 @@ def train(
         default a share of the cells by their hash.
     label_key
         For scANVI: the obs column of the labels; the store's own when None. Cells without a value
-        there, or with ``"Unknown"``, have no label.
+        there, or with that of ``unlabeled``, have no label.
+    unlabeled
+        With ``label_key``: the value that stands for no label. The model remembers it.
     hierarchy
         For scANVI: the parent of each label that has one, to any depth; a mapping, a JSON file, or
-        a table of two columns, child and parent.
+        a table of two columns whose first line is ``child,parent``.
     categorical_covariates, continuous_covariates
         For scVI and scANVI: obs columns to condition on besides the batch.
     size_factor
@@ -134,7 +139,12 @@ def train(
     if model not in ARCHITECTURES:
         names = ", ".join(map(repr, ARCHITECTURES))
         raise ConfigError("There is no such model", found=repr(model), expected=names)
-    of_labels = {"label_key": label_key, "hierarchy": hierarchy, "start_from": start_from}
+    of_labels = {
+        "label_key": label_key,
+        "unlabeled": unlabeled != UNLABELED,
+        "hierarchy": hierarchy,
+        "start_from": start_from,
+    }
     of_covariates = {
         "categorical_covariates": categorical_covariates,
         "continuous_covariates": continuous_covariates,
@@ -181,11 +191,12 @@ def train(
         continuous=continuous_covariates,
         size_factor=size_factor,
         label=label_key,
+        unlabeled=unlabeled,
         chosen=chosen,
     )
     labels = None
     if isinstance(architecture, ScanviConfig):
-        labels = _labels(store, label_key, hierarchy, architecture.unobserved_classes)
+        labels = _labels(store, columns, hierarchy, architecture.unobserved_classes)
     known, codes = store.batches, store.obs_codes["batch"]
     if rows is not None:
         known, codes = batches_within(store, chosen)
@@ -227,6 +238,8 @@ def train(
     if start_from is None and n_rows(split.train):
         start_at(module, profile_of(view, split.train, seed))
     values = cell_columns(store, columns, labels, chosen)
+    if first_rank():
+        warn_of_unseen(labels, values.label, split.train)
     if rows is not None:
         values = dataclasses.replace(values, batch=codes)
     with joined(training.device) as ranks:
@@ -350,18 +363,39 @@ def _check_classes(
 
 def _labels(
     store: CountStore | FilesSource,
-    label_key: str | None,
+    columns: ObsColumns,
     hierarchy: Hierarchy | None,
     unobserved: int,
 ) -> LabelTree:
-    names = label_names(store, label_key)
+    names = label_names(store, columns.label, columns.unlabeled)
+    if columns.unlabeled != UNLABELED:
+        _check_unlabeled(store, columns)
     if not names:
         raise ConfigError(
             "scANVI needs cells with a label",
-            found=f"none in obs column {label_key!r}" if label_key else "none in the store",
+            found=f"none in obs column {columns.label!r}" if columns.label else "none in the store",
             do="name another column with label_key (--label-key), or give labels with "
             "`atlas annotate` or `atlas seed-labels`",
             path=store.path,
         )
-    parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
-    return LabelTree.make(names, parent_of, unobserved)
+    return label_tree(names, hierarchy, unobserved)
+
+
+def _check_unlabeled(store: CountStore | FilesSource, columns: ObsColumns) -> None:
+    """Refuse a value for no label that nothing would come of."""
+    if columns.label is None:
+        raise ConfigError(
+            "unlabeled is of a column of labels, and none is named",
+            found=f"unlabeled={columns.unlabeled!r} with the store's own labels",
+            do="name the column with label_key (--label-key); of the store's own labels it is "
+            "said when they are ingested or annotated",
+        )
+    texts = texts_of(store, columns.label)
+    if columns.unlabeled not in set(texts):
+        met = sorted(set(texts.dropna()))
+        raise ConfigError(
+            f"No cell has the value that stands for no label in obs column {columns.label!r}",
+            found=f"unlabeled={columns.unlabeled!r}",
+            expected="one of " + ", ".join(met[:10]) + (", …" if len(met) > 10 else ""),
+            path=store.path,
+        )

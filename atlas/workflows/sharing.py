@@ -17,6 +17,7 @@ from atlas.hub.manifest import About
 from atlas.hub.sharing import Shared, Shipment, archive_kind, write_package
 from atlas.hub.staging import check_free
 from atlas.models import TrainedModel, load_model
+from atlas.models.columns import UNLABELED
 from atlas.store import CountStore
 from atlas.store.tables import kind_of
 from atlas.workflows.genes import GenesInStore
@@ -136,8 +137,10 @@ def prepare_share(
     name = trained.name if embedding is None else embedding
     z = _embedding(store, name, rows)
     _check_embedding(store, trained, name, z, rows)
-    label_key = trained.columns.label if label_key is None else label_key
-    labels = _labels(store, label_key, rows)
+    unlabeled = UNLABELED
+    if label_key is None:
+        label_key, unlabeled = trained.columns.label, trained.columns.unlabeled
+    labels = _labels(store, label_key, rows, unlabeled)
     studies = _occurring(store.obs_codes["study"][rows], store.studies)
     if title is None:
         title = f"{trained.name} of {', '.join(studies.names)}"[:1000]
@@ -221,12 +224,14 @@ def _of_another(store: CountStore, name: str, found: str, expected: object) -> M
     )
 
 
-def _labels(store: CountStore, label_key: str | None, rows: Mask) -> Categories | None:
+def _labels(
+    store: CountStore, label_key: str | None, rows: Mask, unlabeled: str
+) -> Categories | None:
     if label_key is None:
         labels = _occurring(store.obs_codes["label"][rows], store.labels)
     else:
         texts = texts_of(store, label_key)[rows]
-        labels = _categories(texts.where(~texts.isin(["", "Unknown"])))
+        labels = _categories(texts.where(~texts.isin(["", unlabeled])))
     return labels if labels.names else None
 
 

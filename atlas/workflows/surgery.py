@@ -35,7 +35,7 @@ from atlas.training.environment import resolve_device
 from atlas.training.inputs import CellColumns, InputsBuilder
 from atlas.training.loop import fit
 from atlas.training.run import check_run_folder
-from atlas.workflows.columns import cell_columns
+from atlas.workflows.columns import cell_columns, warn_of_unseen
 from atlas.workflows.genes import GenesInStore, check_overlap
 from atlas.workflows.growing import (
     Codes,
@@ -107,7 +107,8 @@ def extend_reference(
         Of the new rows; see :func:`atlas.models.surgery.graft`.
     label_key
         For scANVI: the obs column of the studies' labels; the reference's when None. Labels that
-        the reference does not have become classes.
+        the reference does not have become classes at the root, in none of the groups of its
+        hierarchy.
     orthologs
         Of a store of another species: a CSV or TSV of its genes and the model's, by name or Ensembl
         id. One-to-one pairs are used, other genes are taken as not measured
@@ -177,6 +178,7 @@ def extend_reference(
     batches, codes = new_batches(trained, store, chosen)
     columns = grown_columns(trained, store, chosen, label_key)
     labels = grown_labels(trained, store, columns, chosen)
+    old = () if trained.labels is None else trained.labels.names
     values = cell_columns(store, columns, labels, chosen)
     values = dataclasses.replace(values, batch=codes)
     if values.label is not None:
@@ -222,6 +224,7 @@ def extend_reference(
         found = principal_components(chain(cells, inputs), _COMPONENTS)
         penalty = KeepApart(*found, keep_apart, companions)
     split = split_within(store.split(config.validation_share), chosen)
+    warn_of_unseen(labels, values.label, split.train, new=len(old))
     record = fit(
         tuned,
         view,
@@ -248,7 +251,6 @@ def extend_reference(
         progress=progress,
     )
     rows = presence[[store.studies.index(name) for name in names]]
-    old = () if trained.labels is None else trained.labels.names
     surgery = Surgery(
         studies=names,
         batches=batches,

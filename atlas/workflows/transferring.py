@@ -21,8 +21,8 @@ from atlas.models import LabelTree
 from atlas.store import CountStore
 from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
-from atlas.workflows.columns import Hierarchy, read_hierarchy
 from atlas.workflows.embedding import check_writable
+from atlas.workflows.hierarchy import Hierarchy, read_hierarchy
 from atlas.workflows.rows import RowsOrMask, mask_of
 from atlas.workflows.transfer_result import TransferredLabels
 from atlas.workflows.voting import labels_of, of_package, of_store

@@ -16,6 +16,7 @@ from ingest_helpers import assert_same, read_counts, small_study
 
 from atlas.errors import ConfigError, CountsError, InputError, MissingColumnError
 from atlas.ingest import open_counts
+from atlas.ingest.study import Reading, open_study
 
 
 def read_all(source: Any, **options: Any) -> None:
@@ -81,7 +82,7 @@ def test_duplicates_that_sum_to_too_much_are_refused() -> None:
         ("raw", {}, r"raw\.X holds counts: add --use-raw"),
         ("layer", {}, r"layers\['counts'\] holds counts: add --layer counts"),
         ("X", {"layer": "log"}, "X holds counts: leave out --layer and --use-raw"),
-        ("nowhere", {}, "what to do: give the file that holds the raw counts, or round"),
+        ("nowhere", {}, r"what to do: give the file that holds the raw counts; these look norm"),
     ],
 )
 def test_the_place_that_holds_counts_is_named(
@@ -103,6 +104,47 @@ def test_the_place_that_holds_counts_is_named(
     with pytest.raises(CountsError, match=advice) as caught:
         read_all(source, **options)
     assert str(caught.value).count("holds counts") == (place != "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "offered"),
+    [
+        (lambda x: x + 0.001, True),  # noise of arithmetic
+        (lambda x: x + 0.3 * (np.arange(x.size) % 3 == 0), True),  # some estimates have fractions
+        (lambda x: 40.3 * x, True),
+        (lambda x: np.log1p(1e4 * x / 3000), False),
+        (lambda x: np.log2(x + 1.1), False),
+        (lambda x: x / 7, False),
+    ],
+)
+def test_rounding_is_offered_for_estimates_only(
+    change: Callable[[Any], Any], offered: bool
+) -> None:
+    adata = small_study()
+    adata.X.data = change(adata.X.data.astype(np.float64))
+    with pytest.raises(CountsError, match="holds fractions") as caught:
+        read_all(adata)
+    assert ("--round" in str(caught.value)) == offered
+    assert ("which rounding does not undo" in str(caught.value)) != offered
+
+
+def test_rounding_that_moves_much_of_the_counts_is_warned_of(tmp_path: Path) -> None:
+    adata = small_study()
+    adata.X.data = adata.X.data.astype(np.float64)
+    log = adata.copy()
+    log.X = log.X.log1p()
+    log.obs_names = [f"log{i}" for i in range(log.n_obs)]
+    adata.X.data += 0.001
+    rounding = Reading(round_counts=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_study(adata, rounding).close()
+    log.write_h5ad(tmp_path / "log.h5ad")
+    adata.write_h5ad(tmp_path / "counts.h5ad")
+    for sources in (log, [tmp_path / "counts.h5ad", tmp_path / "log.h5ad"]):
+        with pytest.warns(UserWarning, match=r"Rounding moves .* by \d\d% of their sum") as told:
+            open_study(sources, rounding).close()
+        assert len(told) == 1
 
 
 def test_rounding_is_half_to_even_and_still_refuses_the_rest() -> None:

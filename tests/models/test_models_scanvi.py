@@ -14,6 +14,7 @@ from torch import Tensor
 from atlas.config import ScanviConfig
 from atlas.errors import ConfigError
 from atlas.models import SCANVI, Conditions, Inputs, LabelTree, build_model
+from atlas.models.layers import sample_normal
 
 N_GENES, N_BATCH, N_CELLS = 25, 2, 9
 SMALL = ScanviConfig(n_hidden=12, n_latent=3, n_layers=1, dropout_rate=0.0)
@@ -37,12 +38,20 @@ def cells(label: list[int], seed: int = 0) -> Inputs:
     return Inputs(torch.from_numpy(counts), batch, label=torch.tensor(label))
 
 
-def reference(model: SCANVI, inputs: Inputs) -> list[float]:
-    """KL of each cell as Supplementary Note 6 writes it, by loops in float64, z and u at means."""
+def reference(
+    model: SCANVI, inputs: Inputs, z: Tensor | None = None, u: Tensor | None = None
+) -> Tensor:
+    """KL of each cell as Supplementary Note 6 writes it, by loops in float64: (n_cells, 2).
+
+    That of z, c and u first, then that of the library. z, (n_cells, n_latent), and u, (n_cells,
+    n_classes, n_latent), are as drawn, or at their means.
+    """
     labels, scvi = model.labels, model.scvi
     double = lambda t: t.detach().double().numpy()  # noqa: E731
-    z, z_var = map(double, model.posterior(inputs))
-    log_q_nodes = double(model.log_probabilities(inputs))
+    z_mean, z_var = map(double, model.posterior(inputs))
+    drawn = z_mean if z is None else double(z)
+    with torch.no_grad():
+        log_q_nodes = double(model.classifier(torch.from_numpy(drawn).float()))
     out = []
     for i, code in enumerate(inputs.label.tolist()):
         q = {}
@@ -57,25 +66,37 @@ def reference(model: SCANVI, inputs: Inputs) -> list[float]:
         kl = 0.0
         for k, share in q.items():
             share /= total
-            row = torch.from_numpy(z[i : i + 1]).float()
-            u, u_var = map(double, model.u_posterior(row, torch.tensor([k])))
+            row = torch.from_numpy(drawn[i : i + 1]).float()
+            u_mean, u_var = map(double, model.u_posterior(row, torch.tensor([k])))
+            at = torch.from_numpy(u_mean).float() if u is None else u[i, k : k + 1]
             with torch.no_grad():
-                p_mean, p_var = map(
-                    double,
-                    model.z_decoder(torch.from_numpy(u).float(), Conditions(torch.tensor([k]))),
-                )
-            two = norm.logpdf(z[i], p_mean[0], np.sqrt(p_var[0])).sum()  # log p(z | u, c)
-            two -= norm.logpdf(z[i], z[i], np.sqrt(z_var[i])).sum()  # log q(z | x)
+                conditions = Conditions(torch.tensor([k]))
+                p_mean, p_var = map(double, model.z_decoder(at, conditions))
+            two = norm.logpdf(drawn[i], p_mean[0], np.sqrt(p_var[0])).sum()  # log p(z | u, c)
+            two -= norm.logpdf(drawn[i], z_mean[i], np.sqrt(z_var[i])).sum()  # log q(z | x)
             three = math.log(1 / model.n_classes) - math.log(share)
-            four = -0.5 * (u[0] ** 2 + u_var[0] - 1 - np.log(u_var[0])).sum()
+            four = -0.5 * (u_mean[0] ** 2 + u_var[0] - 1 - np.log(u_var[0])).sum()
             kl -= share * (two + three + four)
+        kl_library = 0.0
         if scvi.config.library == "latent":
             mean, variance = map(double, scvi.library_posterior(inputs))
             p_mean, p_variance = double(scvi.library_prior)[inputs.batch[i]]
             ratio = variance[i, 0] / p_variance
-            kl += 0.5 * (ratio + (mean[i, 0] - p_mean) ** 2 / p_variance - 1 - math.log(ratio))
-        out.append(kl)
-    return out
+            distance = (mean[i, 0] - p_mean) ** 2 / p_variance
+            kl_library = 0.5 * (ratio + distance - 1 - math.log(ratio))
+        out.append((kl, kl_library))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def draws(model: SCANVI, inputs: Inputs, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """z, and u of each cell and class, as the loss draws them with such a generator."""
+    with torch.no_grad():
+        z = model.scvi(inputs, generator).z
+        classes = torch.arange(model.n_classes).repeat(len(z))
+        rows = z.repeat_interleave(model.n_classes, dim=0)
+        mean, variance = model.u_posterior(rows, classes)
+        u = sample_normal(mean, variance, generator)
+    return z, u.view(len(z), model.n_classes, -1)
 
 
 @pytest.mark.parametrize("labels", [FLAT, DEEP], ids=["flat", "deep"])
@@ -86,11 +107,72 @@ def test_the_terms_are_those_of_the_paper(labels: LabelTree, library: str) -> No
     inputs = cells([-1, *range(len(labels.names)), -1])
     losses = model.loss(inputs, 1.0)
     torch.testing.assert_close(
-        losses.kl.double(), torch.tensor(reference(model, inputs)).double(), rtol=2e-5, atol=1e-4
+        losses.kl.double(), reference(model, inputs).sum(-1), rtol=2e-5, atol=1e-4
     )
     torch.testing.assert_close(losses.objective, losses.negative_bound.mean())
     alone = model.scvi.loss(Inputs(inputs.counts, inputs.batch), 1.0)
     torch.testing.assert_close(losses.reconstruction_loss, alone.reconstruction_loss)
+
+
+@pytest.mark.parametrize("labels", [FLAT, DEEP], ids=["flat", "deep"])
+@pytest.mark.parametrize("library", ["observed", "latent"])
+@pytest.mark.parametrize("training", ["alternating", "joint"])
+def test_the_objective_is_that_of_the_paper_at_the_draws(
+    labels: LabelTree, library: str, training: str
+) -> None:
+    """With z and u drawn, a warm-up, and the cross-entropy of Algorithm 1 where it is joint."""
+    prior = torch.tensor([[3.0, 0.5], [4.0, 0.7]]) if library == "latent" else None
+    changes = {"library": library, "training": training, "classification_weight": 7.0}
+    model = make(labels, prior=prior, **changes).eval()
+    inputs = cells([-1, *range(len(labels.names)), -1])
+    losses = model.loss(inputs, 0.4, torch.Generator().manual_seed(5))
+    z, u = draws(model, inputs, torch.Generator().manual_seed(5))
+    assert (z - model.embed(inputs)).abs().min() > 1e-4
+    kl, kl_library = reference(model, inputs, z, u).unbind(-1)
+    torch.testing.assert_close(losses.kl.double(), kl + kl_library, rtol=2e-5, atol=1e-4)
+    alone = model.scvi.loss(
+        Inputs(inputs.counts, inputs.batch), 1.0, torch.Generator().manual_seed(5)
+    )
+    torch.testing.assert_close(losses.reconstruction_loss, alone.reconstruction_loss)
+    objective = (losses.reconstruction_loss.double() + 0.4 * kl + kl_library).mean()
+    if training == "joint":
+        with torch.no_grad():
+            log_q = model.classifier(z).double()
+        known = [(i, code) for i, code in enumerate(inputs.label.tolist()) if code >= 0]
+        entropy = -sum(log_q[i, code] for i, code in known) / len(known)
+        assert losses.penalty is not None
+        torch.testing.assert_close(losses.penalty.double(), 7 * entropy, rtol=1e-5, atol=1e-5)
+        objective += 7 * entropy
+    torch.testing.assert_close(losses.objective.double(), objective, rtol=1e-5, atol=1e-4)
+
+
+def test_importance_weights_agree_with_quadrature() -> None:
+    """Their mean estimates p(x); grids over u and z, of one dimension each, give it too."""
+    model = make(DEEP, n_hidden=8, n_latent=1).eval()
+    inputs = cells([-1] * 4)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.stack([model.log_weight(inputs, generator) for _ in range(3000)]).double()
+    found = weights.logsumexp(0) - math.log(len(weights))
+    grid = torch.linspace(-7, 7, 351)
+    step = float(grid[1] - grid[0])
+    prior = np.zeros(len(grid))  # p(z), the mean over classes of the integral over u
+    for k in range(model.n_classes):
+        with torch.no_grad():
+            conditions = Conditions(torch.full((len(grid),), k))
+            mean, variance = (
+                t.double().numpy() for t in model.z_decoder(grid[:, None], conditions)
+            )
+        given_u = norm.pdf(grid.numpy()[None], mean, np.sqrt(variance))
+        prior += norm.pdf(grid.numpy()) @ given_u * step / model.n_classes
+    densities = []
+    for at, density in zip(grid.tolist(), prior, strict=True):
+        with torch.no_grad():
+            decoded = model.scvi._decode(torch.full((4, 1), at), inputs.conditions)
+            library = inputs.counts.sum(-1, keepdim=True).log()
+            loss = model.scvi.reconstruction_loss(inputs, decoded, library)
+        densities.append(math.log(density) - loss.double())
+    evidence = torch.stack(densities).logsumexp(0) + math.log(step)
+    torch.testing.assert_close(found, evidence, rtol=0, atol=0.05)
 
 
 def test_a_tree_multiplies_along_its_paths() -> None:

@@ -16,7 +16,7 @@ from atlas.config import CvaeConfig, TrvaeConfig
 from atlas.errors import ConfigError, ModelError
 from atlas.models import Conditions, Inputs, TrainedModel, build_model, load_model
 from atlas.models.mmd import batch_discrepancy
-from atlas.models.trvae import TRVAE
+from atlas.models.trvae import TRVAE, TrvaeOutputs
 
 SMALL = TrvaeConfig(n_hidden=16, n_latent=4)
 SMALL_CVAE = CvaeConfig(n_hidden=16, n_latent=4)
@@ -88,12 +88,11 @@ def test_it_is_the_network_of_scarches(likelihood: str, place: str) -> None:
     assert [x.item() for x in found] == pytest.approx(SCARCHES[likelihood, place], rel=3e-5)
 
 
-def _reference(model: TRVAE, inputs: Inputs) -> Tensor:
+def _reference(model: TRVAE, inputs: Inputs, out: TrvaeOutputs) -> Tensor:
     """Negative log-likelihood of each cell in double precision, by torch.distributions."""
     present = torch.ones_like(inputs.counts, dtype=torch.bool)
     if inputs.present is not None:
         present = inputs.present
-    out = model(inputs)
     logits = out.decoded.scale_logits.double()
     losses = []
     for i in range(len(logits)):
@@ -116,10 +115,12 @@ def _reference(model: TRVAE, inputs: Inputs) -> Tensor:
     return torch.stack(losses)
 
 
+@pytest.mark.parametrize("place", ["decoder", "z"])
 @pytest.mark.parametrize("lacking", [False, True])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_terms_of_the_loss(likelihood: str, lacking: bool) -> None:
-    config = dataclasses.replace(SMALL, gene_likelihood=likelihood, mmd_weight=3.0)
+def test_terms_of_the_loss(likelihood: str, lacking: bool, place: str) -> None:
+    """With z drawn, and the discrepancy at it or at what the decoder's first layer makes of it."""
+    config = dataclasses.replace(SMALL, gene_likelihood=likelihood, mmd_on=place, mmd_weight=3.0)
     model = build_model(config, 30, 2, seed=0).eval()
     assert isinstance(model, TRVAE)
     inputs = _inputs()
@@ -128,15 +129,17 @@ def test_terms_of_the_loss(likelihood: str, lacking: bool) -> None:
         present = torch.ones_like(inputs.counts, dtype=torch.bool)
         present[1::2, ::3] = False
         inputs = dataclasses.replace(inputs, present=present)
-    losses = model.loss(inputs, torch.tensor(0.25))
-    out = model(inputs)
+    losses = model.loss(inputs, torch.tensor(0.25), _generator())
+    out = model(inputs, _generator())
+    assert (out.z - out.z_mean).abs().min() > 1e-4
     torch.testing.assert_close(
-        losses.reconstruction_loss.double(), _reference(model, inputs), rtol=1e-5, atol=1e-4
+        losses.reconstruction_loss.double(), _reference(model, inputs, out), rtol=1e-5, atol=1e-4
     )
     posterior = Normal(out.z_mean.double(), out.z_variance.double().sqrt())
     kl = kl_divergence(posterior, Normal(0.0, 1.0)).sum(-1)
     torch.testing.assert_close(losses.kl.double(), kl, rtol=1e-5, atol=1e-5)
-    penalty = 3.0 * batch_discrepancy(out.decoded.first.double(), inputs.batch)
+    where = out.z if place == "z" else out.decoded.first
+    penalty = 3.0 * batch_discrepancy(where.double(), inputs.batch)
     assert losses.penalty is not None
     torch.testing.assert_close(losses.penalty.double(), penalty, rtol=1e-4, atol=1e-4)
     objective = (losses.reconstruction_loss.double() + 0.25 * kl).mean() + penalty

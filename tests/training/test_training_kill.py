@@ -23,6 +23,7 @@ import torch
 from atlas import files
 from atlas.config import (
     Architecture,
+    CvaeConfig,
     DavaeConfig,
     ScanviConfig,
     ScviConfig,
@@ -53,6 +54,7 @@ MODELS: dict[str, Architecture] = {
     "scvi": ScviConfig(n_hidden=32),
     "scanvi": ScanviConfig(n_hidden=32, classifier_epochs=3),
     "trvae": TrvaeConfig(n_hidden=32),
+    "cvae": CvaeConfig(n_hidden=32),
     "davae": DavaeConfig(),
 }
 LABELS = LabelTree.make(["a", "b", "c"], {"a": "ab", "b": "ab", "c": "c "})
@@ -183,7 +185,8 @@ def main(kind: str, folder: Path, seed: int, kills: int) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("kind", "seed"), [("scvi", 0), ("scvi", 1), ("scanvi", 0), ("trvae", 0), ("davae", 0)]
+    ("kind", "seed"),
+    [("scvi", 0), ("scvi", 1), ("scanvi", 0), ("trvae", 0), ("cvae", 0), ("davae", 0)],
 )
 def test_killed_and_resumed_is_the_same_to_the_byte(tmp_path: Path, kind: str, seed: int) -> None:
     command = [sys.executable, __file__, kind, str(tmp_path), str(seed), "10"]
