@@ -14,7 +14,7 @@ from atlas.models import LabelTree
 from atlas.models.columns import UNLABELED, ObsColumns
 from atlas.store import CountStore, FilesSource
 from atlas.training.inputs import CellColumns
-from atlas.workflows.rows import column_of, texts_of
+from atlas.workflows.rows import refuse_measurements, texts_of
 
 
 def describe_columns(
@@ -103,18 +103,8 @@ def label_names(
     if column is None:
         codes = store.obs_codes["label"]
         return sorted(store.labels[i] for i in np.unique(codes[codes >= 0]))
-    texts = texts_of(store, column)
-    values = column_of(store, column).dropna()
-    if pd.api.types.is_float_dtype(values.dtype) and len(fractions := values[values % 1 != 0]):
-        raise ConfigError(
-            f"Obs column {column!r} holds measurements, not labels",
-            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
-            expected="a column of names or of whole numbers",
-            do="name another column; or cut the numbers into ranges (pandas.cut), and add these "
-            "with `atlas annotate`",
-            path=store.path,
-        )
-    return sorted(set(texts.dropna()) - {"", unlabeled})
+    refuse_measurements(store, column, "labels")
+    return sorted(set(texts_of(store, column).dropna()) - {"", unlabeled})
 
 
 def warn_of_unseen(
@@ -201,3 +191,23 @@ def _missing(store: CountStore | FilesSource, name: str, texts: pd.Series[str]) 
         do="fill them in with `atlas annotate`, or leave the covariate out",
         path=store.path,
     )
+
+
+def check_unlabeled(store: CountStore | FilesSource, columns: ObsColumns) -> None:
+    """Refuse a value for no label that nothing would come of."""
+    if columns.label is None:
+        raise ConfigError(
+            "unlabeled is of a column of labels, and none is named",
+            found=f"unlabeled={columns.unlabeled!r} with the store's own labels",
+            do="name the column with label_key (--label-key); of the store's own labels it is "
+            "said when they are ingested or annotated",
+        )
+    texts = texts_of(store, columns.label)
+    if columns.unlabeled not in set(texts):
+        met = sorted(set(texts.dropna()))
+        raise ConfigError(
+            f"No cell has the value that stands for no label in obs column {columns.label!r}",
+            found=f"unlabeled={columns.unlabeled!r}",
+            expected="one of " + ", ".join(met[:10]) + (", …" if len(met) > 10 else ""),
+            path=store.path,
+        )

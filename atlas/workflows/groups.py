@@ -17,7 +17,7 @@ from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.differential import GroupCounts
 from atlas.models import Inputs, LabelTree
 from atlas.store import CountStore, FilesSource
-from atlas.workflows.rows import Rows, column_of, columns_of, rows_where, texts_of
+from atlas.workflows.rows import Rows, columns_of, refuse_measurements, rows_where, texts_of
 
 Side = tuple[int, ...]
 """Codes of the groups on one side of a comparison."""
@@ -83,7 +83,7 @@ def groups_of(
             do="--group1 column=value [--group2 column=value], or --by column",
         )
     if by is not None:
-        _check_groups(store, by)
+        refuse_measurements(store, by, "groups of cells")
         there = _labeled(store, (by,), chosen, unlabeled)
         texts = texts_of(store, by).where(there)
         values = sorted(set(texts.dropna()))
@@ -204,21 +204,6 @@ def _labeled(
             stacklevel=4,
         )
     return chosen & ~none
-
-
-def _check_groups(store: CountStore | FilesSource, column: str) -> None:
-    """Refuse measurements, of which each cell would be a group."""
-    values = column_of(store, column).dropna()
-    if not pd.api.types.is_float_dtype(values.dtype):
-        return
-    if len(fractions := values[values % 1 != 0]):
-        raise ConfigError(
-            f"Obs column {column!r} holds measurements, not groups of cells",
-            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
-            expected="a column of names or of whole numbers",
-            do="cut the numbers into ranges (pandas.cut), and add these with `atlas annotate`",
-            path=store.path,
-        )
 
 
 def warn_of_groups(store: CountStore | FilesSource, groups: Groups) -> None:

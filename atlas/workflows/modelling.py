@@ -28,6 +28,7 @@ from atlas.training.ranks import Ranks, first_rank, joined
 from atlas.training.run import check_run_folder
 from atlas.workflows.columns import (
     cell_columns,
+    check_unlabeled,
     describe_columns,
     label_names,
     warn_of_unseen,
@@ -41,7 +42,6 @@ from atlas.workflows.rows import (
     mask_of,
     rows_where,
     split_within,
-    texts_of,
 )
 from atlas.workflows.starting import (
     library_prior,
@@ -369,7 +369,7 @@ def _labels(
 ) -> LabelTree:
     names = label_names(store, columns.label, columns.unlabeled)
     if columns.unlabeled != UNLABELED:
-        _check_unlabeled(store, columns)
+        check_unlabeled(store, columns)
     if not names:
         raise ConfigError(
             "scANVI needs cells with a label",
@@ -379,23 +379,3 @@ def _labels(
             path=store.path,
         )
     return label_tree(names, hierarchy, unobserved)
-
-
-def _check_unlabeled(store: CountStore | FilesSource, columns: ObsColumns) -> None:
-    """Refuse a value for no label that nothing would come of."""
-    if columns.label is None:
-        raise ConfigError(
-            "unlabeled is of a column of labels, and none is named",
-            found=f"unlabeled={columns.unlabeled!r} with the store's own labels",
-            do="name the column with label_key (--label-key); of the store's own labels it is "
-            "said when they are ingested or annotated",
-        )
-    texts = texts_of(store, columns.label)
-    if columns.unlabeled not in set(texts):
-        met = sorted(set(texts.dropna()))
-        raise ConfigError(
-            f"No cell has the value that stands for no label in obs column {columns.label!r}",
-            found=f"unlabeled={columns.unlabeled!r}",
-            expected="one of " + ", ".join(met[:10]) + (", …" if len(met) > 10 else ""),
-            path=store.path,
-        )

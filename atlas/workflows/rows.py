@@ -101,6 +101,20 @@ def column_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
         return store.obs([f"atlas_{column}"])[f"atlas_{column}"]
 
 
+def refuse_measurements(store: CountStore | FilesSource, column: str, what: str) -> None:
+    """Refuse a column of numbers with fractions: each cell would be a label, or a group, itself."""
+    values = column_of(store, column).dropna()
+    if pd.api.types.is_float_dtype(values.dtype) and len(fractions := values[values % 1 != 0]):
+        raise ConfigError(
+            f"Obs column {column!r} holds measurements, not {what}",
+            found=f"{values.nunique():,} different numbers, such as {fractions.iloc[0]:g}",
+            expected="a column of names or of whole numbers",
+            do="name another column; or cut the numbers into ranges (pandas.cut), and add these "
+            "with `atlas annotate`",
+            path=store.path,
+        )
+
+
 def texts_of(store: CountStore | FilesSource, column: str) -> pd.Series[Any]:
     """An obs column as text, missing values left missing; columns as in :func:`rows_where`."""
     return column_of(store, column).map(text_of, na_action="ignore").astype(object)
