@@ -107,10 +107,20 @@ def test_outputs_are_tried_before_anything_is_measured(
 
 def test_a_report_of_cells_at_one_place(store: atlas.CountStore, run: Run, tmp_path: Path) -> None:
     store.write_embedding("flat", np.ones((200, 5), np.float32), {})
-    out = tmp_path / "report.html"
+    out, compared = tmp_path / "report.html", tmp_path / "compared.csv"
     run("report", store.path, "--embedding", "flat", "--out", out)
     text = out.read_text()
     assert "drawn by principal components" in text
+    note = "all cells lie at one place"
+    assert f"<li>{note} (Batch mixing" in text
+    assert f"note: {note} (Batch mixing" in run("evaluate", store.path, "--embedding", "flat")
+    told = run("compare", store.path, "--embedding", "flat", "z", "--csv", compared)
+    assert f"note of flat: {note} (Batch mixing" in told
+    assert "note of z" not in told
+    with compared.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "bras" and not row["less"]]
+    notes = {row["embedding"]: row["note"] for row in rows}
+    assert notes == {"flat": note, "z": ""}
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower().split()
 
 

@@ -24,6 +24,7 @@ def of_metrics(metrics: Metrics) -> Iterator[str]:
             rows.append((title(measure), value, unit, interval, cells, by.of([measure])))
     yield from _aligned("<><>><", rows)
     yield from by.lines()
+    yield from _notes(metrics.measures)
     yield from _skipped(metrics.measures)
 
 
@@ -48,6 +49,8 @@ def of_comparison(found: Comparison) -> Iterator[str]:
         for measure in first.measures
         if all(each[measure.name].skipped == measure.skipped for each in found.metrics.values())
     ]
+    for name, metrics in found.metrics.items():
+        yield from _notes(metrics.measures, name)
     yield from _skipped(in_all)
     names = {measure.name for measure in in_all}
     for name, metrics in found.metrics.items():
@@ -109,6 +112,14 @@ def _value(measure: Measure) -> str:
 
 def _cells(measure: Measure) -> str:
     return "" if measure.n is None else f"{measure.n:,}"
+
+
+def _notes(measures: Iterable[Measure], embedding: str = "") -> Iterator[str]:
+    from atlas.evaluation.told import notes
+
+    for note, titles in notes(measures).items():
+        of = f" of {embedding}" if embedding else ""
+        yield f"note{of}: {note} ({'; '.join(titles)})"
 
 
 def _skipped(measures: Iterable[Measure], embedding: str = "") -> Iterator[str]:

@@ -104,27 +104,12 @@ def _mixed(within: Floats, between: Floats, has_company: npt.NDArray[np.bool_]) 
     )
 
 
-def bras_scores(
-    embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
-) -> Floats:
-    r"""1 - \|silhouette\| by cosine distance, all other batches of the label taken together.
-
-    Returns
-    -------
-    In [0, 1], NaN for cells whose label lies in one batch or has each cell in another:
-    float64, (n,).
-    """
-    sums = _unit_sums(embedding, labels, batches)
-    label, batch = labels.codes[sample.rows], batches.codes[sample.rows]
-    unit = _unit(embedding[sample.rows])
-    found = _mixed(*sums.distances(unit, label, batch), sums.sizes[label, batch] > 1)
-    return np.where(sums.defined[label], found.score, np.nan)
-
-
 def bras(
     embedding: Embedding, labels: Categories, batches: Categories, sample: Sample
 ) -> tuple[Indices, GroupMeans]:
-    """The mean of :func:`bras_scores` within each label, of all cells, in two passes over them.
+    r"""The mean of 1 - \|silhouette\| within each label, of all cells, in two passes over them.
+
+    Labels that lie in one batch, or have each cell in another, have none.
 
     Each cell moves its label's mean in three ways: by its own score, and by its share in the mean
     of its batch, to which others of the batch are near or far, and in that of the rest, which cells

@@ -274,7 +274,7 @@ class Comparison:
 
 _COMPARED = (
     *("name", "title", "embedding", "less", "value", "standard_error", "low", "high", "unit"),
-    *("better", "n", "k", "backend", "recall", "skipped"),
+    *("better", "n", "k", "backend", "recall", "skipped", "note"),
 )
 
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from atlas.errors import ConfigError
 from atlas.evaluation.neighbours import Backend, Recall, nearest
-from atlas.evaluation.vectors import Embedding, check_values
+from atlas.evaluation.vectors import Embedding, check_values, rows_of
 
 Floats = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -122,7 +122,9 @@ def protein_overlap(
     rows = measured(proteins)
     check_values(proteins[rows], "the array of proteins")
     own = np.searchsorted(rows, asked)
-    found = [nearest(z[rows], z[asked], k, own, backend=backend) for z in (embedding, proteins)]
+    found = [
+        nearest(rows_of(z, rows), z[asked], k, own, backend=backend) for z in (embedding, proteins)
+    ]
     both = np.sort(np.concatenate([each.indices for each in found], axis=1), axis=1)
     shared = (both[:, 1:] == both[:, :-1]).sum(axis=1)
     told = [each.recall for each in found if each.recall is not None]

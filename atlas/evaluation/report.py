@@ -177,6 +177,7 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         seed=seed,
         maps=_maps(inputs, projection, seed),
         measures=[m for m in inputs.metrics.measures if m.skipped is None],
+        notes=told.notes(inputs.metrics.measures),
         skipped=told.skipped(inputs.metrics.measures),
         exactness=told.exactness(inputs.metrics.measures),
         groups=_group_tables(inputs.metrics.groups),

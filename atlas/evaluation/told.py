@@ -52,6 +52,15 @@ def exactness(measures: Iterable[Measure]) -> str:
     return text + (" All others exactly." if len(rest) < len(searched) else "")
 
 
+def notes(measures: Iterable[Measure]) -> dict[str, list[str]]:
+    """Titles of the figures of which something has to be known, by what that is."""
+    found: dict[str, list[str]] = {}
+    for measure in measures:
+        if measure.note is not None and measure.value is not None:
+            found.setdefault(measure.note, []).append(title(measure))
+    return {note: list(dict.fromkeys(titles)) for note, titles in found.items()}
+
+
 def skipped(measures: Iterable[Measure]) -> dict[str, list[str]]:
     """Titles of what has no value, by reason; the reason says what to do, where that is known."""
     reasons: dict[str, list[str]] = {}

@@ -93,14 +93,15 @@ def _entry(root: Path, manifest: Manifest, name: str) -> EmbeddingEntry:
     return manifest.embeddings[name]
 
 
-def _check_finite(root: Path, name: str, z: npt.NDArray[Any], of: str = "") -> None:
+def _check_finite(root: Path, name: str, study: str, z: npt.NDArray[Any]) -> None:
     """Refuse values that are not finite: nothing could be made of such an embedding."""
     bad = ~np.isfinite(z)
     if bad.any():
         first = int(bad.any(axis=1).argmax())
         raise StoreError(
             f"The embedding {name!r} has values that are not finite and is not kept",
-            found=f"{int(bad.sum()):,} of {z.size:,} values, the first in row {first:,}{of}",
+            found=f"{int(bad.sum()):,} of {z.size:,} values, the first in row {first:,} of study "
+            f"{study!r}",
             expected="finite values",
             do="look at what made it; a model whose loss diverged has to be trained again",
             path=root,
@@ -127,7 +128,6 @@ def write(
             expected=f"({seen.n_obs}, n_latent)",
             path=root,
         )
-    _check_finite(root, name, z)
     bounds = np.cumsum([0, *(study.n_obs for study in seen.studies)])
     rows = pairwise(bounds)
     mine = {s.name: z[a:b] for s, (a, b) in zip(seen.studies, rows, strict=True)}
@@ -164,8 +164,8 @@ def put(
         Folder of an index of neighbours of all rows as they are then, which is copied; without one
         the embedding has none.
     """
-    for study_name, z in rows.items():
-        _check_finite(root, name, z, f" of study {study_name!r}")
+    for study_name, values in rows.items():
+        _check_finite(root, name, study_name, values)
     number = newest.number + 1
     part, studies, widths = f"embedding:{name}", [], set()
     for study in newest.studies:

@@ -23,6 +23,7 @@ from atlas.errors import ConfigError
 from atlas.evaluation import differential as maths
 from atlas.evaluation.differential import GroupCounts, Sides
 from atlas.models import TrainedModel
+from atlas.models.columns import UNLABELED
 from atlas.models.layers import sample_normal
 from atlas.store import CountStore, FilesSource
 from atlas.workflows.groups import (
@@ -62,7 +63,7 @@ def differential_expression(
     pseudocount: float | None = None,
     n_pairs: int = 5000,
     rows: RowsOrMask = None,
-    unlabeled: str = "Unknown",
+    unlabeled: str = UNLABELED,
     out: str | PathLike[str] | None = None,
     seed: int = 0,
     device: str = "auto",

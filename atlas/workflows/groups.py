@@ -16,6 +16,7 @@ from torch import Tensor
 from atlas.errors import ConfigError, ModelError
 from atlas.evaluation.differential import GroupCounts
 from atlas.models import Inputs, LabelTree
+from atlas.models.columns import UNLABELED
 from atlas.store import CountStore, FilesSource
 from atlas.workflows.rows import Rows, columns_of, refuse_measurements, rows_where, texts_of
 
@@ -62,7 +63,7 @@ def groups_of(
     group2: Rows | None,
     by: str | None,
     pairwise: bool,
-    unlabeled: str = "Unknown",
+    unlabeled: str = UNLABELED,
 ) -> Groups:
     """Groups by obs columns, among the cells chosen; see :func:`differential_expression`.
 

@@ -201,8 +201,6 @@ def train(
     if rows is not None:
         known, codes = batches_within(store, chosen)
     prior = library_prior(view, codes, len(known), chosen) if library == "latent" else None
-    if labels is not None:
-        _check_classes(labels, store, label_key)
     module = build_model(
         architecture,
         view.n_vars,
@@ -347,20 +345,6 @@ def _check_taken(
         )
 
 
-def _check_classes(
-    labels: LabelTree, store: CountStore | FilesSource, label_key: str | None
-) -> None:
-    """Refuse labels of one class, which the model would too, but without where they came from."""
-    if len(labels.leaves) < 2:
-        where = f"in obs column {label_key!r}" if label_key else "among the labels of the store"
-        raise ConfigError(
-            "scANVI needs two classes of cells at least",
-            found=f"one class, {labels.classes[0]!r}, {where}",
-            do="give labels of two types, or --unobserved-classes for types without a label",
-            path=store.path,
-        )
-
-
 def _labels(
     store: CountStore | FilesSource,
     columns: ObsColumns,
@@ -378,4 +362,13 @@ def _labels(
             "`atlas annotate` or `atlas seed-labels`",
             path=store.path,
         )
-    return label_tree(names, hierarchy, unobserved)
+    tree = label_tree(names, hierarchy, unobserved)
+    if len(tree.leaves) < 2:  # the model refuses it too, but knows no column
+        where = f"in obs column {columns.label!r}" if columns.label else "among the store's labels"
+        raise ConfigError(
+            "scANVI needs two classes of cells at least",
+            found=f"one class, {tree.classes[0]!r}, {where}",
+            do="give labels of two types, or --unobserved-classes for types without a label",
+            path=store.path,
+        )
+    return tree

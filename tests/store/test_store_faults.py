@@ -325,9 +325,10 @@ def test_an_embedding_that_is_not_finite_is_refused_and_leaves_nothing(
     store.write_embedding("z", z, {})
     number = store.manifest.number
     z[[70, 71], 1] = np.nan, np.inf
-    with pytest.raises(StoreError, match=r"not finite.*\n  found: 2 of 360 values, .* in row 70\n"):
+    said = r"not finite.*\n  found: 2 of 180 values, the first in row 10 of study 'two'\n"
+    with pytest.raises(StoreError, match=said):
         store.write_embedding("z", z, {})
-    with pytest.raises(StoreError, match=r"2 of 180 values, the first in row 10 of study 'two'"):
+    with pytest.raises(StoreError, match=said):
         store.extend_embedding("z", "two", z[60:], {})
     assert open_store(store.path).manifest.number == number
     np.testing.assert_array_equal(store.embedding("z"), np.zeros((120, 3)))
