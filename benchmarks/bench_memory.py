@@ -138,13 +138,13 @@ def peer_ingest(arguments: Json, phases: Phases) -> Json:
     return {}
 
 
-def _modelled(here: Json) -> Any:
+def modelled(file: str, genes: Any) -> Any:
     """The cells in memory with the genes to be modelled, all others forgotten."""
     import anndata
     import scvi
 
-    adata = anndata.read_h5ad(here["file"])
-    adata = adata[:, np.load(here["genes"])].copy()
+    adata = anndata.read_h5ad(file)
+    adata = adata[:, genes].copy()
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
     return adata
 
@@ -160,7 +160,7 @@ def peer_train(arguments: Json, phases: Phases) -> Json:
         phases.begin(phase)
         here = arguments[phase]
         model = scvi.model.SCVI(
-            _modelled(here),
+            modelled(here["file"], np.load(here["genes"])),
             n_layers=2,
             gene_likelihood="zinb",
             use_layer_norm="both",
@@ -191,7 +191,8 @@ def peer_embed(arguments: Json, phases: Phases) -> Json:
     for phase in ("warm", "work"):
         phases.begin(phase)
         here = arguments[phase]
-        model = scvi.model.SCVI.load(here["peer_run"], _modelled(here), accelerator="cpu")
+        adata = modelled(here["file"], np.load(here["genes"]))
+        model = scvi.model.SCVI.load(here["peer_run"], adata, accelerator="cpu")
         model.get_latent_representation()
         del model
     phases.begin("rest")

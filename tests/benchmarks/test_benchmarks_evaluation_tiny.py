@@ -54,7 +54,8 @@ def test_neighbours(tmp_path: Path) -> None:
 def test_metrics(tmp_path: Path) -> None:
     figures = run("bench_metrics.py", tmp_path, "--peers", str(tmp_path / "none"))
     assert "no environment" in figures["beside"]["theirs"]["skipped"]
-    for found in (figures["beside"]["ours"], *figures["large"]):
+    both = (figures["beside"]["ours"], figures["beside"]["sampled"])
+    for found in (*both, *figures["large"]):
         assert found["seconds"] > 0
         names = {m["name"] for m in found["metrics"]["measures"] if m["value"] is not None}
         assert {"mixing_entropy_k50", "purity_k15", "bras", "ilisi", "pcr_comparison"} <= names
