@@ -67,8 +67,8 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--keep-apart",
         type=float,
-        default=0.7,
-        help="weight of a penalty on batches that come nearer to each other than their expression",
+        help="weight of a penalty on batches that come nearer to each other than their expression "
+        "is (default: 2, and 20 with --apart-from); 0: none, as in the paper",
     )
     add_apart_from(sub)
     sub.add_argument(

@@ -204,9 +204,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--keep-apart",
         type=float,
-        default=0.7,
         help="weight of a penalty on batches that come nearer to each other than their expression "
-        "is; 0: none, as in the paper",
+        "is (default: 2, and 20 with --apart-from); 0: none, as in the paper",
     )
     living.add_apart_from(sub)
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.linalg import eigh
 from torch import Tensor
 
 from atlas.models.base import Inputs, Model
@@ -56,6 +58,9 @@ class KeepApart:
     same in z. The penalty is the mean of
     :math:`p_i \log (p_i/q_i) + (1-p_i) \log ((1-p_i)/(1-q_i))` times the weight.
 
+    Companions are taken into each minibatch, as many as it has cells. Which ones depends on
+    nothing but the minibatch, so that a training that is resumed goes on as it would have.
+
     Parameters
     ----------
     mean, components
@@ -64,7 +69,7 @@ class KeepApart:
     weight
         Of the penalty, in nats.
     companions
-        Further cells that have weights :math:`w_{ij}`, but are in no minibatch.
+        Further cells, which no gradient moves.
     """
 
     def __init__(
@@ -84,28 +89,36 @@ class KeepApart:
         batch, beside = inputs.batch, self._companions
         if len(batch) < _FEW or (beside is None and bool((batch == batch[0]).all())):
             return None
-        n, device = len(batch), batch.device
+        device = batch.device
         with torch.no_grad():
             expression = log_normalized(inputs) - self._mean.to(device)
             expression = expression @ self._components.to(device)
         z, _ = module.encode(inputs)
         if beside is not None:
-            expression = torch.cat([expression, self._beside.to(device)])
-            z = torch.cat([z, beside.z.to(device)])
-            batch = torch.cat([batch, beside.batch.to(device)])
-        p, q = _own_share(expression, batch, n), _own_share(z, batch, n)
+            taken = _taken(inputs, len(beside.batch))
+            expression = torch.cat([expression, self._beside[taken].to(device)])
+            z = torch.cat([z, beside.z[taken].to(device)])
+            batch = torch.cat([batch, beside.batch[taken].to(device)])
+        p, q = _own_share(expression, batch), _own_share(z, batch)
         divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         return self._weight * divergence.mean()
 
 
-def _own_share(x: Tensor, batch: Tensor, n: int) -> Tensor:
-    """Share of each of the first n cells' weights that cells of its own batch have: (n,)."""
-    squared = (x[:n].unsqueeze(1) - x.unsqueeze(0)).square().sum(dim=-1)
-    itself = torch.eye(n, len(x), dtype=torch.bool, device=x.device)
+def _taken(inputs: Inputs, n: int) -> Tensor:
+    """Which of n companions stand beside a minibatch: evenly spread, from where its counts say."""
+    step = max(1, n // len(inputs.batch))
+    first = int(inputs.counts.sum()) % step
+    return torch.arange(first, n, step)[: len(inputs.batch)]
+
+
+def _own_share(x: Tensor, batch: Tensor) -> Tensor:
+    """Share of each cell's weights that cells of its own batch have: (n_cells,)."""
+    squared = (x.unsqueeze(1) - x.unsqueeze(0)).square().sum(dim=-1)
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
     unit = squared.detach().masked_fill(itself, torch.inf)
     unit = unit.kthvalue(_NEIGHBOURS, dim=1, keepdim=True).values
     logits = (-2 * squared / unit.clamp(min=1e-12)).masked_fill(itself, -torch.inf)
-    own = batch[:n].unsqueeze(1) == batch.unsqueeze(0)
+    own = batch.unsqueeze(1) == batch.unsqueeze(0)
     return (logits.softmax(dim=-1) * own).sum(dim=-1).clamp(_LEAST, 1 - _LEAST)
 
 
@@ -125,11 +138,13 @@ def principal_components(minibatches: Iterable[Inputs], n: int) -> tuple[Tensor,
     """
     n_cells, total, products = 0, torch.zeros(()), torch.zeros(())
     for inputs in minibatches:
-        x = log_normalized(inputs).double().cpu()
+        x = log_normalized(inputs)
         n_cells += len(x)
-        total = total + x.sum(dim=0)
-        products = products + x.T @ x
+        total = total + x.sum(dim=0, dtype=torch.float64).cpu()
+        products = products + (x.T @ x).double().cpu()
     mean = total / n_cells
-    covariance = products / n_cells - torch.outer(mean, mean)
-    _, vectors = torch.linalg.eigh(covariance)
-    return mean.float(), vectors[:, -n:].flip(1).float().contiguous()
+    covariance = (products / n_cells - torch.outer(mean, mean)).numpy()
+    last = len(covariance) - 1
+    _, vectors = eigh(covariance, subset_by_index=[max(0, last + 1 - n), last])
+    components = np.ascontiguousarray(vectors[:, ::-1], np.float32)
+    return mean.float(), torch.from_numpy(components)

@@ -49,7 +49,7 @@ def new_studies(
 
 
 def known_studies(
-    model: TrainedModel, store: CountStore, studies: str | Sequence[str], keep_apart: float
+    model: TrainedModel, store: CountStore, studies: str | Sequence[str], keep_apart: float | None
 ) -> tuple[str, ...]:
     """Names of the studies from which new ones are kept apart."""
     names = tuple(dict.fromkeys([studies] if isinstance(studies, str) else studies))
@@ -61,7 +61,7 @@ def known_studies(
                 expected="some of " + ", ".join(known),
                 path=store.path,
             )
-    if names and keep_apart <= 0:
+    if names and keep_apart is not None and keep_apart <= 0:
         raise ConfigError(
             "Studies to keep apart from are named, and nothing keeps them apart",
             found=f"apart_from {', '.join(names)} with keep_apart {keep_apart:g}",

@@ -53,6 +53,8 @@ from loaders import SequentialLoader
 LR = 0.01
 """Few parameters are trained, in few steps: ten times the learning rate of a whole model."""
 
+_APART, _APART_FROM_KNOWN = 2.0, 20.0
+"""Weights in nats: see "surgery from the start that training has now" in benchmarks/LOG.md."""
 _COMPONENTS = 20
 """Principal components by which batches are kept apart."""
 
@@ -74,7 +76,7 @@ def extend_reference(
     label_key: str | None = None,
     orthologs: str | PathLike[str] | None = None,
     missing: MissingGenes = "mask",
-    keep_apart: float = 0.7,
+    keep_apart: float | None = None,
     apart_from: str | Sequence[str] = (),
     force: bool = False,
     max_epochs: int = 5,
@@ -119,7 +121,8 @@ def extend_reference(
     keep_apart
         Weight of the penalty on batches of the studies that come nearer to each other than their
         expression is (:class:`atlas.models.apart.KeepApart`), so that a stimulation is not taken
-        for a batch effect; 0 is the paper's form. Without effect on a single batch.
+        for a batch effect; 0 is the paper's form. Without effect on a single batch. By default 2,
+        and 20 with ``apart_from``, whose cells no gradient moves.
     apart_from
         Studies that the model knows and the store has, of which the new ones are a condition, such
         as the control of a stimulation: they are kept apart from these too. A thousand cells of
@@ -160,6 +163,8 @@ def extend_reference(
     check_reference(trained.module)
     names = new_studies(trained, store, studies)
     beside = known_studies(trained, store, apart_from, keep_apart)
+    if keep_apart is None:
+        keep_apart = _APART_FROM_KNOWN if beside else _APART
     check_run_folder(folder, resume=resume)
     if orthologs is None:
         genes = GenesInStore.of(trained, store)

@@ -24,9 +24,9 @@ def _inputs(n: int, seed: int = 0) -> Inputs:
     return Inputs(counts, torch.from_numpy(batch))
 
 
-def _own_share(x: np.ndarray, batch: np.ndarray, n: int) -> np.ndarray:
-    out = np.empty(n)
-    for i in range(n):
+def _own_share(x: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    out = np.empty(len(x))
+    for i in range(len(x)):
         others = [j for j in range(len(x)) if j != i]
         squared = {j: float(((x[i] - x[j]) ** 2).sum()) for j in others}
         unit = sorted(squared.values())[14]
@@ -38,7 +38,7 @@ def _own_share(x: np.ndarray, batch: np.ndarray, n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("one_batch_beside_others", [False, True])
 def test_against_loops(one_batch_beside_others: bool) -> None:
-    inputs = _inputs(64)
+    inputs = _inputs(150 if one_batch_beside_others else 64)
     companions = None
     module = build_model(ScviConfig(n_hidden=8, n_latent=3), 40, 3, seed=1)
     mean, components = principal_components([inputs], 5)
@@ -50,13 +50,15 @@ def test_against_loops(one_batch_beside_others: bool) -> None:
             companions = Companions(log_normalized(beside), z, away)
         z, _ = module.encode(inputs)
     penalty = KeepApart(mean, components, 0.7, companions)(module, inputs)
-    x, n, batch = log_normalized(inputs), len(z), inputs.batch
-    if companions is not None:
-        x, z = torch.cat([x, companions.expression]), torch.cat([z, companions.z])
-        batch = torch.cat([batch, companions.batch])
+    x, batch = log_normalized(inputs), inputs.batch
+    if companions is not None:  # 50 of the 150
+        taken = slice(int(inputs.counts.sum()) % 3, None, 3)
+        x = torch.cat([x, companions.expression[taken]])
+        z = torch.cat([z, companions.z[taken]])
+        batch = torch.cat([batch, companions.batch[taken]])
     along = (x.double().numpy() - mean.numpy()) @ components.double().numpy()
-    p = _own_share(along, batch.numpy(), n)
-    q = _own_share(z.double().numpy(), batch.numpy(), n)
+    p = _own_share(along, batch.numpy())
+    q = _own_share(z.double().numpy(), batch.numpy())
     expected = 0.7 * np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
     assert penalty is not None
     assert float(penalty.detach()) == pytest.approx(expected, rel=1e-4)
