@@ -40,11 +40,12 @@ from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.knn_labels import Answer, Codes, Floats, KnnLabels, Tree
 from atlas.evaluation.neighbours import Backend, Embedding
+from atlas.evaluation.novelty import OwnDistances
 from atlas.evaluation.vectors import rows_of
 
 Mask = npt.NDArray[np.bool_]
 
-MOST_CELLS = 20_000
+MOST_CELLS = 10_000
 """Left-out cells of all studies together; a sample where there are more."""
 
 _ROUNDING = 1e-9
@@ -270,6 +271,7 @@ def leave_out(
             "Unknown above an uncertainty of .5, and no label sets",
         )
     rows = sample_rows(np.arange(len(z)), MOST_CELLS, seed)
+    within = OwnDistances(z, nodes, groups, k, seed, backend)
     answers, asked, known = [], [], []
     for code in present:
         rest = groups.codes != code
@@ -282,7 +284,13 @@ def leave_out(
             )
         own = rows[groups.codes[rows] == code]
         others = KnnLabels(
-            rows_of(z, rest), nodes[rest], tree, k=k, kernel=kernel, seed=seed, backend=backend
+            rows_of(z, rest),
+            nodes[rest],
+            tree,
+            k=k,
+            kernel=kernel,
+            backend=backend,
+            scale=within.without(int(code), np.array(tree.parents, np.int64)),
         )
         answers.append(others.ask(z[own]))
         asked.append(own)

@@ -92,6 +92,8 @@ class KnnLabels:
         Of :func:`atlas.evaluation.neighbours.nearest`.
     search
         What searches the rows of ``z`` in its place, such as an index.
+    scale
+        Distances within the reference, where they are known already.
 
     Raises
     ------
@@ -110,6 +112,7 @@ class KnnLabels:
         seed: int = 0,
         backend: Backend = "auto",
         search: Search | None = None,
+        scale: DistanceScale | None = None,
     ) -> None:
         # one more than k: each cell's own distances are to k others
         if not 1 <= k < len(z):
@@ -123,7 +126,7 @@ class KnnLabels:
         self.backend = ""
         self._kernel = kernel
         self._search: Search = search or partial(nearest, z, backend=backend)
-        self.scale = DistanceScale.of(
+        self.scale = scale or DistanceScale.of(
             z,
             nodes,
             np.array(tree.parents, np.int64),

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from atlas.evaluation.codes import sample_rows
+from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.neighbours import Backend, Embedding, Search, nearest
+from atlas.evaluation.vectors import rows_of
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 CELLS_PER_LABEL = 300
 """Cells of a label by which its distances are known; all where there are fewer."""
+
+_AS_FAR = 4
+"""Neighbours looked for among all cells, in k: mostly enough that k are of other studies."""
 
 _LEAST_SPREAD = 1e-3
 _FLOOR = 1e-6
@@ -88,16 +93,39 @@ class DistanceScale:
             near = nearest(z, z[cells], k, cells, backend=backend)
         else:
             near = search(z[cells], k, cells)
-        mean = near.distances.mean(axis=1, dtype=np.float64)
+        own = nodes[cells]
+        stands_for = np.bincount(nodes) / np.maximum(np.bincount(own, minlength=nodes.max() + 1), 1)
+        return cls.from_sample(near.distances, own, stands_for[own], parents)
+
+    @classmethod
+    def from_sample(
+        cls,
+        distances: npt.NDArray[np.float32],
+        nodes: Codes,
+        weight: Floats,
+        parents: Codes,
+    ) -> Self:
+        """The scale of a reference, from some of its cells.
+
+        Parameters
+        ----------
+        distances
+            Of each cell to the k nearest others of the reference: float32 (n, k).
+        nodes
+            Its label: int64 (n,).
+        weight
+            How many cells it stands for: float64 (n,).
+        parents
+            As for :meth:`of`.
+        """
+        mean = distances.mean(axis=1, dtype=np.float64)
         positive = mean[mean > 0]
         floor = _FLOOR * float(np.median(positive)) if len(positive) else np.finfo(float).tiny
         logs = np.log(np.maximum(mean, floor))
 
         # a node's cells and those below it; each cell counts as many as its sample stands for
-        count = np.bincount(nodes, minlength=len(parents)).astype(np.float64)
-        sampled = np.bincount(nodes[cells], minlength=len(parents))
-        weight = (count / np.maximum(sampled, 1))[nodes[cells]]
-        total = np.bincount(nodes[cells], weights=weight * logs, minlength=len(parents))
+        count = np.bincount(nodes, weights=weight, minlength=len(parents))
+        total = np.bincount(nodes, weights=weight * logs, minlength=len(parents))
         for node in range(len(parents) - 1, -1, -1):
             if parents[node] >= 0:
                 total[parents[node]] += total[node]
@@ -107,7 +135,7 @@ class DistanceScale:
         for node, parent in enumerate(parents):
             above = location[parent] if parent >= 0 else everywhere
             location[node] = total[node] / count[node] if count[node] else above
-        spread = np.sqrt(np.average((logs - location[nodes[cells]]) ** 2, weights=weight))
+        spread = np.sqrt(np.average((logs - location[nodes]) ** 2, weights=weight))
         return cls(location, max(float(spread), _LEAST_SPREAD), floor)
 
     def score(self, distances: npt.NDArray[np.float32], labels: Codes) -> Floats:
@@ -123,3 +151,60 @@ class DistanceScale:
         mean = distances.mean(axis=1, dtype=np.float64)
         beyond: Floats = np.log(np.maximum(mean, self.floor)) - self.location[labels]
         return beyond / self.spread
+
+
+class OwnDistances:
+    """Distances of a reference's cells to its other cells, whichever study is left out.
+
+    A sample of cells is searched among all cells once. Of the neighbours found those of the study
+    that is left out are passed over, and only cells for which too few remain are searched again: to
+    search for each study anew would take as many times as long as there are studies.
+
+    Parameters
+    ----------
+    z, nodes, groups, k, seed, backend
+        As for :func:`atlas.evaluation.calibration.leave_out`.
+    """
+
+    def __init__(
+        self,
+        z: Embedding,
+        nodes: Codes,
+        groups: Categories,
+        k: int,
+        seed: int,
+        backend: Backend,
+    ) -> None:
+        self._z, self._nodes, self._groups = z, nodes, groups.codes
+        self._k, self._backend = k, backend
+        cells, weight = [], []
+        for node in np.unique(nodes):
+            present = np.unique(groups.codes[nodes == node])
+            most = math.ceil(CELLS_PER_LABEL / max(1, len(present) - 1))
+            for code in present:
+                own = np.flatnonzero((nodes == node) & (groups.codes == code)).astype(np.int64)
+                drawn = sample_rows(own, most, seed)
+                cells.append(drawn)
+                weight.append(np.full(len(drawn), len(own) / len(drawn)))
+        self._cells, self._weight = np.concatenate(cells), np.concatenate(weight)
+        far = min(_AS_FAR * k, len(z) - 1)
+        self._near = nearest(z, z[self._cells], far, self._cells, backend=backend)
+
+    def without(self, left_out: int, parents: Codes) -> DistanceScale:
+        """The scale of the other studies."""
+        asked = self._groups[self._cells] != left_out
+        cells = self._cells[asked]
+        near, distances = self._near.indices[asked], self._near.distances[asked]
+        others = self._groups[near] != left_out
+        first = np.argsort(~others, axis=1, kind="stable")[:, : self._k]
+        found = np.take_along_axis(distances, first, axis=1)
+        short = np.flatnonzero(others.sum(axis=1) < self._k)
+        if len(short):
+            rest = self._groups != left_out
+            place = np.cumsum(rest) - 1
+            among = rows_of(self._z, rest)
+            again = cells[short]
+            found[short] = nearest(
+                among, self._z[again], self._k, place[again], backend=self._backend
+            ).distances
+        return DistanceScale.from_sample(found, self._nodes[cells], self._weight[asked], parents)

@@ -24,6 +24,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def read(root: Path, number: int | None = None) -> Manifest:
             "The store has no manifest of this number", found=number, expected=there, path=root
         )
     path = manifest_path(root, there[-1] if number is None else number)
-    manifest = Manifest.from_bytes(path.read_bytes(), path)
+    manifest = _parsed(path.read_bytes(), path)
     if f"{manifest.number:06d}.json" != path.name:
         raise CorruptStoreError(
             "The manifest has another number than its file",
@@ -190,6 +191,12 @@ def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manife
     files.sync_tree(root)
     files.sync_folder(root.absolute().parent)
     return state
+
+
+@lru_cache(maxsize=512)
+def _parsed(data: bytes, path: Path) -> Manifest:
+    """A manifest, checked once however often its file is read: a writer looks at all of them."""
+    return Manifest.from_bytes(data, path)
 
 
 def write_gene_table(root: Path, number: int, table: GeneTable) -> GenesFile:

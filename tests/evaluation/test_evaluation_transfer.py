@@ -26,6 +26,7 @@ from atlas.evaluation.knn_labels import (
     most_probable_path,
     node_probabilities,
 )
+from atlas.evaluation.novelty import DistanceScale, OwnDistances
 from atlas.evaluation.transfer_score import Transferred, score_query
 from atlas.models import LabelTree
 
@@ -284,7 +285,7 @@ def test_left_out_studies_are_labelled_by_the_others() -> None:
         rest, own = group != code, left.groups.codes == code
         expected = KnnLabels(z[rest], codes[rest], FLAT, k=10).ask(z[group == code])
         np.testing.assert_array_equal(left.answer.leaves[own], expected.leaves)
-        np.testing.assert_array_equal(left.answer.distance[own], expected.distance)
+        np.testing.assert_allclose(left.answer.distance[own], expected.distance, atol=1e-5)
         np.testing.assert_array_equal(left.truth[own], codes[group == code])
     np.testing.assert_array_equal(left.known, left.truth != 3)
 
@@ -303,6 +304,22 @@ def test_left_out_studies_are_labelled_by_the_others() -> None:
     assert folds[0].covered == pytest.approx(sets[known, left.truth[known]].mean())
     assert folds[0].mean_set_size == pytest.approx(sets[known].sum(axis=1).mean())
     assert left.folds(None, None, per_label=False)[0].covered is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 50.0])
+def test_distances_of_the_other_studies_are_those_of_a_reference_without_one(shift: float) -> None:
+    z, codes = cells(600, seed=18)
+    group = np.arange(600) % 3
+    z[:, 0] += np.float32(shift) * group.astype(np.float32)  # each study among itself
+    parents = np.full(len(FLAT.parents), -1)
+    within = OwnDistances(z, codes, Categories(group, ("a", "b", "c")), 10, 0, "torch")
+    for code in range(3):
+        rest = group != code
+        expected = DistanceScale.of(z[rest], codes[rest], parents, 10, backend="torch")
+        found = within.without(code, parents)
+        np.testing.assert_allclose(found.location, expected.location, atol=1e-5)
+        assert found.spread == pytest.approx(expected.spread, abs=1e-5)
+        assert found.floor == pytest.approx(expected.floor, rel=1e-4)
 
 
 def test_cells_of_a_type_that_the_reference_lacks_are_far() -> None:
