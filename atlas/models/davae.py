@@ -15,6 +15,7 @@ from atlas.models.base import Conditions, Inputs, Losses, Model, evaluating
 from atlas.models.expression import log_normalized, shares
 from atlas.models.layers import (
     Encoder,
+    GeneLinear,
     TaperedStack,
     kl_normal,
     log_prior_ratio,
@@ -107,7 +108,7 @@ class DAVAE(Model):
         seen = n_batch if config.encode_batch else 0
         self.encoder = Encoder(TaperedStack(n_genes, WIDTHS, seen, *how), config.n_latent)
         self.decoder = TaperedStack(config.n_latent, WIDTHS[::-1], n_batch, *how)
-        self.expression = nn.Linear(WIDTHS[0], n_genes)
+        self.expression = GeneLinear(WIDTHS[0], n_genes)
         self.domain_classifier = nn.Sequential(
             nn.Linear(config.n_latent, HEAD_WIDTH), nn.ReLU(), nn.Linear(HEAD_WIDTH, n_batch)
         )

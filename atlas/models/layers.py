@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atlas.config import Norm
-from atlas.models import noise
+from atlas.models import noise, products
 from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
 from atlas.models.sparse import row_sums, times_weight
@@ -76,6 +76,24 @@ class ConditionalLinear(nn.Module):
             assert conditions.continuous is not None
             out = out + F.linear(conditions.continuous, self.continuous_weight)
         return out
+
+
+class GeneLinear(nn.Linear):
+    """The linear layer from the last hidden one to all genes.
+
+    Parameters
+    ----------
+    n_in, n_genes
+        Width of input and output.
+    """
+
+    def __init__(self, n_in: int, n_genes: int) -> None:
+        super().__init__(n_in, n_genes)
+        self.weight.data = self.weight.data.t().contiguous().t()  # see products.linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (n_cells, n_in) to (n_cells, n_genes)."""
+        return products.linear(x, self.weight, self.bias)
 
 
 class HiddenStack(nn.Module):

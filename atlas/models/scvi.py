@@ -22,6 +22,7 @@ from atlas.models.base import (
 from atlas.models.layers import (
     NO_COVARIATES,
     Encoder,
+    GeneLinear,
     HiddenStack,
     kl_normal,
     log_library,
@@ -152,9 +153,9 @@ class SCVI(Model):
             config.norm,
             covariates=covariates,
         )
-        self.scale = nn.Linear(config.n_hidden, n_genes)
+        self.scale = GeneLinear(config.n_hidden, n_genes)
         if config.gene_likelihood == "zinb":
-            self.zero_inflation = nn.Linear(config.n_hidden, n_genes)
+            self.zero_inflation = GeneLinear(config.n_hidden, n_genes)
         if config.gene_likelihood != "poisson":
             shape = (n_genes,) if config.dispersion == "gene" else (n_batch, n_genes)
             self.log_inverse_dispersion = nn.Parameter(torch.randn(shape))

@@ -18,6 +18,7 @@ from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from atlas.models import products
 from atlas.models.threads import in_parts
 
 Array = npt.NDArray[Any]
@@ -74,7 +75,7 @@ def times_weight(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     ``weight.T`` are contiguous.
     """
     if not is_sparse(x):
-        return F.linear(x, weight, bias)
+        return products.linear(x, weight, bias)
     if x.values().dtype != torch.float32 or weight.dtype != torch.float32:
         return F.linear(x.to_dense(), weight, bias)
     out: Tensor = _SparseLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -125,7 +126,7 @@ def _sum_rows(indptr: Array, values: Array, out: Array) -> None:
         out[i] = total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_rows(
     begin: int,
     end: int,
@@ -135,37 +136,28 @@ def _add_rows(
     dense: Array,
     out: Array,
 ) -> None:
-    """Rows of the product; four at a time, so that the result is read and written less often."""
+    """Rows of the product; four at a time, so that the result is read and written less often.
+
+    Elements are named by two numbers: a view of each row would be counted as a reference, which
+    takes longer than the row. Numbers without sign need no look whether they count from the end.
+    """
+    width = out.shape[1]
     for i in range(begin, end):
         k: Any = np.int64(indptr[i])
         stop = np.int64(indptr[i + 1])
-        row = out[i]
         while k + 4 <= stop:
-            _add_four(
-                values[k : k + 4],
-                dense[indices[k]],
-                dense[indices[k + 1]],
-                dense[indices[k + 2]],
-                dense[indices[k + 3]],
-                row,
-            )
+            a, b = np.uint64(indices[k]), np.uint64(indices[k + 1])
+            c, d = np.uint64(indices[k + 2]), np.uint64(indices[k + 3])
+            xa, xb, xc, xd = values[k], values[k + 1], values[k + 2], values[k + 3]
+            for j in range(width):
+                four = xa * dense[a, j] + xb * dense[b, j] + xc * dense[c, j] + xd * dense[d, j]
+                out[i, j] = out[i, j] + four
             k += 4
         while k < stop:
-            _add_one(values[k], dense[indices[k]], row)
+            a, xa = np.uint64(indices[k]), values[k]
+            for j in range(width):
+                out[i, j] = out[i, j] + xa * dense[a, j]
             k += 1
-
-
-@njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_four(x: Array, a: Array, b: Array, c: Array, d: Array, row: Array) -> None:
-    xa, xb, xc, xd = x[0], x[1], x[2], x[3]
-    for j in range(len(row)):
-        row[j] = row[j] + xa * a[j] + xb * b[j] + xc * c[j] + xd * d[j]
-
-
-@njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_one(x: Any, a: Array, row: Array) -> None:
-    for j in range(len(row)):
-        row[j] = row[j] + x * a[j]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

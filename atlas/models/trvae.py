@@ -15,6 +15,7 @@ from atlas.models.base import Conditions, CountParameters, Inputs, Losses, Model
 from atlas.models.expression import log_normalized, shares
 from atlas.models.layers import (
     Encoder,
+    GeneLinear,
     TaperedStack,
     kl_normal,
     log_library,
@@ -119,9 +120,9 @@ class TRVAE(Model):
             TaperedStack(n_genes, widths, n_batch, "layer", rate), config.n_latent
         )
         self.decoder = TaperedStack(config.n_latent, widths, n_batch, "layer", rate)
-        self.scale = nn.Linear(config.n_hidden, n_genes)
+        self.scale = GeneLinear(config.n_hidden, n_genes)
         if config.gene_likelihood == "zinb":
-            self.zero_inflation = nn.Linear(config.n_hidden, n_genes)
+            self.zero_inflation = GeneLinear(config.n_hidden, n_genes)
         if self.of_counts:
             self.log_inverse_dispersion = nn.Parameter(torch.randn(n_batch, n_genes))
 
