@@ -311,8 +311,8 @@ class TrainConfig(_Config):
     device
         ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` takes a GPU where there is one.
     threads
-        Threads of torch; 0 takes what torch would take. Recorded, because another number may sum
-        in another order.
+        Threads of torch; 0 takes what torch would take, but no more than one for each 2^20 values
+        (cells × genes) of a minibatch. Recorded, because another number may sum in another order.
     checkpoint_steps, checkpoint_minutes
         A checkpoint every so many steps (0: none by steps) and every so many minutes, besides one
         at the end of each epoch.

@@ -123,16 +123,22 @@ def check_environment(
         )
 
 
+_VALUES_A_THREAD = 2**20
+
+
 @contextmanager
-def torch_threads(asked: int, recorded: int | None, path: Path) -> Iterator[None]:
+def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -> Iterator[None]:
     """Give torch its number of threads for the time of a training.
 
     Parameters
     ----------
     asked
-        The configuration's; 0 leaves it to the checkpoint, and without one to torch.
+        The configuration's; 0 leaves it to the checkpoint, and without one to the size of a step.
     recorded
         Threads of the run that is resumed; None for a new run.
+    n_values
+        Cells × genes of a step: a thread for each 2^20 of them at most, because the loader's
+        threads want the cores too, and threads that share a small step wait for each other.
     path
         The run folder, for errors.
 
@@ -142,7 +148,7 @@ def torch_threads(asked: int, recorded: int | None, path: Path) -> Iterator[None
         The run had another number of threads than asked for, or than this machine has.
     """
     before = torch.get_num_threads()
-    wanted = asked or recorded or before
+    wanted = asked or recorded or min(before, -(-n_values // _VALUES_A_THREAD))
     if recorded is not None and wanted != recorded:
         raise CheckpointError(
             "The run had another number of threads, and sums would be taken in another order",

@@ -133,7 +133,8 @@ def fit(
         if reading is not None and (found is None or not found.progress.finished):
             source = reading(source)
             loader = training_loader(model, source, train_rows, config, device, columns, ranks)
-        with torch_threads(config.threads, recorded_threads, out):
+        n_values = -(-config.minibatch_size // ranks.world_size) * model.n_genes
+        with torch_threads(config.threads, recorded_threads, out, n_values):
             state = TrainingState.start(model, loader, config, device, shared=not ranks.alone)
             if found is not None:
                 state.restore(found, out)

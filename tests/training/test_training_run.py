@@ -120,11 +120,27 @@ def test_another_torch_is_a_warning(tmp_path: Path, recwarn: pytest.WarningsReco
 
 def test_threads_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    with torch_threads(before + 1, None, tmp_path):
+    with torch_threads(before + 1, None, tmp_path, 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
-    with torch_threads(0, None, tmp_path):
+    with torch_threads(0, None, tmp_path, 2**40):
         assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("n_values", "threads"), [(1, 1), (128 * 2000, 1), (2**20 + 1, 2), (2**40, 3)]
+)
+def test_a_small_step_takes_fewer_threads(tmp_path: Path, n_values: int, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with torch_threads(0, None, tmp_path, n_values):
+            assert torch.get_num_threads() == threads
+        with torch_threads(2, None, tmp_path, n_values):  # what is asked for is taken
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_recorded_threads_are_restored_or_refused(
@@ -134,16 +150,16 @@ def test_recorded_threads_are_restored_or_refused(
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch_threads(0, 3, tmp_path):
+        with torch_threads(0, 3, tmp_path, 1):
             assert torch.get_num_threads() == 3
         with (
             pytest.raises(CheckpointError, match="64 in the checkpoint, 4 processors here"),
-            torch_threads(0, 64, tmp_path),
+            torch_threads(0, 64, tmp_path, 1),
         ):
             pass
         with (
             pytest.raises(CheckpointError, match="3 in the checkpoint, 2 asked for"),
-            torch_threads(2, 3, tmp_path),
+            torch_threads(2, 3, tmp_path, 1),
         ):
             pass
     finally:
