@@ -69,7 +69,7 @@ def make_stores(folder: Path, shape: Json, args: argparse.Namespace) -> Stores:
         _make(
             stores, args, "annbatch", "with_annbatch.py", "convert", "annbatch", paths["annbatch"]
         )
-        if repeat == 0 and shape["cells"] <= _SOMA_MOST_CELLS:
+        if repeat == 0 and (args.soma or shape["cells"] <= _SOMA_MOST_CELLS):
             soma = paths["tiledbsoma"]
             _make(stores, args, "tiledbsoma", "with_tiledbsoma.py", "convert", "tiledbsoma", soma)
     known = folder / "reference.json"
