@@ -152,6 +152,7 @@ def peer(arguments: Json, phases: Phases) -> Json:
         train_size=0.9,
         batch_size=arguments["minibatch"],
         check_val_every_n_epoch=1,
+        plan_kwargs={"n_epochs_kl_warmup": arguments["epochs"] // 2},  # as ours
         enable_progress_bar=False,
         enable_model_summary=False,
     )
