@@ -32,7 +32,7 @@ _TABLE_ROW: Final = 64
 _QUEUE: Final = 192 * 10**6
 _GROUPS: Final = 8
 """That the queue is made of: threads must not wait for who takes them, nor it for them."""
-_BUNDLE_ROWS: Final = 8192
+_BUNDLE_ROWS: Final = 2048
 _ROWS_AT_ONCE: Final = 2**20
 _TASK: Final = 2**22
 
