@@ -68,7 +68,7 @@ def add_commands(command: Command) -> None:
         "--keep-apart",
         type=float,
         help="weight of a penalty on batches that come nearer to each other than their expression "
-        "is (default: 2, and 20 with --apart-from); 0: none, as in the paper",
+        "is (default: 1.7, and 20 with --apart-from); 0: none, as in the paper",
     )
     add_apart_from(sub)
     sub.add_argument(

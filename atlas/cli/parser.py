@@ -205,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--keep-apart",
         type=float,
         help="weight of a penalty on batches that come nearer to each other than their expression "
-        "is (default: 2, and 20 with --apart-from); 0: none, as in the paper",
+        "is (default: 1.7, and 20 with --apart-from); 0: none, as in the paper",
     )
     living.add_apart_from(sub)
     sub.add_argument("--label-key", help="obs column of labels, for a scanvi")

@@ -82,7 +82,7 @@ class InputsBuilder:
         """The inputs; on CUDA every copy is from pinned memory and none waits for the device."""
         columns, rows = self._columns, minibatch.rows
         return Inputs(
-            counts=_csr(minibatch) if self._sparse else self._feed(minibatch),
+            counts=sparse_counts(minibatch) if self._sparse else self._feed(minibatch),
             batch=self._codes(
                 minibatch.obs["batch"] if columns.batch is None else columns.batch[rows]
             ),
@@ -110,14 +110,24 @@ class InputsBuilder:
         return host.to(self._device, non_blocking=True)
 
 
-def _csr(minibatch: Minibatch) -> Tensor:
-    """The counts in ``torch.sparse_csr`` layout, whose columns rise."""
+def sparse_counts(minibatch: Minibatch, n_rows: int | None = None) -> Tensor:
+    """The counts in ``torch.sparse_csr`` layout, whose columns rise.
+
+    Parameters
+    ----------
+    minibatch
+        The counts.
+    n_rows
+        Rows of the tensor: empty ones follow those of the minibatch.
+    """
     indptr, indices, values = with_sorted_columns(
         minibatch.indptr, minibatch.indices, minibatch.data, minibatch.n_vars
     )
+    n_rows = minibatch.n_rows if n_rows is None else n_rows
+    indptr = np.pad(indptr, (0, n_rows - minibatch.n_rows), mode="edge")
     return csr(
         torch.from_numpy(indptr.astype(np.int32)),
         torch.from_numpy(indices.astype(np.int32, copy=False)),
         torch.from_numpy(values.astype(np.float32, copy=False)),
-        torch.Size((minibatch.n_rows, minibatch.n_vars)),
+        torch.Size((n_rows, minibatch.n_vars)),
     )

@@ -70,7 +70,12 @@ def embed(
         out = np.zeros((store.n_obs, model.config.n_latent), np.float32)
         if stop > start or ranks.alone:
             stream = CellStream(
-                model, store, rows=None if ranks.alone else mine, device=device, progress=showing
+                model,
+                store,
+                rows=None if ranks.alone else mine,
+                device=device,
+                progress=showing,
+                sparse=True,
             )
             out[start:stop] = embedded(model, stream)
         if not ranks.alone:  # each row is 0 but on one of them
@@ -118,7 +123,7 @@ def embed_study(
     """
     mine = store.obs_codes["study"] == store.studies.index(study)
     progressing = f"embedding {study}" if progress else None
-    stream = CellStream(model, store, rows=mine, device=device, progress=progressing)
+    stream = CellStream(model, store, rows=mine, device=device, progress=progressing, sparse=True)
     return embedded(model, stream)
 
 

@@ -107,7 +107,8 @@ def embed_per_batch(
             **options,
         )
         told[batch]["validation_bound"] = own.training["history"][-1]["validation_bound"]
-        embedding[mine] = embedded(own, CellStream(own, store, rows=mine, device=device))
+        stream = CellStream(own, store, rows=mine, device=device, sparse=True)
+        embedding[mine] = embedded(own, stream)
     if all(each["n_obs"] < LEAST_CELLS for each in told.values()):
         raise ConfigError(
             "no batch can be trained on", found="batches of one cell", expected="two cells or more"

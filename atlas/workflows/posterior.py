@@ -71,7 +71,9 @@ def latent_posterior(
         As for :func:`atlas.embed`.
     """
     _check_at_least("n_samples", n_samples, 0)
-    stream = _stream(model, store, rows, device, "latent" if progress else None)
+    stream = CellStream(
+        model, store, rows=rows, device=device, progress="latent" if progress else None, sparse=True
+    )
     generator = seeded_generator(stream.device, seed)
     shape = (len(stream.chosen), model.module.n_latent)
     mean, variance = np.empty(shape, np.float32), np.empty(shape, np.float32)

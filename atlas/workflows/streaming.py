@@ -16,10 +16,11 @@ from atlas.errors import ConfigError, ModelError
 from atlas.models import Inputs, TrainedModel
 from atlas.store import CountStore, FilesSource
 from atlas.training.environment import resolve_device
+from atlas.training.inputs import sparse_counts
 from atlas.workflows.columns import cell_columns
 from atlas.workflows.genes import GenesInStore
 from atlas.workflows.rows import Rows, mask_of
-from loaders import SequentialLoader
+from loaders import Minibatch, SequentialLoader
 
 MINIBATCH = 512
 
@@ -75,6 +76,8 @@ class CellStream:
     own_batch
         Cells are to be decoded for their own batch, so that the model must know it even if its
         encoder does not see it.
+    sparse
+        Leave the counts sparse on the CPU, where the model takes them so: for what encodes only.
 
     Attributes
     ----------
@@ -103,6 +106,7 @@ class CellStream:
         progress: str | None = None,
         minibatch_size: int = MINIBATCH,
         own_batch: bool = False,
+        sparse: bool = False,
     ) -> None:
         mask = mask_of(store, rows)
         genes = GenesInStore.of(model, store)
@@ -128,6 +132,7 @@ class CellStream:
         self._progress = progress
         self._size = minibatch_size
         self.device = resolve_device(device)
+        self._sparse = sparse and model.module.takes_sparse and self.device.type == "cpu"
         model.module.to(self.device)
 
     def __iter__(self) -> Iterator[Cells]:
@@ -144,12 +149,10 @@ class CellStream:
             start = 0
             for minibatch in SequentialLoader(self._view, self._size, rows=self._mask):
                 rows = np.asarray(minibatch.rows, np.int64)
-                counts = torch.zeros(self._size, self._view.n_vars, device=self.device)
-                counts[: len(rows)] = minibatch.to_torch(self.device, dense=True)
                 present = self._presence[int(minibatch.obs["study"][0])]
                 columns = self.columns
                 inputs = Inputs(
-                    counts,
+                    self._counts(minibatch),
                     self._padded(self._batch_of[minibatch.obs["batch"]]),
                     None if bool(present.all()) else present.expand(self._size, -1).to(self.device),
                     categories=self._rows_of(columns.categories, rows),
@@ -159,6 +162,14 @@ class CellStream:
                 yield Cells(rows, slice(start, start + len(rows)), inputs)
                 start += len(rows)
                 bar.update(len(rows))
+
+    def _counts(self, minibatch: Minibatch) -> Tensor:
+        """The counts of a minibatch, and empty cells."""
+        if self._sparse:
+            return sparse_counts(minibatch, self._size)
+        counts = torch.zeros(self._size, minibatch.n_vars, device=self.device)
+        counts[: minibatch.n_rows] = minibatch.to_torch(self.device, dense=True)
+        return counts
 
     def _rows_of(
         self, values: npt.NDArray[Any] | None, rows: npt.NDArray[np.int64], filling: int = 0
