@@ -314,7 +314,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--soma",
         action="store_true",
-        help="tiledbsoma-ml above 100,000 cells too: its store of a million takes half an hour",
+        help="tiledbsoma-ml above 100,000 cells too: its store takes over 15 minutes at a million",
     )
     args = parser.parse_args()
     if args.tiny:

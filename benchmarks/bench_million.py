@@ -318,7 +318,7 @@ def main() -> None:
             **known,
             "settings": settings | {"cells": sizes},
             "runs": runs,
-            "elapsed": time.monotonic() - started,
+            "seconds": time.monotonic() - started,
         },
     )
 

@@ -177,15 +177,20 @@ class OwnDistances:
     ) -> None:
         self._z, self._nodes, self._groups = z, nodes, groups.codes
         self._k, self._backend = k, backend
+        # the cells of each label in each study, in one sort
+        width = len(groups.names) + 1
+        pairs, stratum, sizes = np.unique(
+            nodes * width + groups.codes + 1, return_inverse=True, return_counts=True
+        )
+        strata = np.split(np.argsort(stratum, kind="stable"), np.cumsum(sizes)[:-1])
+        n_studies = np.bincount(pairs // width)
         cells, weight = [], []
-        for node in np.unique(nodes):
-            present = np.unique(groups.codes[nodes == node])
-            most = math.ceil(CELLS_PER_LABEL / max(1, len(present) - 1))
-            for code in present:
-                own = np.flatnonzero((nodes == node) & (groups.codes == code)).astype(np.int64)
-                drawn = sample_rows(own, most, seed)
-                cells.append(drawn)
-                weight.append(np.full(len(drawn), len(own) / len(drawn)))
+        for own, node in zip(strata, (pairs // width).tolist(), strict=True):
+            # so many that enough remain whichever study is left out
+            most = math.ceil(CELLS_PER_LABEL / max(1, n_studies[node] - 1))
+            drawn = sample_rows(own, most, seed)
+            cells.append(drawn)
+            weight.append(np.full(len(drawn), len(own) / len(drawn)))
         self._cells, self._weight = np.concatenate(cells), np.concatenate(weight)
         far = min(_AS_FAR * k, len(z) - 1)
         self._near = nearest(z, z[self._cells], far, self._cells, backend=backend)

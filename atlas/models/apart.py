@@ -58,8 +58,8 @@ class KeepApart:
     same in z. The penalty is the mean of
     :math:`p_i \log (p_i/q_i) + (1-p_i) \log ((1-p_i)/(1-q_i))` times the weight.
 
-    Companions are taken into each minibatch, as many as it has cells. Which ones depends on
-    nothing but the minibatch, so that a training that is resumed goes on as it would have.
+    Companions are taken into each minibatch, as many as it has cells, if there are so many. Which
+    ones depends on nothing but the minibatch, so that a resumed training goes on as it would have.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Products of dense matrices on the CPU by oneDNN, where torch's own are slower.
 
-torch takes float32 products from MKL, which on processors that are not Intel's runs AVX2 code even
-where there is AVX-512: half of what they can do. oneDNN, which is part of torch too, looks at the
-processor alone, and on Intel's is as quick as MKL.
+torch takes float32 products from MKL, which on an AMD EPYC with AVX-512 is less than half as fast
+as oneDNN, which is part of torch too (benchmarks/LOG.md, bench_million). On Intel's processors the
+two were not compared.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _THERE = (
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-"""Whether oneDNN is in this build of torch, and worth it here; known to torch 2.0 to 2.13."""
+"""Whether oneDNN is in this build of torch, and there is AVX-512."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -113,6 +113,12 @@ def read(root: Path, number: int | None = None) -> Manifest:
     return manifest
 
 
+@lru_cache(maxsize=512)
+def _parsed(data: bytes, path: Path) -> Manifest:
+    """A manifest, checked once however often its file is read: a writer looks at all of them."""
+    return Manifest.from_bytes(data, path)
+
+
 def commit(root: Path, newest: Manifest, action: str, **changes: Any) -> Manifest:
     """Make the state that follows ``newest`` the newest, and return it.
 
@@ -191,12 +197,6 @@ def create(root: Path, backend: str, gene_mode: str, table: GeneTable) -> Manife
     files.sync_tree(root)
     files.sync_folder(root.absolute().parent)
     return state
-
-
-@lru_cache(maxsize=512)
-def _parsed(data: bytes, path: Path) -> Manifest:
-    """A manifest, checked once however often its file is read: a writer looks at all of them."""
-    return Manifest.from_bytes(data, path)
 
 
 def write_gene_table(root: Path, number: int, table: GeneTable) -> GenesFile:

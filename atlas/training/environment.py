@@ -124,6 +124,7 @@ def check_environment(
 
 
 _VALUES_A_THREAD = 2**20
+"""Cells × genes for which another thread pays; see bench_million in benchmarks/LOG.md."""
 
 
 @contextmanager

@@ -71,9 +71,7 @@ def latent_posterior(
         As for :func:`atlas.embed`.
     """
     _check_at_least("n_samples", n_samples, 0)
-    stream = CellStream(
-        model, store, rows=rows, device=device, progress="latent" if progress else None, sparse=True
-    )
+    stream = _stream(model, store, rows, device, "latent" if progress else None, sparse=True)
     generator = seeded_generator(stream.device, seed)
     shape = (len(stream.chosen), model.module.n_latent)
     mean, variance = np.empty(shape, np.float32), np.empty(shape, np.float32)
@@ -268,8 +266,17 @@ def _stream(
     device: str,
     progress: str | None,
     own: bool = False,
+    sparse: bool = False,
 ) -> CellStream:
-    return CellStream(model, store, rows=rows, device=device, progress=progress, own_batch=own)
+    return CellStream(
+        model,
+        store,
+        rows=rows,
+        device=device,
+        progress=progress,
+        own_batch=own,
+        sparse=sparse,
+    )
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:

@@ -48,9 +48,8 @@ def test_each_batch_has_a_model_of_its_own(applied: Applied, made: tuple[Path, n
         mask = store.obs_codes["batch"] == code
         for cells in CellStream(own, store, rows=mask):
             expected = own.embed(cells.inputs)[: cells.n_cells].numpy()
-            np.testing.assert_allclose(
-                z[cells.rows], expected, atol=1e-5
-            )  # added up in another order
+            # dense counts are added up in another order
+            np.testing.assert_allclose(z[cells.rows], expected, atol=1e-5)
 
 
 def test_a_batchs_model_does_not_see_other_batches(applied: Applied, tmp_path: Path) -> None:
