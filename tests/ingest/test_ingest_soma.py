@@ -282,3 +282,10 @@ def test_an_experiment_by_uri(object_store, experiment, cells, monkeypatch, tmp_
     store = atlas.create_store(tmp_path / "store")
     store.append(uri, study="s", measurement="RNA", obs_filter="batch == 'pbmc3k'")
     assert store.n_obs == len(expected)
+
+
+def test_tiles_are_not_merged_before_reading(experiment):
+    """That merge can outlive its query, and the process dies (TileDB, pull request 5723)."""
+    context = soma_matrix.Opened(experiment, str(experiment)).experiment.context
+    setting = "sm.query.sparse_global_order.preprocess_tile_merge"
+    assert context.tiledb_config[setting] == "0"
