@@ -303,8 +303,6 @@ def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None
     """
     indptr, indices, data = block.indptr, block.indices, block.data
     n_rows = int((stops - starts).sum())
-    shown = [f"{a} to {b}" for a, b in zip(starts[:3].tolist(), stops[:3].tolist(), strict=True)]
-    where = "rows " + ", ".join(shown) + (", …" if len(starts) > 3 else "")
     narrow = indices.dtype == np.uint16
     arrays: list[tuple[str, npt.NDArray[Any], type]] = [
         ("indptr", indptr, np.int64),
@@ -314,13 +312,13 @@ def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None
     for name, array, dtype in arrays:
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
             raise LoaderError(
-                f"the source gave {name} of another type for {where}",
+                f"the source gave {name} of another type for {_shown(starts, stops)}",
                 found=f"{array.dtype}, {array.ndim} dimensions, strides {array.strides}",
                 expected=f"{np.dtype(dtype)}, 1 dimension, contiguous",
             )
     if len(indptr) != n_rows + 1 or not _is_csr(indptr, len(indices), len(data)):
         raise LoaderError(
-            f"the source gave a block that is no CSR for {where}",
+            f"the source gave a block that is no CSR for {_shown(starts, stops)}",
             found=f"{block.n_rows} rows, {len(indices)} columns, {len(data)} values, "
             f"indptr from {indptr[:1]} to {indptr[-1:]}",
             expected=f"{n_rows} rows, and an indptr that rises from 0 to the number of values",
@@ -329,10 +327,15 @@ def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None
     unsigned = indices if narrow else indices.view(np.uint32)
     if len(indices) and unsigned.max() >= n_vars:
         raise LoaderError(
-            f"the source gave columns out of range for {where}",
+            f"the source gave columns out of range for {_shown(starts, stops)}",
             found=f"{indices.min()} to {indices.max()}",
             expected=f"0 to {n_vars - 1}",
         )
+
+
+def _shown(starts: Ints, stops: Ints) -> str:
+    some = [f"{a} to {b}" for a, b in zip(starts[:3].tolist(), stops[:3].tolist(), strict=True)]
+    return "rows " + ", ".join(some) + (", …" if len(starts) > 3 else "")
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
