@@ -46,7 +46,11 @@ from atlas.evaluation.vectors import rows_of
 Mask = npt.NDArray[np.bool_]
 
 MOST_CELLS = 10_000
+LEAST_CELLS = 2_000
 """Left-out cells of all studies together; a sample where there are more."""
+_MOST_PAIRS = 2 * 10**9
+"""Cells times cells among which they are searched, so that time does not grow with the reference:
+above 200,000 cells fewer are left out, down to the least."""
 
 _ROUNDING = 1e-9
 
@@ -270,7 +274,8 @@ def leave_out(
             do="leave out its batches (--calibrate-by batch), or do without calibration: "
             "Unknown above an uncertainty of .5, and no label sets",
         )
-    rows = sample_rows(np.arange(len(z)), MOST_CELLS, seed)
+    most = min(MOST_CELLS, max(LEAST_CELLS, _MOST_PAIRS // len(z)))
+    rows = sample_rows(np.arange(len(z)), most, seed)
     within = OwnDistances(z, nodes, groups, k, seed, backend)
     answers, asked, known = [], [], []
     for code in present:

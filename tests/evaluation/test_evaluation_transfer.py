@@ -11,6 +11,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from atlas.errors import ConfigError
+from atlas.evaluation import calibration
 from atlas.evaluation.calibration import (
     LeftOut,
     UnknownRule,
@@ -382,3 +383,14 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         leave_out(z, codes, apart, FLAT, k=5)
     with pytest.raises(ConfigError, match=r"k does not fit the reference\n  found: k = 60, and 60"):
         KnnLabels(z, codes, FLAT, k=60)
+
+
+@pytest.mark.parametrize(("pairs", "asked"), [(10**6, 300), (60_000, 100), (9_000, 30), (1, 30)])
+def test_of_a_large_reference_fewer_cells_are_left_out(pairs, asked, monkeypatch) -> None:
+    """So that the time does not grow with the reference; never fewer than the least."""
+    monkeypatch.setattr(calibration, "MOST_CELLS", 300)
+    monkeypatch.setattr(calibration, "LEAST_CELLS", 30)
+    monkeypatch.setattr(calibration, "_MOST_PAIRS", pairs)
+    z, codes = cells(600, 0)
+    groups = Categories(np.arange(600) % 3, ("a", "b", "c"))
+    assert len(leave_out(z, codes, groups, FLAT, k=10).truth) == asked
