@@ -40,7 +40,7 @@ def test_it_scores_a_removed_type(tmp_path: Path, dataset: str, removed: str) ->
     figures = result["figures"]
     assert figures["n_unseen"] > 1
     assert figures["n_known"] > 1
-    for score in ("distance", "u", "u, published", "scANVI entropy"):
+    for score in ("distance", "u", "u, published", "scANVI entropy", "distance, scANVI"):
         assert 0 <= figures[score]["auroc"] <= 1
         assert 0 <= figures[score]["recall"] <= 1
         assert score in done.stdout
