@@ -47,7 +47,7 @@ Mask = npt.NDArray[np.bool_]
 
 MOST_CELLS = 10_000
 LEAST_CELLS = 2_000
-"""Left-out cells of all studies together; a sample where there are more."""
+"""Left-out cells of all studies together, at most and at least; a sample where there are more."""
 _MOST_PAIRS = 2 * 10**9
 """Cells times cells among which they are searched, so that time does not grow with the reference:
 above 200,000 cells fewer are left out, down to the least."""

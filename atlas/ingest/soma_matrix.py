@@ -28,7 +28,7 @@ _CONFIG = {
     "sm.compute_concurrency_level": 1,  # a query runs in the thread that asks
     "sm.io_concurrency_level": 1,
     # merged as they are read: the merge before reading can outlive its query, and then the process
-    # dies (TileDB 2.28 to 2.30 and perhaps later; github.com/TileDB-Inc/TileDB/pull/5723)
+    # dies (seen with the TileDB 2.30 of tiledbsoma 2.3.0; github.com/TileDB-Inc/TileDB/pull/5723)
     "sm.query.sparse_global_order.preprocess_tile_merge": 0,
 }
 _COUNTED = 8192
