@@ -290,8 +290,8 @@ class TrainConfig(_Config):
     seed
         Seeds weights, noise and order.
     minibatch_size
-        Cells of one step. Of 512 the learning rate should be four times the default, .004; larger
-        ones learn less in a pass whatever their rate.
+        Cells of one step. With 512 an scVI wanted four times the default learning rate, .004; with
+        2,048 it learned less in a pass at each rate tried (benchmarks/LOG.md, bench_minibatch).
     lr, eps, weight_decay
         Of Adam.
     warmup_share

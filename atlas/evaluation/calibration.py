@@ -49,8 +49,8 @@ MOST_CELLS = 10_000
 LEAST_CELLS = 2_000
 """Left-out cells of all studies together, at most and at least; a sample where there are more."""
 _MOST_PAIRS = 2 * 10**9
-"""Cells times cells among which they are searched, so that time does not grow with the reference:
-above 200,000 cells fewer are left out, down to the least."""
+"""Cells times cells among which they are searched: from 200,000 cells of the reference to a million
+fewer are left out the larger it is, so that the search takes the same time."""
 
 _ROUNDING = 1e-9
 
