@@ -122,7 +122,7 @@ def settings_of(sizes: list[int]) -> list[tuple[int, str, float]]:
 def passes_in_time(trained: list[Json], epochs: int) -> list[int]:
     """Passes that each size makes in the time of the default: by the median of its trainings."""
     sizes = np.array([one["minibatch_size"] for one in trained])
-    seconds = np.array([one["seconds"] for one in trained])
+    seconds = np.array([one["epochs"]["seconds"] for one in trained])
     typical = {size: float(np.median(seconds[sizes == size])) for size in set(sizes.tolist())}
     whole = typical[DEFAULT]
     return [max(1, round(epochs * whole / typical[size])) for size in sizes.tolist()]
@@ -166,12 +166,12 @@ def study(folder: Path, common: Json, seed: int) -> list[Json]:
         made = run_worker(__file__, "train", common | asked, folder).result
         results.append(asked | {"rule": rule, "epochs": made | {"passes": common["epochs"]}})
         say(f"seed {seed}, {size:,} cells, {rule}: {made['bound']:.2f}, {made['seconds']:.0f} s")
-    timed = [{**one, "seconds": one["epochs"]["seconds"]} for one in results]
-    for one, passes in zip(results, passes_in_time(timed, common["epochs"]), strict=True):
+    for one, passes in zip(results, passes_in_time(results, common["epochs"]), strict=True):
         if passes == common["epochs"]:
             one["time"] = one["epochs"]
             continue
-        made = run_worker(__file__, "train", common | one | {"passes": passes}, folder).result
+        asked = {name: one[name] for name in ("minibatch_size", "lr", "seed")} | {"passes": passes}
+        made = run_worker(__file__, "train", common | asked, folder).result
         one["time"] = made | {"passes": passes}
         say(f"seed {seed}, {one['minibatch_size']:,} cells, {one['rule']}: {made['bound']:.2f}")
     return results

@@ -38,7 +38,7 @@ def test_rates_by_rule(bench: ModuleType) -> None:
 
 def test_passes_that_fit_in_the_time_of_the_default(bench: ModuleType) -> None:
     seconds = [(128, 100.0), (128, 90.0), (512, 50.0), (512, 40.0), (512, 60.0)]
-    trained = [{"minibatch_size": size, "seconds": s} for size, s in seconds]
+    trained = [{"minibatch_size": size, "epochs": {"seconds": s}} for size, s in seconds]
     assert bench.passes_in_time(trained, 20) == [20, 20, 38, 38, 38]
 
 
