@@ -28,10 +28,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from atlas.models.fused import Arguments, can_fuse, fused_loss
+from atlas.models.heads import HeadArguments, fused_heads_loss
 from atlas.models.sparse import is_sparse
 
 Link = Literal["softmax", "log"]
@@ -89,6 +90,40 @@ def zinb_loss(
     return _call(
         counts, scale_logits, log_library, log_inverse_dispersion, dropout_logits, present, link
     )
+
+
+def heads_loss(
+    counts: Tensor,
+    h: Tensor,
+    scale: nn.Linear,
+    zero_inflation: nn.Linear | None,
+    log_library: Tensor,
+    log_inverse_dispersion: Tensor,
+    present: Tensor | None = None,
+) -> Tensor:
+    """:func:`zinb_loss` of ``scale(h)`` and ``zero_inflation(h)``; :func:`nb_loss` without it.
+
+    Parameters
+    ----------
+    h
+        What both layers are of: (n_cells, n_hidden).
+    scale, zero_inflation
+        Linear layers from ``h`` to the genes.
+    counts, log_library, log_inverse_dispersion, present
+        As in :func:`nb_loss`.
+
+    Returns
+    -------
+    (n_cells,), in nats.
+    """
+    weights: list[Tensor | None] = [scale.weight, scale.bias, None, None]
+    if zero_inflation is not None:
+        weights[2:] = [zero_inflation.weight, zero_inflation.bias]
+    if can_fuse(counts, h, log_library, log_inverse_dispersion, *weights):
+        given = counts, h, log_library, log_inverse_dispersion, present, *weights
+        return fused_heads_loss(HeadArguments._make(given))
+    dropout = None if zero_inflation is None else zero_inflation(h)
+    return _call(counts, scale(h), log_library, log_inverse_dispersion, dropout, present, "softmax")
 
 
 def poisson_loss(

@@ -45,6 +45,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out
 
 
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``a @ b.T``, plus the bias, without gradient: (n, m) of (n, k) and (m, k)."""
+    if _THERE and a.dtype == torch.float32:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return out
+    return a @ b.t() if bias is None else torch.addmm(bias, a, b.t())
+
+
+def into(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> None:
+    """Put :func:`product` into a tensor, which may be a part of another."""
+    if _THERE and a.dtype == torch.float32:
+        out.copy_(product(a, b, bias))
+    elif bias is None:
+        torch.mm(a, b.t(), out=out)
+    else:
+        torch.addmm(bias, a, b.t(), out=out)
+
+
 def _takes(*tensors: Tensor) -> bool:
     return (
         _THERE
@@ -55,19 +73,13 @@ def _takes(*tensors: Tensor) -> bool:
     )
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``a @ b.T``, plus the bias."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return out
-
-
 class _Linear(torch.autograd.Function):
     """All three products of a linear layer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -75,7 +87,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
         return (
-            _product(grad_output, weight.t()) if by_x else None,
-            _product(x.t(), grad_output.t()).t() if by_weight else None,
+            product(grad_output, weight.t()) if by_x else None,
+            product(x.t(), grad_output.t()).t() if by_weight else None,
             grad_output.sum(dim=0) if by_bias else None,
         )

@@ -33,6 +33,7 @@ from atlas.models.layers import (
 from atlas.models.likelihood import (
     Link,
     at_least_float32,
+    heads_loss,
     log_means,
     log_softplus,
     nb_loss,
@@ -48,17 +49,13 @@ class Decoded:
 
     Attributes
     ----------
-    scale_logits
-        Logits of the genes' shares, before the softmax; with a given size factor the logarithm of
-        the means, but for it: (n_cells, n_genes).
-    dropout_logits
-        Log-odds of zero inflation, (n_cells, n_genes); None where there is none.
+    h
+        Output of the last hidden layer: (n_cells, n_hidden).
     log_inverse_dispersion
         (n_genes,), or (n_cells, n_genes) where it is per batch; None for the Poisson.
     """
 
-    scale_logits: Tensor
-    dropout_logits: Tensor | None
+    h: Tensor
     log_inverse_dispersion: Tensor | None
 
 
@@ -204,31 +201,39 @@ class SCVI(Model):
         return log_library(counts)
 
     def _decode(self, z: Tensor, conditions: Conditions) -> Decoded:
-        h = self.decoder(z, conditions)
-        scale_logits = self.scale(h)
         log_inverse_dispersion: Tensor | None = None
         if self.config.gene_likelihood != "poisson":
             log_inverse_dispersion = self.log_inverse_dispersion
             if self.config.dispersion == "gene-batch":
                 log_inverse_dispersion = F.embedding(conditions.batch, self.log_inverse_dispersion)
-        return Decoded(
-            scale_logits=scale_logits if self.link == "softmax" else log_softplus(scale_logits),
-            dropout_logits=self.zero_inflation(h)
-            if self.config.gene_likelihood == "zinb"
-            else None,
-            log_inverse_dispersion=log_inverse_dispersion,
-        )
+        return Decoded(self.decoder(z, conditions), log_inverse_dispersion)
+
+    def _scale_logits(self, h: Tensor) -> Tensor:
+        """Logits of the genes' shares, before the softmax: (n_cells, n_genes).
+
+        With a given size factor they are the logarithm of the means, but for it.
+        """
+        logits: Tensor = self.scale(h)
+        return logits if self.link == "softmax" else log_softplus(logits)
+
+    def _dropout_logits(self, h: Tensor) -> Tensor | None:
+        """Log-odds of zero inflation, (n_cells, n_genes); None where there is none."""
+        return self.zero_inflation(h) if self.config.gene_likelihood == "zinb" else None
 
     def reconstruction_loss(self, inputs: Inputs, decoded: Decoded, log_library: Tensor) -> Tensor:
         """Negative log-likelihood of the counts: (n_cells,)."""
-        counts, logits, theta = inputs.counts, decoded.scale_logits, decoded.log_inverse_dispersion
+        counts, h, theta = inputs.counts, decoded.h, decoded.log_inverse_dispersion
         present, link = inputs.present, self.link
         if theta is None:
-            return poisson_loss(counts, logits, log_library, present, link)
-        if decoded.dropout_logits is None:
-            return nb_loss(counts, logits, log_library, theta, present, link)
-        dropout = decoded.dropout_logits
-        return zinb_loss(counts, logits, log_library, theta, dropout, present, link)
+            return poisson_loss(counts, self._scale_logits(h), log_library, present, link)
+        if link == "softmax":
+            zero_inflation = self.zero_inflation if self.config.gene_likelihood == "zinb" else None
+            return heads_loss(counts, h, self.scale, zero_inflation, log_library, theta, present)
+        given = counts, self._scale_logits(h), log_library, theta
+        dropout = self._dropout_logits(h)
+        if dropout is None:
+            return nb_loss(*given, present, link)
+        return zinb_loss(*given, dropout, present, link)
 
     def loss(
         self,
@@ -284,16 +289,19 @@ class SCVI(Model):
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
         """See :meth:`Model.decode`."""
         with evaluating(self):
-            return at_least_float32(self._decode(z, conditions).scale_logits).softmax(dim=-1)
+            return at_least_float32(self._scale_logits(self._decode(z, conditions).h)).softmax(
+                dim=-1
+            )
 
     def count_parameters(self, z: Tensor, inputs: Inputs) -> CountParameters:
         """See :meth:`Model.count_parameters`."""
         with evaluating(self):
             log_library, _ = self.library_posterior(inputs)
             decoded = self._decode(z, inputs.conditions)
-            theta, logits = decoded.log_inverse_dispersion, decoded.dropout_logits
+            theta, logits = decoded.log_inverse_dispersion, self._dropout_logits(decoded.h)
+            scale = self._scale_logits(decoded.h)
             return CountParameters(
-                mean=log_means(decoded.scale_logits, log_library, inputs.present, self.link).exp(),
+                mean=log_means(scale, log_library, inputs.present, self.link).exp(),
                 inverse_dispersion=None if theta is None else theta.exp(),
                 dropout=None if logits is None else at_least_float32(logits).sigmoid(),
             )

@@ -25,9 +25,8 @@ from atlas.models.layers import (
 from atlas.models.likelihood import (
     at_least_float32,
     gaussian_loss,
+    heads_loss,
     log_means,
-    nb_loss,
-    zinb_loss,
 )
 from atlas.models.mmd import batch_discrepancy
 
@@ -41,18 +40,12 @@ class Decoded:
 
     Attributes
     ----------
-    first
-        Output of its first layer: (n_cells, n_hidden).
-    scale_logits
-        Logits of the genes' shares; for the Gaussian the mean of the normalised expression, before
-        the softplus: (n_cells, n_genes).
-    dropout_logits
-        Log-odds of zero inflation, (n_cells, n_genes); None where there is none.
+    first, h
+        Output of its first hidden layer and of the last: (n_cells, n_hidden).
     """
 
     first: Tensor
-    scale_logits: Tensor
-    dropout_logits: Tensor | None
+    h: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +113,7 @@ class TRVAE(Model):
             TaperedStack(n_genes, widths, n_batch, "layer", rate), config.n_latent
         )
         self.decoder = TaperedStack(config.n_latent, widths, n_batch, "layer", rate)
+        # Logits of the genes' shares; of the Gaussian the mean, before the softplus.
         self.scale = GeneLinear(config.n_hidden, n_genes)
         if config.gene_likelihood == "zinb":
             self.zero_inflation = GeneLinear(config.n_hidden, n_genes)
@@ -151,23 +145,19 @@ class TRVAE(Model):
         self, z: Tensor, conditions: Conditions, generator: torch.Generator | None = None
     ) -> Decoded:
         first = self.decoder.begun(z, conditions, generator)
-        h = self.decoder.continued(first, generator)
-        zero_inflated = self.config.gene_likelihood == "zinb"
-        return Decoded(first, self.scale(h), self.zero_inflation(h) if zero_inflated else None)
+        return Decoded(first, self.decoder.continued(first, generator))
 
     def reconstruction_loss(self, inputs: Inputs, decoded: Decoded) -> Tensor:
         """Negative log-likelihood of the counts, or of the normalised expression: (n_cells,)."""
-        logits, present = decoded.scale_logits, inputs.present
+        h, present = decoded.h, inputs.present
         if not self.of_counts:
-            mean = F.softplus(at_least_float32(logits))
+            mean = F.softplus(at_least_float32(self.scale(h)))
             variance = torch.full((), LOG_VARIANCE, device=mean.device)
             return gaussian_loss(log_normalized(inputs), mean, variance, present)
         library = log_library(inputs.measured)
         theta = F.embedding(inputs.batch, self.log_inverse_dispersion)
-        if decoded.dropout_logits is None:
-            return nb_loss(inputs.counts, logits, library, theta, present)
-        dropout = decoded.dropout_logits
-        return zinb_loss(inputs.counts, logits, library, theta, dropout, present)
+        zero_inflation = self.zero_inflation if self.config.gene_likelihood == "zinb" else None
+        return heads_loss(inputs.counts, h, self.scale, zero_inflation, library, theta, present)
 
     def loss(
         self,
@@ -201,7 +191,7 @@ class TRVAE(Model):
     def decode(self, z: Tensor, conditions: Conditions) -> Tensor:
         """See :meth:`Model.decode`; of a Gaussian, see :func:`atlas.models.expression.shares`."""
         with evaluating(self):
-            logits = at_least_float32(self._decode(z, conditions).scale_logits)
+            logits = at_least_float32(self.scale(self._decode(z, conditions).h))
             return logits.softmax(dim=-1) if self.of_counts else shares(F.softplus(logits))
 
     def count_parameters(self, z: Tensor, inputs: Inputs) -> CountParameters:
@@ -209,12 +199,14 @@ class TRVAE(Model):
         if not self.of_counts:
             return super().count_parameters(z, inputs)
         with evaluating(self):
-            decoded = self._decode(z, inputs.conditions)
-            logits, library = decoded.dropout_logits, log_library(inputs.measured)
+            h, library = self._decode(z, inputs.conditions).h, log_library(inputs.measured)
+            dropout = None
+            if self.config.gene_likelihood == "zinb":
+                dropout = at_least_float32(self.zero_inflation(h)).sigmoid()
             return CountParameters(
-                mean=log_means(decoded.scale_logits, library, inputs.present).exp(),
+                mean=log_means(self.scale(h), library, inputs.present).exp(),
                 inverse_dispersion=F.embedding(inputs.batch, self.log_inverse_dispersion).exp(),
-                dropout=None if logits is None else at_least_float32(logits).sigmoid(),
+                dropout=dropout,
             )
 
     def log_weight(self, inputs: Inputs, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from atlas.errors import CheckpointError, ConfigError
+from atlas.models.threads import heavy_threads, threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def current_environment(device: torch.device, ranks: int = 1) -> Environment:
         if on_cuda
         else torch.backends.cpu.get_cpu_capability(),
         device=device.type,
-        threads=torch.get_num_threads(),
+        threads=heavy_threads(),
         ranks=ranks,
     )
 
@@ -87,6 +88,16 @@ def resolve_device(name: str) -> torch.device:
             do="choose --device cpu, or install a torch with CUDA",
         )
     return device
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Warn where bfloat16 is slower than float32."""
+    if precision == "bfloat16" and device.type == "cpu" and not _has_bfloat16():
+        warnings.warn(
+            "This processor has no instructions for bfloat16: steps in it take several times as "
+            "long as in float32. Leave out --precision bfloat16",
+            stacklevel=2,
+        )
 
 
 def check_environment(
@@ -124,22 +135,22 @@ def check_environment(
 
 
 _VALUES_A_THREAD = 2**20
-"""Cells × genes for which another thread pays; see bench_million in benchmarks/LOG.md."""
+"""Cells × genes for which another thread of torch's pays (bench_million in benchmarks/LOG.md)."""
 
 
 @contextmanager
 def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -> Iterator[None]:
-    """Give torch its number of threads for the time of a training.
+    """Give a training its number of threads, and torch's operations theirs.
 
     Parameters
     ----------
     asked
-        The configuration's; 0 leaves it to the checkpoint, and without one to the size of a step.
+        The configuration's; 0 leaves it to the checkpoint, and without one to torch's own setting.
     recorded
         Threads of the run that is resumed; None for a new run.
     n_values
-        Cells × genes of a step: a thread for each 2^20 of them at most, because the loader's
-        threads want the cores too, and threads that share a small step wait for each other.
+        Cells × genes of a step. Torch's operations have a thread for each 2^20 of them at most:
+        threads that share a small operation wait for each other. See :func:`threads` for the rest.
     path
         The run folder, for errors.
 
@@ -149,7 +160,7 @@ def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -
         The run had another number of threads than asked for, or than this machine has.
     """
     before = torch.get_num_threads()
-    wanted = asked or recorded or min(before, -(-n_values // _VALUES_A_THREAD))
+    wanted = asked or recorded or before
     if recorded is not None and wanted != recorded:
         raise CheckpointError(
             "The run had another number of threads, and sums would be taken in another order",
@@ -166,11 +177,14 @@ def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -
             do=f"resume on a machine with {recorded} processors, or train anew into another folder",
             path=path,
         )
-    torch.set_num_threads(wanted)
-    try:
+    with threads(min(wanted, -(-n_values // _VALUES_A_THREAD)), heavy=wanted):
         yield
-    finally:
-        torch.set_num_threads(before)
+
+
+def _has_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 by instructions of the processor; True if it cannot say."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return ask is None or bool(ask())
 
 
 def _atlas_version() -> str:

@@ -18,6 +18,7 @@ from atlas.training.alternation import Alternation
 from atlas.training.checkpoint import load_checkpoint
 from atlas.training.environment import (
     check_environment,
+    check_precision,
     resolve_device,
     torch_threads,
 )
@@ -115,6 +116,7 @@ def fit(
             do="raise --validation-share, or train without --early-stopping",
         )
     device = resolve_device(config.device)
+    check_precision(config.precision, device)
     columns = CellColumns() if columns is None else columns
     ranks = Ranks() if ranks is None else ranks
     loader = training_loader(model, source, train_rows, config, device, columns, ranks)

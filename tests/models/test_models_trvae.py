@@ -93,7 +93,7 @@ def _reference(model: TRVAE, inputs: Inputs, out: TrvaeOutputs) -> Tensor:
     present = torch.ones_like(inputs.counts, dtype=torch.bool)
     if inputs.present is not None:
         present = inputs.present
-    logits = out.decoded.scale_logits.double()
+    logits = model.scale(out.decoded.h).double()
     losses = []
     for i in range(len(logits)):
         genes = present[i]
@@ -108,8 +108,7 @@ def _reference(model: TRVAE, inputs: Inputs, out: TrvaeOutputs) -> Tensor:
         theta = model.log_inverse_dispersion[inputs.batch[i], genes].double().exp()
         density = NegativeBinomial(theta, logits=(mean / theta).log()).log_prob(x).exp()
         if model.config.gene_likelihood == "zinb":
-            assert out.decoded.dropout_logits is not None
-            dropped = torch.sigmoid(out.decoded.dropout_logits[i, genes].double())
+            dropped = torch.sigmoid(model.zero_inflation(out.decoded.h)[i, genes].double())
             density = dropped * (x == 0) + (1 - dropped) * density
         losses.append(-density.log().sum())
     return torch.stack(losses)

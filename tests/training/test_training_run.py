@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from atlas.errors import CheckpointError, ConfigError
+from atlas.models.threads import heavy_threads
 from atlas.training.environment import (
     check_environment,
+    check_precision,
     current_environment,
     resolve_device,
     torch_threads,
@@ -118,11 +120,25 @@ def test_another_torch_is_a_warning(tmp_path: Path, recwarn: pytest.WarningsReco
         check_environment(replace(current, torch="1.0"), CPU, tmp_path)
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_bfloat16_without_instructions_is_a_warning(
+    supported: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr("atlas.training.environment._has_bfloat16", lambda: supported)
+    check_precision("float32", CPU)
+    check_precision("bfloat16", torch.device("cuda"))
+    assert not recwarn.list
+    check_precision("bfloat16", CPU)
+    assert len(recwarn.list) == (not supported)
+    if not supported:
+        assert "Leave out --precision bfloat16" in str(recwarn.list[0].message)
+
+
 def test_threads_are_given_back(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    with torch_threads(before + 1, None, tmp_path, 1):
-        assert torch.get_num_threads() == before + 1
-    assert torch.get_num_threads() == before
+    with torch_threads(before + 1, None, tmp_path, 2**40):
+        assert torch.get_num_threads() == heavy_threads() == before + 1
+    assert torch.get_num_threads() == heavy_threads() == before
     with torch_threads(0, None, tmp_path, 2**40):
         assert torch.get_num_threads() == before
 
@@ -130,14 +146,18 @@ def test_threads_are_given_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("n_values", "threads"), [(1, 1), (128 * 2000, 1), (2**20 + 1, 2), (2**40, 3)]
 )
-def test_a_small_step_takes_fewer_threads(tmp_path: Path, n_values: int, threads: int) -> None:
+def test_a_small_step_gives_torch_fewer_threads(
+    tmp_path: Path, n_values: int, threads: int
+) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with torch_threads(0, None, tmp_path, n_values):
             assert torch.get_num_threads() == threads
-        with torch_threads(2, None, tmp_path, n_values):  # what is asked for is taken
-            assert torch.get_num_threads() == 2
+            assert heavy_threads() == 3
+        with torch_threads(2, None, tmp_path, n_values):
+            assert torch.get_num_threads() == min(threads, 2)
+            assert heavy_threads() == 2
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -151,7 +171,7 @@ def test_recorded_threads_are_restored_or_refused(
     torch.set_num_threads(1)
     try:
         with torch_threads(0, 3, tmp_path, 1):
-            assert torch.get_num_threads() == 3
+            assert heavy_threads() == 3
         with (
             pytest.raises(CheckpointError, match="64 in the checkpoint, 4 processors here"),
             torch_threads(0, 64, tmp_path, 1),
