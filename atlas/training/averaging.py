@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -30,11 +30,19 @@ class WeightAverage:
         self._steps = steps
         self.weights = {name: value.clone() for name, value in model.state_dict().items()}
 
+    def share(self, step: int) -> float:
+        """How far the average moves towards the weights after ``step`` steps."""
+        return max(1 / self._steps, 9 / (step + 10))
+
     @torch.no_grad()
-    def update(self, model: Model, step: int) -> None:
-        """Take in the weights after ``step`` steps; nothing here waits for the device."""
-        share = max(1 / self._steps, 9 / (step + 10))
-        own = model.state_dict()
+    def update(self, model: Model, step: int, names: Collection[str] | None = None) -> None:
+        """Take in the weights after ``step`` steps, all or those of some names.
+
+        Nothing here waits for the device.
+        """
+        share, own = self.share(step), model.state_dict()
+        if names is not None:
+            own = {name: own[name] for name in names}
         moving = [name for name, value in own.items() if value.is_floating_point()]
         averages, values = [self.weights[name] for name in moving], [own[name] for name in moving]
         torch._foreach_lerp_(averages, values, share)

@@ -18,6 +18,7 @@ from atlas.config import TrainConfig
 from atlas.errors import TrainingError
 from atlas.models.base import Inputs, Losses, Model, evaluating
 from atlas.models.noise import SharedGenerator
+from atlas.training.adam import Stepper
 from atlas.training.alternation import Alternation
 from atlas.training.checkpoint import save_checkpoint
 from atlas.training.clock import Clock
@@ -70,6 +71,7 @@ class Trainer:
         self.out = out
         self.device = state.sums.device
         self.environment = current_environment(self.device, ranks.world_size)
+        self.stepper = Stepper(state.optimizer, state.average, state.model)
         self.trained = [p for p in state.model.parameters() if p.requires_grad]
         total_steps = config.max_epochs * state.loader.steps_per_epoch
         self.schedule = KlSchedule(total_steps, config.warmup_share)
@@ -155,9 +157,7 @@ class Trainer:
             told = self.ranks.add_up_step(self.trained, told)
             sums, objective, self.asked = told[:-1], told[0] / cells, told[-1]
         clock.lap("backward")
-        state.optimizer.step()
-        if state.average is not None:
-            state.average.update(state.model, state.step)
+        self.stepper.step(state.step)
         clock.lap("optimiser")
 
         state.sums += sums
