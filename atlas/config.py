@@ -308,12 +308,14 @@ class TrainConfig(_Config):
     patience
         Epochs to wait for an improvement; counted only after the warm-up.
     precision
-        ``"bfloat16"`` runs the matrix products in bfloat16, the likelihood in float32.
+        ``"bfloat16"`` runs the matrix products in bfloat16, the likelihood in float32. On a
+        processor without its instructions that is slower, of which a warning tells.
     device
         ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; ``"auto"`` takes a GPU where there is one.
     threads
-        Threads of torch; 0 takes what torch would take, but no more than one for each 2^20 values
-        (cells × genes) of a minibatch. Recorded, because another number may sum in another order.
+        Threads of a step; 0 takes what torch would take. Torch's own operations have no more than
+        one for each 2^20 values (cells × genes) of a minibatch. Recorded, because another number
+        may sum in another order.
     checkpoint_steps, checkpoint_minutes
         A checkpoint every so many steps (0: none by steps) and every so many minutes, besides one
         at the end of each epoch.
