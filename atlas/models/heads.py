@@ -19,6 +19,9 @@ from atlas.models import products
 from atlas.models.fused import Gradients, Pass, reweighted
 from atlas.models.threads import at_once, cut, heavy_threads
 
+_LEAST_CELLS, _LEAST_GENES = 32, 512
+"""Of a thread's part: products of few rows take long for each."""
+
 _TILE = 2**20
 """Logits that are made, taken the likelihood of and multiplied while they are in the cache."""
 
@@ -133,7 +136,8 @@ def _run(
             of_some(start, min(start + tile, end))
 
     n_threads = heavy_threads()
-    at_once([partial(of_part, *part) for part in cut(n_cells, n_threads, of_cells.step)])
+    n_parts = min(n_threads, n_cells // _LEAST_CELLS)
+    at_once([partial(of_part, *part) for part in cut(n_cells, n_parts, of_cells.step)])
     if not with_gradients:
         return of_cells.loss, None
 
@@ -149,7 +153,7 @@ def _run(
         if by_bias:
             torch.sum(out, dim=0, out=by_biases[i][begin:end])
 
-    genes = cut(n_genes, -(-n_threads // len(layers)))
+    genes = cut(n_genes, min(-(-n_threads // len(layers)), n_genes // _LEAST_GENES))
     tasks = [partial(of_genes, i, *part) for i in range(len(layers)) for part in genes]
     for first in range(0, len(tasks), n_threads):
         at_once(tasks[first : first + n_threads])

@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 # Columns of the table of parameters: addresses, and the number of elements.
 _GRADIENT, _WEIGHT, _MEAN, _SQUARE, _AVERAGE, _N = range(6)
 
+_A_THREAD: Final = 2**17
+"""Elements for which a thread more pays."""
 _SHARED: Final = 2**14
 """Elements from which on a parameter is shared out to the threads."""
 _LINE: Final = 16
@@ -101,7 +103,7 @@ class Stepper:
             (self._group["weight_decay"], self._group["eps"], share),
         )
         given = np.array(table, np.int64), np.array(rates, np.float32), *map(_float32, scalars)
-        n_threads = heavy_threads()
+        n_threads = max(1, min(heavy_threads(), sum(row[_N] for row in table) // _A_THREAD))
         at_once([partial(_pass, *given, part, n_threads) for part in range(n_threads)])
         if self._average is not None and self._others:
             self._average.update(self._model, number, self._others)

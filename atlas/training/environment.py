@@ -169,15 +169,16 @@ def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -
             path=path,
         )
     available = os.cpu_count() or 1
-    if recorded is not None and wanted > max(available, before):
+    of_torch = min(wanted, -(-n_values // _VALUES_A_THREAD))
+    if recorded is not None and of_torch > max(available, before):
         raise CheckpointError(
             "The run had more threads than this machine has, and sums would be taken in another "
             "order",
-            found=f"{recorded} in the checkpoint, {available} processors here",
-            do=f"resume on a machine with {recorded} processors, or train anew into another folder",
+            found=f"{of_torch} of the step of the checkpoint, {available} processors here",
+            do=f"resume on a machine with {of_torch} processors, or train anew into another folder",
             path=path,
         )
-    with threads(min(wanted, -(-n_values // _VALUES_A_THREAD)), heavy=wanted):
+    with threads(of_torch, heavy=wanted):
         yield
 
 

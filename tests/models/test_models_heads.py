@@ -84,9 +84,21 @@ def _with_gradients(
 @pytest.mark.parametrize("some_present", [False, True])
 @pytest.mark.parametrize("weighted", ["mean", "sum", "each"])
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
+@pytest.mark.parametrize("by_onednn", [False, True])
 def test_it_is_both_by_themselves(
-    zero_inflated: bool, per_cell: bool, some_present: bool, weighted: str, n_threads: int
+    zero_inflated: bool,
+    per_cell: bool,
+    some_present: bool,
+    weighted: str,
+    n_threads: int,
+    by_onednn: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if by_onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("oneDNN is not in this build of torch")
+    monkeypatch.setattr("atlas.models.products._THERE", by_onednn)
+    monkeypatch.setattr("atlas.models.heads._LEAST_CELLS", 10)
+    monkeypatch.setattr("atlas.models.heads._LEAST_GENES", 50)
     given, layers = _cells(per_cell), _layers(zero_inflated)
     generator = torch.Generator().manual_seed(2)
     weights = {"mean": None, "sum": torch.ones(N_CELLS)}

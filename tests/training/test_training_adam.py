@@ -43,7 +43,10 @@ def _gradients(module: nn.Module, number: int) -> None:
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
-def test_it_is_torchs_adam_and_average(weight_decay: float, n_threads: int) -> None:
+def test_it_is_torchs_adam_and_average(
+    weight_decay: float, n_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("atlas.training.adam._A_THREAD", 1000)
     ours, theirs = _Parts(), _Parts(torch.float64)
     theirs.load_state_dict(ours.state_dict())
     averages = [WeightAverage(module, 5) for module in (ours, theirs)]
@@ -70,7 +73,8 @@ def test_it_is_torchs_adam_and_average(weight_decay: float, n_threads: int) -> N
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
-def test_the_number_of_threads_changes_nothing() -> None:
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas.training.adam._A_THREAD", 1000)
     found = []
     for n_threads in (1, 2, 3):
         module = _Parts()
