@@ -5,8 +5,7 @@ ZINB, 2 layers of 128, 10 latent dimensions, counts in memory; the same counts f
 scvi-tools
     ``SCVI.train``, with its own loader.
 plain
-    ``atlas.training.loop.fit`` with hidden layers and likelihood in torch's operations, and dense
-    input.
+    ``atlas.training.loop.fit`` with the likelihood in torch's operations and dense input.
 fused
     The same as it comes: compiled passes, sparse input.
 bfloat16
@@ -108,13 +107,12 @@ def _set_threads(arguments: Json) -> None:
 def _configured(arguments: Json) -> tuple[Any, Any, Any]:
     """Model, source and configuration of one of Atlas' sides, with all that it turns off."""
     from atlas.config import ScviConfig, TrainConfig
-    from atlas.models import SCVI, layers, likelihood
+    from atlas.models import SCVI, likelihood
     from atlas.models.build import build_model
     from loaders import ArraySource
 
     if arguments["side"] == PLAIN:
         likelihood.can_fuse = lambda *tensors: False  # type: ignore[assignment]
-        layers.can_fuse_activation = lambda *tensors: False  # type: ignore[assignment]
         SCVI.takes_sparse = False
     _set_threads(arguments)
     n_cells, n_genes = arguments["n_cells"], arguments["n_genes"]

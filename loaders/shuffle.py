@@ -14,6 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from loaders.addresses import floats_at, halves_at, longs_at, words_at
 from loaders.minibatch import Minibatch
 from loaders.pool import POOL, ROUNDING
 from loaders.selection import Ints
@@ -229,17 +230,6 @@ def _lay_out(
             k += 1
 
 
-def _pointer(kind: Any) -> Any:
-    @intrinsic  # type: ignore[untyped-decorator]
-    def at(_: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(address), generate
-
-    return at
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def _prefetch(_: Any, address: Any) -> Any:
     """Tell the processor that what is at an address will be read."""
@@ -255,24 +245,18 @@ def _prefetch(_: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-_row_at = _pointer(types.int64)
-_halves_at = _pointer(types.uint16)
-_words_at = _pointer(types.int32)
-_floats_at = _pointer(types.float32)
-
-
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _sum_lengths(places: Ints, ends: Ints) -> None:
     """Running sums of the lengths of rows, from 0."""
     for i in range(len(places)):
-        ends[i + 1] = ends[i] + _row_at(places[i])[_LENGTH]
+        ends[i + 1] = ends[i] + longs_at(places[i])[_LENGTH]
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _tell(places: Ints, i: int) -> None:
     """Have the beginning of a row brought from memory: rows are copied in no order."""
     if i < len(places):
-        row = _row_at(places[i])
+        row = longs_at(places[i])
         nbytes = row[_LENGTH] * (2 if row[_NARROW] else 4)
         for line in range(0, min(nbytes, _TOLD), _LINE):
             _prefetch(row[_INDICES] + line)
@@ -290,11 +274,11 @@ def _copy_narrow(
     """Copy narrow rows, given where their table is."""
     for i in range(len(places)):
         _tell(places, i + _AHEAD)
-        row = _row_at(places[i])
+        row = longs_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
-        columns, values = _halves_at(row[_INDICES]), _halves_at(row[_DATA])
+        columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
         for k in range(length):
             to_indices[k] = columns[k]
         for k in range(length):
@@ -312,18 +296,18 @@ def _copy_wide(
     """Copy rows, narrow or wide, given where their table is; widen the narrow ones."""
     for i in range(len(places)):
         _tell(places, i + _AHEAD)
-        row = _row_at(places[i])
+        row = longs_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
         if row[_NARROW]:
-            columns, values = _halves_at(row[_INDICES]), _halves_at(row[_DATA])
+            columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
             for k in range(length):
                 to_indices[k] = columns[k]
             for k in range(length):
                 to_data[k] = values[k]
         else:
-            words, floats = _words_at(row[_INDICES]), _floats_at(row[_DATA])
+            words, floats = words_at(row[_INDICES]), floats_at(row[_DATA])
             for k in range(length):
                 to_indices[k] = words[k]
             for k in range(length):

@@ -88,7 +88,7 @@ def add_commands(command: Command) -> None:
     sub.add_argument("--force", action="store_true", help="with less than half of the genes too")
     sub.add_argument("--lr", type=float, default=0.01, help="of Adam")
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--threads", type=int, default=0, help="of torch; 0: as many as pay")
+    sub.add_argument("--threads", type=int, default=0, help="of a step; 0: as many as torch takes")
     add_device(sub)
     sub.add_argument(
         "--fresh", action="store_true", help="do not go on with an update that was interrupted"

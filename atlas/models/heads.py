@@ -22,9 +22,6 @@ from atlas.models.threads import at_once, cut, heavy_threads
 _LEAST_CELLS, _LEAST_GENES = 32, 512
 """Of a thread's part: products of few rows take long for each."""
 
-_TILE = 2**20
-"""Logits that are made, taken the likelihood of and multiplied while they are in the cache."""
-
 
 class HeadArguments(NamedTuple):
     """What the loss is of; see :func:`atlas.models.likelihood.heads_loss`.
@@ -115,7 +112,7 @@ def _run(
     outs = [torch.empty(n_cells, n_genes, dtype=dtype) for _ in layers]
     by_h = torch.empty_like(h)
 
-    def of_some(begin: int, end: int) -> None:
+    def of_part(begin: int, end: int) -> None:
         rows = slice(begin, end)
         for out, (layer, bias) in zip(outs, layers, strict=True):
             products.into(out[rows], h[rows], layer, bias)
@@ -125,15 +122,9 @@ def _run(
         else:
             of_cells.run(begin, end, logits, dropout, logits[:0], None)
         if wanted.h:
-            parts = [out[rows] for out in outs]
-            products.into(by_h[rows], parts[0], layers[0][0].t())
-            for part, (layer, _) in zip(parts[1:], layers[1:], strict=True):
-                by_h[rows] += products.product(part, layer.t())
-
-    def of_part(begin: int, end: int) -> None:
-        tile = max(of_cells.step, _TILE // n_genes // of_cells.step * of_cells.step)
-        for start in range(begin, end, tile):
-            of_some(start, min(start + tile, end))
+            products.into(by_h[rows], outs[0][rows], layers[0][0].t())
+            for out, (layer, _) in zip(outs[1:], layers[1:], strict=True):
+                by_h[rows] += products.product(out[rows], layer.t())
 
     n_threads = heavy_threads()
     n_parts = min(n_threads, n_cells // _LEAST_CELLS)
@@ -141,31 +132,30 @@ def _run(
     if not with_gradients:
         return of_cells.loss, None
 
-    asked = [wanted[5:7], wanted[7:9]]
-    by_layers = [torch.empty(h.shape[1], n_genes, dtype=dtype) for _ in layers]
-    by_biases = [torch.empty(n_genes, dtype=dtype) for _ in layers]
-
-    def of_genes(i: int, begin: int, end: int) -> None:
-        out = outs[i][:, begin:end]
-        by_layer, by_bias = asked[i]
+    # By weight and bias of each layer.
+    found: list[Tensor | None] = [None] * 4
+    tasks = []
+    n_parts = min(-(-n_threads // len(layers)), n_genes // _LEAST_GENES)
+    for i, out in enumerate(outs):
+        by_layer, by_bias = wanted[5 + 2 * i : 7 + 2 * i]
         if by_layer:
-            products.into(by_layers[i][:, begin:end], h.t(), out.t())
+            columns = torch.empty(h.shape[1], n_genes, dtype=dtype)
+            found[2 * i] = columns.t()
+            tasks += [partial(_by_layer, columns, h, out, *part) for part in cut(n_genes, n_parts)]
         if by_bias:
-            torch.sum(out, dim=0, out=by_biases[i][begin:end])
-
-    genes = cut(n_genes, min(-(-n_threads // len(layers)), n_genes // _LEAST_GENES))
-    tasks = [partial(of_genes, i, *part) for i in range(len(layers)) for part in genes]
+            found[2 * i + 1] = out.sum(dim=0)
     for first in range(0, len(tasks), n_threads):
         at_once(tasks[first : first + n_threads])
-    found: list[Tensor | None] = [None] * 4
-    for i, (by_layer, by_bias) in enumerate(asked[: len(layers)]):
-        found[2 * i] = by_layers[i].t().float() if by_layer else None
-        found[2 * i + 1] = by_biases[i].float() if by_bias else None
     return of_cells.loss, (
         None,
         by_h.to(arguments.h.dtype) if wanted.h else None,
         of_cells.by_library if wanted.log_library else None,
         of_cells.by_theta if wanted.log_theta else None,
         None,
-        *found,
+        *(None if gradient is None else gradient.float() for gradient in found),
     )
+
+
+def _by_layer(columns: Tensor, h: Tensor, by_out: Tensor, begin: int, end: int) -> None:
+    """Gradient by the weights of some genes, a column for each: (n_hidden, n_genes)."""
+    products.into(columns[:, begin:end], h.t(), by_out[:, begin:end].t())

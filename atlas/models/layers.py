@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from atlas.config import Norm
 from atlas.models import noise, products
-from atlas.models.activation import Dropout, can_fuse_activation, fused_activation
 from atlas.models.base import Conditions, CovariateSizes
 from atlas.models.likelihood import at_least_float32
 from atlas.models.sparse import row_sums, times_weight
@@ -65,14 +64,9 @@ class ConditionalLinear(nn.Module):
 
     def forward(self, x: Tensor, conditions: Conditions) -> Tensor:
         """Map (n_cells, n_in), dense or in ``torch.sparse_csr`` layout, to (n_cells, n_out)."""
-        out = self.but_for_batch(x, conditions)
+        out = times_weight(x, self.weight, self.bias)
         if self.sees_batch:
             out = out + F.embedding(conditions.batch, self.batch_weight)
-        return out
-
-    def but_for_batch(self, x: Tensor, conditions: Conditions) -> Tensor:
-        """As :meth:`forward`, without the row of the batch."""
-        out = times_weight(x, self.weight, self.bias)
         if len(self.category_weights):
             assert conditions.categories is not None
             columns = conditions.categories.unbind(dim=1)
@@ -151,7 +145,7 @@ class HiddenStack(nn.Module):
         Without a generator, or in evaluation mode, nothing is dropped.
         """
         for linear, norm in zip(self.linears, self.norms, strict=True):
-            x = _conditioned(self, linear, x, conditions, norm, generator)
+            x = _activated(self, linear(x, conditions), norm, generator)
         return x
 
 
@@ -193,7 +187,7 @@ class TaperedStack(nn.Module):
         self, x: Tensor, conditions: Conditions, generator: torch.Generator | None = None
     ) -> Tensor:
         """Output of the first layer: (n_cells, widths[0])."""
-        return _conditioned(self, self.first, x, conditions, self.norms[0], generator)
+        return _activated(self, self.first(x, conditions), self.norms[0], generator)
 
     def continued(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """From the output of the first layer to that of the last: (n_cells, widths[-1])."""
@@ -227,38 +221,6 @@ class Encoder(nn.Module):
         mean = at_least_float32(self.mean(h))
         variance = at_least_float32(self.log_variance(h)).exp() + VARIANCE_FLOOR
         return mean, variance
-
-
-def _conditioned(
-    stack: HiddenStack | TaperedStack,
-    linear: nn.Module,
-    x: Tensor,
-    conditions: Conditions,
-    norm: nn.Module,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """A layer that may see the batch, with what follows."""
-    assert isinstance(linear, ConditionalLinear)
-    h = at_least_float32(linear.but_for_batch(x, conditions))
-    weight = linear.batch_weight if linear.sees_batch else None
-    if isinstance(norm, nn.LayerNorm) and can_fuse_activation(h, weight):
-        return fused_activation(
-            h, conditions.batch, weight, norm.eps, _dropout(stack, h, generator)
-        )
-    if weight is not None:
-        h = h + F.embedding(conditions.batch, weight)
-    return _activated(stack, h, norm, generator)
-
-
-def _dropout(
-    stack: HiddenStack | TaperedStack, h: Tensor, generator: torch.Generator | None
-) -> Dropout | None:
-    """What to drop, in training mode with a generator."""
-    rate = stack.dropout_rate
-    if not stack.training or generator is None or rate == 0:
-        return None
-    bits = noise.bits(h, generator)
-    return Dropout(bits, noise.threshold(rate), 1 / noise.kept_share(rate))
 
 
 def _activated(

@@ -36,27 +36,14 @@ def normal(like: Tensor, generator: torch.Generator) -> Tensor:
 def kept(like: Tensor, rate: float, generator: torch.Generator) -> Tensor:
     """False for a share ``rate`` of the elements of a tensor, (n_cells, …): bool.
 
-    The share is rounded to a multiple of 2⁻³².
-    """
-    return bits(like, generator) >= threshold(rate)
-
-
-def bits(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws of all values of 32 bits alike, for the elements of a tensor, (n_cells, …): int32.
-
-    One draw of 64 bits serves two elements, where one an element took longer than the product of a
-    layer.
+    The share is rounded to a multiple of 2⁻³²: one draw of 64 bits then serves two elements, where
+    one an element took longer than the product of a layer.
     """
     shape = _drawn(like, generator)
     n = shape.numel()
     draws = torch.empty(-(-n // 2), dtype=torch.int64, device=like.device)
-    halves = draws.random_(-(2**63), None, generator=generator).view(torch.int32)
-    return _kept(halves[:n].view(shape), generator)
-
-
-def threshold(rate: float) -> int:
-    """Below it lies a share ``rate`` of :func:`bits`."""
-    return _threshold(rate) - 2**31
+    bits = draws.random_(-(2**63), None, generator=generator).view(torch.int32)
+    return _kept(bits[:n].view(shape), generator) >= _threshold(rate) - 2**31
 
 
 def kept_share(rate: float) -> float:

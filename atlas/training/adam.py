@@ -9,13 +9,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import carray, njit
 from torch import Tensor
 
 from atlas.models.base import Model
 from atlas.models.threads import at_once, heavy_threads
 from atlas.training.averaging import WeightAverage
+from loaders.addresses import floats_at
 
 Array = npt.NDArray[Any]
 
@@ -127,16 +127,6 @@ def _float32(values: Sequence[float]) -> Array:
     return np.array(values, np.float32)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _floats_at(_: Any, address: Any) -> Any:
-    """The pointer that an address is."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.float32)(address), generate
-
-
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _pass(table: Array, rates: Array, betas: Array, others: Array, part: int, n_parts: int) -> None:
     """One thread's share of all parameters.
@@ -164,10 +154,10 @@ def _pass(table: Array, rates: Array, betas: Array, others: Array, part: int, n_
             stop = n // _LINE * (part + 1) // n_parts * _LINE if part + 1 < n_parts else n
         elif part > 0:
             continue
-        gradient = carray(_floats_at(table[i, _GRADIENT]), (n,))
-        weight = carray(_floats_at(table[i, _WEIGHT]), (n,))
-        mean = carray(_floats_at(table[i, _MEAN]), (n,))
-        square = carray(_floats_at(table[i, _SQUARE]), (n,))
+        gradient = carray(floats_at(table[i, _GRADIENT]), (n,))
+        weight = carray(floats_at(table[i, _WEIGHT]), (n,))
+        mean = carray(floats_at(table[i, _MEAN]), (n,))
+        square = carray(floats_at(table[i, _SQUARE]), (n,))
         for a in range(begin, stop, _BLOCK):
             b = min(a + _BLOCK, stop)
             if decay != 0:
@@ -175,7 +165,7 @@ def _pass(table: Array, rates: Array, betas: Array, others: Array, part: int, n_
             _moments(gradient[a:b], mean[a:b], square[a:b], betas)
             _move(weight[a:b], mean[a:b], square[a:b], rates[i, 0], rates[i, 1], eps)
             if table[i, _AVERAGE]:
-                average = carray(_floats_at(table[i, _AVERAGE]), (n,))
+                average = carray(floats_at(table[i, _AVERAGE]), (n,))
                 _follow(average[a:b], weight[a:b], share)
 
 

@@ -174,7 +174,7 @@ def torch_threads(asked: int, recorded: int | None, path: Path, n_values: int) -
         raise CheckpointError(
             "The run had more threads than this machine has, and sums would be taken in another "
             "order",
-            found=f"{of_torch} of the step of the checkpoint, {available} processors here",
+            found=f"{of_torch} for a step of the checkpoint, {available} processors here",
             do=f"resume on a machine with {of_torch} processors, or train anew into another folder",
             path=path,
         )

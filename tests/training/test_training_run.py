@@ -175,7 +175,7 @@ def test_recorded_threads_are_restored_or_refused(
         with torch_threads(0, 64, tmp_path, 1):  # parts of a step that wait for a processor
             assert heavy_threads() == 64
         with (
-            pytest.raises(CheckpointError, match="64 of the step of the checkpoint, 4 processors"),
+            pytest.raises(CheckpointError, match="64 for a step of the checkpoint, 4 processors"),
             torch_threads(0, 64, tmp_path, 2**40),
         ):
             pass
