@@ -33,6 +33,9 @@ _QUEUE: Final = 192 * 10**6
 _GROUPS: Final = 8
 """That the queue is made of: threads must not wait for who takes them, nor it for them."""
 _BUNDLE_ROWS: Final = 2048
+_BUNDLE: Final = 2**23
+"""Rows that minibatches are made of in one go, or these bytes of them where rows are small: what a
+piece of work takes besides its values, much of it under Python's lock, is shared by more."""
 _ROWS_AT_ONCE: Final = 2**20
 _TASK: Final = 2**22
 
@@ -197,7 +200,8 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     group = max(minibatch, queue // _GROUPS)
     # what is made in one go needs its windows open at once
     spare = int((windows - open_bytes) / rates.max())
-    rows_at_once = min(_BUNDLE_ROWS, needs.minibatch_size + spare)
+    small = min(int(_BUNDLE * blocks.takes.sum() / kept.sum()), needs.ahead // 2)
+    rows_at_once = min(max(_BUNDLE_ROWS, small), needs.minibatch_size + spare)
     return Budget(
         total=total,
         minimum=minimum,

@@ -321,6 +321,19 @@ def test_a_slow_consumer_stops_the_reading():
     iterator.close()
 
 
+def test_more_minibatches_of_small_rows_are_made_in_one_go():
+    cells = counts(50_000), counts(5_000, 3_000)
+    small, large = (MinibatchLoader(ArraySource(one), 128) for one in cells)
+    assert large.budget.at_once == 2048 // 128
+    assert 2 * large.budget.at_once < small.budget.at_once
+    assert 128 * small.budget.at_once < small.plan.buffer_size
+    rows = [np.concatenate([minibatch.rows for minibatch in small])]
+    small.budget = replace(small.budget, at_once=1)
+    small.load_state_dict(small.state_dict() | {"epoch": 0, "step": 0})
+    rows.append(np.concatenate([minibatch.rows for minibatch in small]))
+    np.testing.assert_array_equal(*rows)
+
+
 def test_rows_are_read_ahead_within_the_budget():
     data = Recording(counts(500))
     plan = EpochPlan((0, 500), 10, **SMALL)
