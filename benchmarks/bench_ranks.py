@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_step import N_BATCH, batches, simulated
+from bench_step import N_BATCH, batches, peer_model, simulated
 from common import (
     Json,
     Phases,
@@ -75,30 +75,10 @@ def make_store(arguments: Json, phases: Phases) -> Json:
 
 def peer(arguments: Json, phases: Phases) -> Json:
     """Train with scvi-tools; cells/s of each epoch, of all ranks together."""
-    import warnings
-
-    import anndata as ad
     import lightning.pytorch as pl
-    import pandas as pd
-    import scvi
 
-    warnings.filterwarnings("ignore")
-    scvi.settings.verbosity = 40
     n_cells, ranks = arguments["n_cells"], arguments["ranks"]
-    counts = simulated(n_cells, arguments["n_genes"], arguments["density"])
-    obs = pd.DataFrame({"batch": batches(n_cells).astype(str)}, index=map(str, range(n_cells)))
-    adata = ad.AnnData(counts, obs=obs)
-    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-    model = scvi.model.SCVI(
-        adata,
-        n_layers=2,
-        n_hidden=arguments["n_hidden"],
-        n_latent=10,
-        gene_likelihood="zinb",
-        use_layer_norm="both",
-        use_batch_norm="none",
-        encode_covariates=True,
-    )
+    model = peer_model(arguments)
     wall: list[float] = []
     steps: list[int] = []
 

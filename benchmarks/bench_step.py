@@ -164,24 +164,22 @@ def ours(arguments: Json, phases: Phases) -> Json:
     }
 
 
-def peer(arguments: Json, phases: Phases) -> Json:
-    """Train with scvi-tools; cells/s of each epoch."""
+def peer_model(arguments: Json) -> Any:
+    """The model of scvi-tools that Atlas' is beside, with the cells in memory."""
     import warnings
 
     import anndata as ad
-    import lightning.pytorch as pl
     import pandas as pd
     import scvi
 
     warnings.filterwarnings("ignore")
     scvi.settings.verbosity = 40
-    phases.begin("data")
     n_cells = arguments["n_cells"]
     counts = simulated(n_cells, arguments["n_genes"], arguments["density"])
     obs = pd.DataFrame({"batch": batches(n_cells).astype(str)}, index=map(str, range(n_cells)))
     adata = ad.AnnData(counts, obs=obs)
     scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
-    model = scvi.model.SCVI(
+    return scvi.model.SCVI(
         adata,
         n_layers=2,
         n_hidden=arguments["n_hidden"],
@@ -192,6 +190,13 @@ def peer(arguments: Json, phases: Phases) -> Json:
         encode_covariates=True,
     )
 
+
+def peer(arguments: Json, phases: Phases) -> Json:
+    """Train with scvi-tools; cells/s of each epoch."""
+    import lightning.pytorch as pl
+
+    phases.begin("data")
+    n_cells, model = arguments["n_cells"], peer_model(arguments)
     wall, cpu = [], [0.0]
 
     class Clock(pl.Callback):
