@@ -4,9 +4,9 @@ scVI with the ZINB, 2 layers of 128, 10 latent dimensions; 2,000 genes at 10 % d
 a rank in each step, so as many more in a step of one process.
 
 one process
-    ``atlas train`` from a store, with as many threads as it takes by itself.
+    ``atlas.train`` from a store, with as many threads as it takes by itself.
 ranks
-    ``torchrun --nproc-per-node=N -m atlas train`` on the same store, talking by gloo.
+    The same under ``torchrun --nproc-per-node=N``, talking by gloo.
 scvi-tools
     ``SCVI.train``, counts in memory, one process.
 scvi-tools, ranks
@@ -17,17 +17,15 @@ Cells/s are those of all ranks together, over the epochs but for the first. Side
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench_step import N_BATCH, batches, peer_model, simulated
+from bench_step import batches, peer_model, simulated
 from common import (
     Json,
     Phases,
@@ -45,7 +43,7 @@ ONE, RANKS, PEER, PEER_RANKS = "one process", "ranks", "scvi-tools", "scvi-tools
 SIDES = (ONE, RANKS, PEER, PEER_RANKS)
 RATIOS = ((RANKS, ONE, 0.9), (ONE, PEER, None), (RANKS, PEER_RANKS, None))
 _DDP = "ddp_find_unused_parameters_true"
-"""What scvi-tools' documentation says: with plain DDP its models fail."""
+"""With ``ddp`` its training ends with an error that names this one."""
 FULL: Json = {"n_genes": 2000, "density": 0.10, "n_cells": 32_768, "a_rank": 1024}
 FULL |= {"n_hidden": 128, "epochs": 4, "rounds": 3}
 TINY: Json = {"n_genes": 60, "density": 0.10, "n_cells": 512, "a_rank": 32}
@@ -58,7 +56,6 @@ TINY |= {"n_hidden": 8, "epochs": 2, "rounds": 1}
 def make_store(arguments: Json, phases: Phases) -> Json:
     """A store of the cells, all genes chosen."""
     import anndata as ad
-    import numpy as np
     import pandas as pd
 
     import atlas
@@ -70,11 +67,33 @@ def make_store(arguments: Json, phases: Phases) -> Json:
     store = atlas.create_store(arguments["store"])
     store.append(ad.AnnData(counts, obs, var), study="one", batch_key="batch")
     atlas.select_genes(store, n=n_genes)
-    return {"batches": len(np.unique(store.obs_codes["batch"]))}
+    return {}
+
+
+def ours(arguments: Json, phases: Phases) -> Json:
+    """Train with Atlas; cells/s, of all ranks together, and steps of each epoch."""
+    import atlas
+
+    model = atlas.train(
+        atlas.open_store(arguments["store"]),
+        "scvi",
+        out=arguments["out"],
+        max_epochs=arguments["epochs"],
+        n_hidden=arguments["n_hidden"],
+        minibatch_size=arguments["minibatch"],
+        validation_share=0.0,
+        device="cpu",
+    )
+    records = model.training["history"]
+    upto = [0, *(record["step"] for record in records)]
+    return {
+        "cells_per_second": [record["cells_per_second"] for record in records],
+        "steps": [after - before for before, after in pairwise(upto)],
+    }
 
 
 def peer(arguments: Json, phases: Phases) -> Json:
-    """Train with scvi-tools; cells/s of each epoch, of all ranks together."""
+    """The same with scvi-tools."""
     import lightning.pytorch as pl
 
     n_cells, ranks = arguments["n_cells"], arguments["ranks"]
@@ -101,69 +120,28 @@ def peer(arguments: Json, phases: Phases) -> Json:
         logger=False,
         **several,
     )
-    if os.environ.get("RANK", "0") != "0":
-        sys.exit()
     return {"cells_per_second": [n_cells / seconds for seconds in wall], "steps": steps}
 
 
-# sides
+# report
 
 
-def torchrun(ranks: int) -> list[str]:
-    """What to start a script or module with; python alone where there is one rank."""
-    if ranks == 1:
-        return [sys.executable]
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [sys.executable, *start]
-
-
-def run_ours(setting: Json, ranks: int, store: Path, folder: Path) -> Json:
-    """Cells/s and steps of each epoch of ``atlas train``, as its log has them."""
-    out = folder / "run"
-    minibatch = setting["a_rank"] * setting["ranks"]
-    options = {
-        "--model": "scvi",
-        "--out": out,
-        "--epochs": setting["epochs"],
-        "--n-hidden": setting["n_hidden"],
-        "--minibatch-size": minibatch,
-        "--validation-share": 0,
-        "--device": "cpu",
-    }
-    flat = [str(part) for pair in options.items() for part in pair]
-    command = [*torchrun(ranks), "-m", "atlas", "train", str(store), *flat]
-    subprocess.run(command, check=True, capture_output=True)
-    records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    steps = [record["step"] for record in records]
-    return {
-        "cells_per_second": [record["cells_per_second"] for record in records],
-        "steps": [after - before for before, after in zip([0, *steps], steps, strict=False)],
-    }
-
-
-def run_peer(setting: Json, ranks: int, folder: Path) -> Json:
-    """The same of scvi-tools."""
-    asked, answered = folder / "peer.ask.json", folder / "peer.answer.json"
-    # Of a rank: Lightning's sampler gives each its share of the cells.
-    minibatch = setting["a_rank"] * setting["ranks"] // ranks
-    asked.write_text(json.dumps({**setting, "ranks": ranks, "minibatch": minibatch}))
-    command = [*torchrun(ranks), __file__, "--worker", "peer", str(asked), str(answered)]
-    subprocess.run(command, check=True, capture_output=True)
-    result: Json = json.loads(answered.read_text())["result"]
-    return result
-
-
-def measured(setting: Json, sides: list[str], store: Path, work: Path) -> list[Json]:
+def measured(setting: Json, sides: Sequence[str], folder: Path) -> list[Json]:
     """A result for each side."""
+    n_ranks, store = setting["ranks"], str(folder / "cells.atlas")
+    run_worker(__file__, "make_store", {**setting, "store": store}, folder)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n_ranks}"]
     found: dict[str, list[Json]] = {side: [] for side in sides}
-    for _ in range(setting["rounds"]):
+    for turn in range(setting["rounds"]):
         for side in sides:
-            ranks = setting["ranks"] if side in (RANKS, PEER_RANKS) else 1
-            with tempfile.TemporaryDirectory(dir=work) as folder:
-                if side in (ONE, RANKS):
-                    one = run_ours(setting, ranks, store, Path(folder))
-                else:
-                    one = run_peer(setting, ranks, Path(folder))
+            ranks = n_ranks if side in (RANKS, PEER_RANKS) else 1
+            work = "ours" if side in (ONE, RANKS) else "peer"
+            # Atlas takes the minibatch of all ranks, Lightning that of each.
+            minibatch = setting["a_rank"] * (n_ranks if work == "ours" else n_ranks // ranks)
+            asked = {**setting, "ranks": ranks, "minibatch": minibatch}
+            asked |= {"store": store, "out": str(folder / f"{turn} {side}")}
+            before = torchrun if ranks > 1 else ()
+            one = run_worker(__file__, work, asked, folder, before=before).result
             found[side].append(one)
             say(f"{side}: {statistics.harmonic_mean(one['cells_per_second'][1:]):,.0f} cells/s")
     results = []
@@ -187,10 +165,7 @@ def main() -> None:
     say_provenance(known)
     say()
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        store = Path(folder) / "cells.atlas"
-        made = run_worker(__file__, "make_store", {**setting, "store": str(store)}, Path(folder))
-        assert made.result["batches"] == N_BATCH
-        results = measured(setting, options.sides, store, Path(folder))
+        results = measured(setting, options.sides, Path(folder))
     rates = {result["side"]: result["cells_per_second"] for result in results}
     rows = [
         [
@@ -215,5 +190,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve_worker([make_store, peer])
+    serve_worker([make_store, ours, peer])
     main()

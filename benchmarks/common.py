@@ -153,7 +153,12 @@ class Outcome:
 
 
 def run_worker(
-    script: str, work: str, arguments: Json, folder: Path, python: str = sys.executable
+    script: str,
+    work: str,
+    arguments: Json,
+    folder: Path,
+    python: str = sys.executable,
+    before: Sequence[str] = (),
 ) -> Outcome:
     """Run a function of a benchmark script in a process of its own.
 
@@ -169,6 +174,9 @@ def run_worker(
         For the files by which the two processes speak.
     python
         The interpreter; that of a peer's environment where the script needs no more than it has.
+    before
+        What it is given ahead of the script, such as the module of torchrun and its options. Memory
+        is that of the process started so; of several that become the worker the first answers.
 
     Raises
     ------
@@ -178,7 +186,7 @@ def run_worker(
     asked, answered = folder / f"{work}.ask.json", folder / f"{work}.answer.json"
     asked.write_text(json.dumps(arguments))
     answered.unlink(missing_ok=True)
-    command = [python, script, "--worker", work, str(asked), str(answered)]
+    command = [python, *before, script, "--worker", work, str(asked), str(answered)]
     process = subprocess.Popen(command)
     samples: list[tuple[float, int]] = []
     try:
@@ -220,6 +228,8 @@ def serve_worker(works: Sequence[Work]) -> None:
         json.loads(Path(asked).read_text()), phases
     )
     phases.finish()
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit()
     Path(answered).write_text(json.dumps({"result": result, "phases": phases.records}))
     sys.exit()
 

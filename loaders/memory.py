@@ -198,7 +198,7 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     windows = total - reading - held - queue
     # one is made, the last one taken is still in use, and the others wait
     group = max(minibatch, queue // _GROUPS)
-    # what is made in one go needs its windows open at once
+    # what is made in one go needs its windows open at once, and others are read meanwhile
     spare = int((windows - open_bytes) / rates.max())
     small = min(int(_BUNDLE * blocks.takes.sum() / kept.sum()), needs.ahead // 2)
     rows_at_once = min(max(_BUNDLE_ROWS, small), needs.minibatch_size + spare)

@@ -38,7 +38,7 @@ def studies_of(matrix, study, batch, columns):
 def scanpys_choice(matrix, batch, n):
     """scanpy's table, genes of the same variance in a batch ranked by position.
 
-    It leaves their order to numpy's sort, which is another on each kind of processor.
+    It leaves their order to numpy's sort, which differs from processor to processor.
     """
     sc = pytest.importorskip("scanpy")
     ad = pytest.importorskip("anndata")
