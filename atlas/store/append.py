@@ -38,6 +38,7 @@ Codes32: TypeAlias = npt.NDArray[np.int32]
 
 Source: TypeAlias = str | PathLike[str] | AnnData
 DEFAULT_MEMORY = "512MB"
+_NAMES_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ def append_study(
             use_raw=request.use_raw,
             round_counts=request.round_counts,
             feature_type=request.feature_type,
-            memory=memory // (workers.number + 1),  # one more waits where rows come in order
+            memory=_share(memory, workers),
             folder=root / SCRATCH,
             transpose=request.transpose,
             gene_lengths=None if request.gene_lengths is None else Path(request.gene_lengths),
@@ -189,7 +190,7 @@ def _append(
         batches, batch_codes = extend(newest.batches, *own_batches)
         labels, label_codes = extend(newest.labels, *own_labels)
 
-        asked = _fingerprint(counts, request, memory // (workers.number + 1), columns)
+        asked = _fingerprint(counts, request, _share(memory, workers), columns)
         journal, notes = Journal.open(root, newest.number, asked, fresh=request.fresh, left=left)
         folder = manifests.study_folder(root, newest, study)
         writer = StudyWriter(
@@ -270,6 +271,14 @@ def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
         raise
 
 
+def _share(memory: int, workers: Workers) -> int:
+    """Bytes of a block of rows.
+
+    Each worker has one, one lies ready for them, and where rows come in order one is being read.
+    """
+    return memory // (workers.number + 2)
+
+
 def _fingerprint(
     counts: StudyCounts, request: Request, block: int, columns: Codes32
 ) -> dict[str, Any] | None:
@@ -278,8 +287,9 @@ def _fingerprint(
         return None
     tables = hashlib.sha256(columns.tobytes())
     for names in (counts.obs.index, counts.var.index):
-        for name in names:
-            tables.update(name.encode() + b"\0")
+        for start in range(0, len(names), _NAMES_AT_ONCE):
+            some = names[start : start + _NAMES_AT_ONCE]
+            tables.update("".join(f"{name}\0" for name in some).encode())
     options = asdict(request)
     for name in ("scheduler", "fresh", "progress", "memory"):
         del options[name]
@@ -315,8 +325,10 @@ def _common(
     root: Path, manifest: Manifest, hashes: npt.NDArray[np.uint64], name: str
 ) -> dict[str, int]:
     """How many rows of each study have a hash that is among ``hashes``; 0 (empty cells) aside."""
+    out: dict[str, int] = {}
+    if not manifest.studies:
+        return out
     mine = np.unique(hashes[hashes != 0])
-    out = {}
     for study in manifest.studies:
         theirs = read_array(root, study.parts["index"], name)
         if n := int(np.isin(theirs, mine).sum()):

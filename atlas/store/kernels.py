@@ -97,15 +97,19 @@ def hash_rows(
     n_rows = len(indptr) - 1
     out = np.zeros(n_rows, np.uint64)
     for row in range(n_rows):
+        # Slices that start at 0, and no way out of the loop: that is what compiles to vectors.
+        columns, values = (
+            indices[indptr[row] : indptr[row + 1]],
+            data[indptr[row] : indptr[row + 1]],
+        )
         total = np.uint64(0)
-        for j in range(indptr[row], indptr[row + 1]):
-            gene = table[indices[j]]
-            if gene < 0:
-                continue
-            x = (np.uint64(gene) << np.uint64(32)) ^ np.uint64(data[j])
+        for k in range(len(columns)):
+            gene = table[columns[k]]
+            x = (np.uint64(gene) << np.uint64(32)) ^ np.uint64(values[k])
             x = x + _GOLDEN
             x = (x ^ (x >> np.uint64(30))) * _MIX1
             x = (x ^ (x >> np.uint64(27))) * _MIX2
-            total += x ^ (x >> np.uint64(31))
+            x = x ^ (x >> np.uint64(31))
+            total += x if gene >= 0 else np.uint64(0)
         out[row] = total
     return out

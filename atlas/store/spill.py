@@ -24,6 +24,8 @@ from atlas.ingest import kernels
 from atlas.store.kernels import hash_rows
 
 _CHECKED_AT_ONCE = 1 << 20
+_PLANNED_AT_ONCE = 64
+"""Stretches: of each run one search for all of them."""
 
 
 class Rows(Protocol):
@@ -163,7 +165,7 @@ def read_run(folder: Path, run: Run) -> RunResult | None:
 class Piece(NamedTuple):
     """A stretch of one run: its file, the bytes at which it starts, its types and its length."""
 
-    path: Path
+    path: str
     indices_at: int
     values_at: int
     index_type: str
@@ -238,7 +240,7 @@ class Stretch:
         return cut, sorted_indices[inside], sorted_values[inside]
 
 
-def _read(descriptor: int, path: Path, at: int, kind: str, out: npt.NDArray[Any]) -> None:
+def _read(descriptor: int, path: str, at: int, kind: str, out: npt.NDArray[Any]) -> None:
     stored = out if out.dtype.str == kind else np.empty(len(out), kind)
     view = stored.view(np.uint8).data
     while len(view):
@@ -323,36 +325,50 @@ class Runs:
         rows = [np.sort(self.destination[r.first : r.first + r.n_rows]) for r in runs]
         at_row, at_entry = np.zeros(len(runs), np.int64), np.zeros(len(runs), np.int64)
         total = int(self.indptr[-1])
-        for number, start in enumerate(range(0, total, size)):
-            stop = min(start + size, total)
-            first = int(np.searchsorted(self.indptr, start, side="right")) - 1
-            last = int(np.searchsorted(self.indptr, stop, side="left"))
-            pieces, destinations = [], []
-            for i, (run, own) in enumerate(zip(runs, rows, strict=True)):
-                a, b = (int(x) for x in np.searchsorted(own, [first, last]))
-                at_entry[i] += int(self.lengths[own[at_row[i] : a]].sum(dtype=np.int64))
-                at_row[i] = a
-                inside = own[a:b]
-                indices, values = np.dtype(run.index_type), np.dtype(run.value_type)
-                pieces.append(
-                    Piece(
-                        self.folder / run.name,
-                        run.indices_at + int(at_entry[i]) * indices.itemsize,
-                        run.values_at + int(at_entry[i]) * values.itemsize,
-                        run.index_type,
-                        run.value_type,
-                        int(self.lengths[inside].sum(dtype=np.int64)),
-                    )
+        all_starts = np.arange(0, total, size)
+        for begin in range(0, len(all_starts), _PLANNED_AT_ONCE):
+            starts = all_starts[begin : begin + _PLANNED_AT_ONCE]
+            stops = np.minimum(starts + size, total)
+            first = np.searchsorted(self.indptr, starts, side="right") - 1
+            last = np.searchsorted(self.indptr, stops, side="left")
+            # Of each run: its rows in each of these stretches, the entry of the first, how many.
+            inside, entry, n_entries = [], [], []
+            for i, own in enumerate(rows):
+                low, high = np.searchsorted(own, first), np.searchsorted(own, last)
+                at_entry[i] += int(self.lengths[own[at_row[i] : low[0]]].sum(dtype=np.int64))
+                at_row[i] = low[0]
+                lengths = self.lengths[own[low[0] : high[-1]]]
+                ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+                before, upto = ends[low - low[0]], ends[high - low[0]]
+                inside.append([own[a:b] for a, b in zip(low.tolist(), high.tolist(), strict=True)])
+                entry.append((at_entry[i] + before).tolist())
+                n_entries.append((upto - before).tolist())
+            for k, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
+                pieces = [
+                    self._piece(run, entry[i][k], n_entries[i][k])
+                    for i, run in enumerate(runs)
+                    if n_entries[i][k]
+                ]
+                where = np.concatenate([of_run[k] for of_run in inside])
+                yield Stretch(
+                    begin + k,
+                    int(first[k]),
+                    tuple(pieces),
+                    where,
+                    self.lengths[where],
+                    start - int(self.indptr[first[k]]),
+                    stop - start,
+                    types,
                 )
-                destinations.append(inside)
-            where = np.concatenate(destinations)
-            yield Stretch(
-                number,
-                first,
-                tuple(piece for piece in pieces if piece.size),
-                where,
-                self.lengths[where],
-                start - int(self.indptr[first]),
-                stop - start,
-                types,
-            )
+
+    def _piece(self, run: Run, entry: int, size: int) -> Piece:
+        """``size`` entries of a run from one on."""
+        indices, values = np.dtype(run.index_type), np.dtype(run.value_type)
+        return Piece(
+            f"{self.folder}/{run.name}",
+            run.indices_at + entry * indices.itemsize,
+            run.values_at + entry * values.itemsize,
+            run.index_type,
+            run.value_type,
+            size,
+        )

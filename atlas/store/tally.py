@@ -33,11 +33,14 @@ def affordable_width(n_batches: int, n_vars: int, memory: int) -> int | None:
 class Tally:
     """Counts how often each value occurs; for one thread at a time.
 
-    Values below ``width`` are counted in a table, larger ones one by one.
+    Values below ``width`` are counted in a table, larger ones one by one. In the table the genes
+    of a value lie side by side, and rows are counted batch after batch: what a row adds to is then
+    a stretch for each of the small values, which stay in the cache, where else every count would be
+    another line of memory.
     """
 
     def __init__(self, n_batches: int, n_vars: int, width: int) -> None:
-        self.table = np.zeros((n_batches, n_vars, width), np.uint32)
+        self.table = np.zeros((n_batches, width, n_vars), np.uint32)
         self._keys = np.empty(0, np.int64)
         self._times = np.empty(0, np.int64)
         self._waiting: list[npt.NDArray[np.int64]] = []
@@ -59,7 +62,8 @@ class Tally:
         """Count the values of rows, each in the batch of its code."""
         if self.given_up:
             return
-        large = _tally(indptr, indices, data, codes, self.table)
+        order = np.argsort(codes, kind="stable")
+        large = _tally(indptr, indices, data, codes, order, self.table)
         self._waiting.append(large)
         self._n_waiting += len(large)
         if self._n_waiting > _MOST:
@@ -100,18 +104,18 @@ def sums(tallies: Sequence[Tally], clip: Floats | None) -> list[Floats]:
         Sums and sums of squares; or, with ``clip``, number, sums and sums of squares of the values
         above it. All are whole numbers, exact below 2^53.
     """
-    n_batches, n_vars, width = tallies[0].table.shape
+    n_batches, width, n_vars = tallies[0].table.shape
     powers = (1, 2) if clip is None else (0, 1, 2)
     values = np.arange(width, dtype=np.float64)
     out = [np.zeros((n_batches, n_vars)) for _ in powers]
     for batch in range(n_batches):
-        times = np.zeros((n_vars, width))
+        times = np.zeros((width, n_vars))
         for tally in tallies:
             times += tally.table[batch]
         if clip is not None:
-            times[values[None, :] <= clip[batch][:, None]] = 0
+            times[values[:, None] <= clip[batch]] = 0
         for total, power in zip(out, powers, strict=True):
-            total[batch] = times @ values**power
+            total[batch] = values**power @ times
     for tally in tallies:
         places, large, often = tally.large()
         if clip is not None:
@@ -123,23 +127,25 @@ def sums(tallies: Sequence[Tally], clip: Floats | None) -> list[Floats]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _tally(indptr, indices, data, codes, table):  # type: ignore[no-untyped-def]
-    """Count values by batch, column and value in ``table`` (n_batches, n_columns, width).
+def _tally(indptr, indices, data, codes, order, table):  # type: ignore[no-untyped-def]
+    """Count values by batch, value and column in ``table`` (n_batches, width, n_columns).
 
-    Returns those of ``width`` and more, one by one: ``(batch * n_columns + column) << 32 | value``.
+    Rows are gone through in ``order``. Returns the values of ``width`` and more, one by one:
+    ``(batch * n_columns + column) << 32 | value``.
     """
-    n_columns, width = table.shape[1], table.shape[2]
+    width, n_columns = table.shape[1], table.shape[2]
     n_large = 0
     for j in range(indptr[0], indptr[len(indptr) - 1]):
         n_large += data[j] >= width
     large = np.empty(n_large, np.int64)
     at = 0
-    for row in range(len(indptr) - 1):
+    for row in order:
         batch = codes[row]
+        of_batch = table[batch]
         for j in range(indptr[row], indptr[row + 1]):
             value = np.int64(data[j])
             if value < width:
-                table[batch, indices[j], value] += np.uint32(1)
+                of_batch[value, indices[j]] += np.uint32(1)
             else:
                 large[at] = ((np.int64(batch) * n_columns + indices[j]) << 32) | value
                 at += 1

@@ -79,7 +79,8 @@ class Workers:
     ) -> Iterator[Result]:
         """Apply a function to each item; yields results as they come, in any order.
 
-        Items are drawn one at a time by the calling thread, as workers become free. After an error
+        Items are drawn one at a time by the calling thread, as workers become free; one lies ready
+        where all workers may be at work, so that none waits while results are taken. After an error
         or an interrupt nothing is begun any more, and what has begun has ended.
 
         Parameters
@@ -87,7 +88,7 @@ class Workers:
         at_once
             How many items may be at work, at most; all workers by default.
         """
-        limit = min(self.number, at_once or self.number)
+        limit = self.number + 1 if at_once is None or at_once >= self.number else at_once
         running: set[Future[Result]] = set()
         try:
             for item in items:
