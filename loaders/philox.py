@@ -55,7 +55,7 @@ def permutation(
     return order
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _shuffle(order: npt.NDArray[np.int64], drawn: npt.NDArray[np.uint64]) -> None:
     half, low = np.uint64(32), np.uint64(2**32 - 1)
     for last in range(len(order) - 1, 0, -1):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -26,6 +26,8 @@ from loaders.windows import Plan, Window
 _ALL: Final = np.empty(0, np.int64)
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
+_LOOKED_AT = 16
+"""Windows whose bytes are asked for in one go."""
 
 
 class Stopped(Exception):
@@ -70,6 +72,15 @@ class _Block:
     stop: int
     offset: int
     kept: Ints | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Coming:
+    """A window to come, the bytes of its blocks as they are read, and those that it will hold."""
+
+    window: Window
+    sizes: Ints
+    nbytes: int
 
 
 class WindowReader:
@@ -118,10 +129,7 @@ class WindowReader:
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
         self._leaving: deque[Window | Future[Any]] = deque()
-        self._next: Window | None = None
-        self._next_sizes = np.empty(0, np.int64)
-        self._next_bytes = 0
-        self._advance()
+        self._coming: deque[_Coming] = deque()
         self._workers = workers
 
     def __enter__(self) -> Self:
@@ -177,17 +185,17 @@ class WindowReader:
 
     def _read_ahead(self) -> None:
         self._let_go(at_the_latest=False)
-        while self._next is not None:
-            if not self._fits(self._next):
+        while self._coming or self._look_ahead():
+            if not self._fits(self._coming[0]):
                 if self._pending:
                     return
                 self._let_go(at_the_latest=True)
-            self._begin(self._next)
-            self._advance()
+            self._begin(self._coming.popleft())
 
-    def _begin(self, window: Window) -> None:
+    def _begin(self, coming: _Coming) -> None:
         """Have the blocks of a window read."""
-        self._bytes[window.lane, window.index] = self._next_bytes
+        window = coming.window
+        self._bytes[window.lane, window.index] = coming.nbytes
         self._stalls.hold(sum(self._bytes.values()))
         order = self._plan.mix(window)
         spans = [stop - start for start, stop in window.blocks]
@@ -204,7 +212,7 @@ class WindowReader:
         ]
         # In the order of the source, so that blocks of one segment are read in one go.
         by_start = np.argsort([block.start for block in blocks], kind="stable")
-        task = np.cumsum(self._next_sizes[by_start]) // max(1, self._ahead.task)
+        task = np.cumsum(coming.sizes[by_start]) // max(1, self._ahead.task)
         table = empty_table(int(ends[-1]))
         futures = [
             self._workers.submit(self._read, [blocks[i] for i in part.tolist()], table)
@@ -213,25 +221,31 @@ class WindowReader:
         self._pending.append((window, table, order, futures))
         self._pending_rows += window.n_rows
 
-    def _fits(self, window: Window) -> bool:
-        if self._pending_rows + window.n_rows > self._ahead.rows:
+    def _fits(self, coming: _Coming) -> bool:
+        if self._pending_rows + coming.window.n_rows > self._ahead.rows:
             return False
         if self._ahead.nbytes is None:
             return True
-        return sum(self._bytes.values()) + self._next_bytes <= self._ahead.nbytes
+        return sum(self._bytes.values()) + coming.nbytes <= self._ahead.nbytes
 
-    def _advance(self) -> None:
-        """Look at the next window, and how many bytes its blocks will take."""
-        window = self._next = next(self._windows, None)
-        if window is None:
-            return
-        ranges, takes = np.array(window.blocks), np.array(window.takes)
-        self._next_sizes = np.zeros(len(ranges), np.int64)
+    def _look_ahead(self) -> bool:
+        """Look at some coming windows, and how many bytes their blocks will take."""
+        windows = list(islice(self._windows, _LOOKED_AT))
+        if not windows:
+            return False
+        ranges = np.array([block for window in windows for block in window.blocks])
+        takes = np.concatenate([window.takes for window in windows])
+        sizes = np.zeros(len(ranges), np.int64)
         own = ranges[:, 0] < self._source.n_obs
         if own.any():
-            self._next_sizes[own] = block_bytes(self._source, ranges[own, 0], ranges[own, 1])
+            sizes[own] = block_bytes(self._source, ranges[own, 0], ranges[own, 1])
         share = takes / (ranges[:, 1] - ranges[:, 0])
-        self._next_bytes = int((self._next_sizes * np.where(2 * share < 1, share, 1.0)).sum())
+        kept = sizes * np.where(2 * share < 1, share, 1.0)
+        ends = np.cumsum([len(window.blocks) for window in windows]).tolist()
+        for window, start, stop in zip(windows, [0, *ends], ends, strict=False):
+            nbytes = int(kept[start:stop].sum())
+            self._coming.append(_Coming(window, sizes[start:stop], nbytes))
+        return True
 
     def _read(self, blocks: Sequence[_Block], table: Ints) -> list[RowBlock]:
         """Read blocks, in the order of the source, and say in the table where their rows lie."""
@@ -338,7 +352,7 @@ def _shown(starts: Ints, stops: Ints) -> str:
     return "rows " + ", ".join(some) + (", …" if len(starts) > 3 else "")
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _is_csr(indptr: Ints, n_indices: int, n_data: int) -> bool:
     if indptr[0] != 0 or indptr[-1] != n_indices or n_indices != n_data:
         return False

@@ -204,7 +204,7 @@ class Group:
         return out
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _lay_out(
     table: Ints,
     offsets: Ints,
@@ -245,7 +245,7 @@ def _prefetch(_: Any, address: Any) -> Any:
     return types.void(types.int64), generate
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _sum_lengths(places: Ints, ends: Ints) -> None:
     """Running sums of the lengths of rows, from 0."""
     for i in range(len(places)):

@@ -287,7 +287,7 @@ def row_pointers(indptr: Ints, starts: Ints, stops: Ints) -> Ints:
     return out
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _row_pointers(indptr: Ints, starts: Ints, stops: Ints, out: Ints) -> None:
     at = 0
     for i in range(len(starts)):
