@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -55,30 +55,45 @@ class Ahead:
 
 
 @dataclass(frozen=True, slots=True)
-class _Block:
-    """A block to be read.
+class _Blocks:
+    """Blocks to be read together.
 
     Attributes
     ----------
-    start, stop
-        Its rows in the source.
-    offset
-        Its first row in the window.
+    starts, stops
+        Their rows in the source: int64, (n_blocks,).
+    offsets
+        First row of each in the window: int64, (n_blocks,).
     kept
-        Which of its rows to keep, counted in it: int64, rising; None for all.
+        Which of its rows to keep, counted in it, of each: int64, rising; None for all of all.
     """
 
-    start: int
-    stop: int
-    offset: int
-    kept: Ints | None
+    starts: Ints
+    stops: Ints
+    offsets: Ints
+    kept: list[Ints] | None
+
+    def __getitem__(self, which: Ints | slice) -> _Blocks:
+        kept = self.kept
+        if kept is not None:
+            kept = [kept[i] for i in np.arange(len(kept))[which].tolist()]
+        return _Blocks(self.starts[which], self.stops[which], self.offsets[which], kept)
 
 
 @dataclass(frozen=True, slots=True)
 class _Coming:
-    """A window to come, the bytes of its blocks as they are read, and those that it will hold."""
+    """A window to come.
+
+    Attributes
+    ----------
+    ranges, sizes
+        Its blocks, and their bytes as they are read: int64, (n_blocks, 2) and (n_blocks,).
+    nbytes
+        What it will hold.
+    """
 
     window: Window
+    ranges: Ints
     sizes: Ints
     nbytes: int
 
@@ -198,25 +213,22 @@ class WindowReader:
         self._bytes[window.lane, window.index] = coming.nbytes
         self._stalls.hold(sum(self._bytes.values()))
         order = self._plan.mix(window)
-        spans = [stop - start for start, stop in window.blocks]
-        ends = np.cumsum(spans)
-        offsets = (ends - spans).tolist()
-        kept: list[Ints | None] = [None] * len(spans)
+        starts, stops = coming.ranges.T
+        ends = np.cumsum(stops - starts)
+        offsets = ends - (stops - starts)
+        kept = None
         if self._plan.partial:
             chosen = np.unique(order)
-            cuts = np.searchsorted(chosen, [*offsets, int(ends[-1])]).tolist()
+            cuts = np.searchsorted(chosen, [*offsets, ends[-1]])
             kept = [chosen[a:b] - o for (a, b), o in zip(pairwise(cuts), offsets, strict=True)]
-        blocks = [
-            _Block(start, stop, offset, rows)
-            for (start, stop), offset, rows in zip(window.blocks, offsets, kept, strict=True)
-        ]
         # In the order of the source, so that blocks of one segment are read in one go.
-        by_start = np.argsort([block.start for block in blocks], kind="stable")
+        by_start = np.argsort(starts, kind="stable")
+        blocks = _Blocks(starts, stops, offsets, kept)[by_start]
         task = np.cumsum(coming.sizes[by_start]) // max(1, self._ahead.task)
         table = empty_table(int(ends[-1]))
         futures = [
-            self._workers.submit(self._read, [blocks[i] for i in part.tolist()], table)
-            for part in np.split(by_start, np.flatnonzero(np.diff(task)) + 1)
+            self._workers.submit(self._read, blocks[first:last], table)
+            for first, last in pairwise([0, *np.flatnonzero(np.diff(task)) + 1, len(starts)])
         ]
         self._pending.append((window, table, order, futures))
         self._pending_rows += window.n_rows
@@ -244,52 +256,56 @@ class WindowReader:
         ends = np.cumsum([len(window.blocks) for window in windows]).tolist()
         for window, start, stop in zip(windows, [0, *ends], ends, strict=False):
             nbytes = int(kept[start:stop].sum())
-            self._coming.append(_Coming(window, sizes[start:stop], nbytes))
+            part = slice(start, stop)
+            self._coming.append(_Coming(window, ranges[part], sizes[part], nbytes))
         return True
 
-    def _read(self, blocks: Sequence[_Block], table: Ints) -> list[RowBlock]:
+    def _read(self, blocks: _Blocks, table: Ints) -> list[RowBlock]:
         """Read blocks, in the order of the source, and say in the table where their rows lie."""
         began = time.perf_counter()
-        segment = np.searchsorted(self._segments, [block.start for block in blocks], side="right")
-        cuts = [0, *(np.flatnonzero(np.diff(segment)) + 1).tolist(), len(blocks)]
+        segment = np.searchsorted(self._segments, blocks.starts, side="right")
+        cuts = [0, *np.flatnonzero(np.diff(segment)) + 1, len(segment)]
         read = [self._read_together(blocks[a:b], table) for a, b in pairwise(cuts)]
         self._stalls.add("reading", time.perf_counter() - began)
         return read
 
-    def _read_together(self, blocks: Sequence[_Block], table: Ints) -> RowBlock:
+    def _read_together(self, blocks: _Blocks, table: Ints) -> RowBlock:
         """Read blocks of one segment, or lay out the rows that are held."""
         if self._stopped():
             raise Stopped
-        starts = np.array([block.start for block in blocks])
-        counts = np.array([block.stop for block in blocks]) - starts
-        offsets = np.array([block.offset for block in blocks])
+        starts, stops, offsets = blocks.starts, blocks.stops, blocks.offsets
         if starts[0] >= self._source.n_obs:
             held = self._held_rows
             assert held is not None  # the plan draws them only where it names them
             for offset in offsets.tolist():  # each time all of them
                 table[offset : offset + held.n_rows] = self._held_table
             return held
-        read = self._source.read_rows(starts, starts + counts)
-        check_block(read, starts, starts + counts, self._source.n_vars)
-        within = _ALL
-        if any(_few(block) for block in blocks):
-            kept = [
-                np.arange(block.stop - block.start)
-                if block.kept is None or not _few(block)
-                else block.kept
-                for block in blocks
-            ]
-            first = (np.cumsum(counts) - counts).tolist()
-            rows = [part + at for part, at in zip(kept, first, strict=True)]
-            read, within = read.take(np.concatenate(rows)), np.concatenate(kept)
-            counts = np.array([len(part) for part in kept])
+        read = self._source.read_rows(starts, stops)
+        check_block(read, starts, stops, self._source.n_vars)
+        counts, within = stops - starts, _ALL
+        if blocks.kept is not None:
+            read, counts, within = _without(read, counts, blocks.kept)
         lay_out(table, offsets, starts, counts, within, read)
         return read
 
 
-def _few(block: _Block) -> bool:
-    """Whether so few rows of a block are kept that they are better copied."""
-    return block.kept is not None and 2 * len(block.kept) < block.stop - block.start
+def _without(read: RowBlock, counts: Ints, kept: list[Ints]) -> tuple[RowBlock, Ints, Ints]:
+    """Leave out the rows that are not kept, of blocks of which so few are kept that it pays.
+
+    Returns what is left, how many rows of each block, and which of their block they are (none
+    where they are all).
+    """
+    few = [2 * len(rows) < count for rows, count in zip(kept, counts.tolist(), strict=True)]
+    if not any(few):
+        return read, counts, _ALL
+    left = [
+        rows if copied else np.arange(count)
+        for rows, count, copied in zip(kept, counts.tolist(), few, strict=True)
+    ]
+    first = (np.cumsum(counts) - counts).tolist()
+    rows = [part + at for part, at in zip(left, first, strict=True)]
+    taken = read.take(np.concatenate(rows))
+    return taken, np.array([len(part) for part in left]), np.concatenate(left)
 
 
 def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:

@@ -187,13 +187,14 @@ class Group:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
             _copy_wide(places, indptr, rows, indices, data)
         obs = {name: codes[rows] for name, codes in self.obs_codes.items()}
+        pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)
+        _own_pointers(indptr, self.bounds, pointers)
         out = []
-        for begin, stop in pairwise(self.bounds.tolist()):
-            pointers = indptr[begin : stop + 1]
-            low, high = int(pointers[0]), int(pointers[-1])
+        bounds = zip(self.bounds.tolist(), indptr[self.bounds].tolist(), strict=True)
+        for i, ((begin, low), (stop, high)) in enumerate(pairwise(bounds)):
             out.append(
                 Minibatch(
-                    pointers - low,
+                    pointers[begin + i : stop + i + 1],
                     indices[low:high],
                     data[low:high],
                     rows[begin:stop],
@@ -250,6 +251,16 @@ def _sum_lengths(places: Ints, ends: Ints) -> None:
     """Running sums of the lengths of rows, from 0."""
     for i in range(len(places)):
         ends[i + 1] = ends[i] + longs_at(places[i])[_LENGTH]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _own_pointers(indptr: Ints, bounds: Ints, out: Ints) -> None:
+    """Row pointers of each minibatch, from 0, one behind the other."""
+    at = 0
+    for i in range(len(bounds) - 1):
+        for row in range(bounds[i], bounds[i + 1] + 1):
+            out[at] = indptr[row] - indptr[bounds[i]]
+            at += 1
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
