@@ -1,4 +1,8 @@
-"""The shuffle buffer: open windows in mixed order, and minibatches gathered from them."""
+"""The shuffle buffer: open windows in mixed order, and minibatches gathered from them.
+
+Kernels that take milliseconds give Python's lock up; those of microseconds keep it, here and in the
+rooms beside, since waiting for it to come back takes longer than they do.
+"""
 
 from __future__ import annotations
 

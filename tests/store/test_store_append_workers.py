@@ -6,7 +6,7 @@ import re
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +109,22 @@ def test_after_an_error_nothing_is_at_work_any_more() -> None:
         assert len(drawn) < 20
         assert most <= workers.number
         assert sorted(workers.run(work, range(5), at_once=1)) == [0, 1, 2, 3, 4]
+
+
+def test_one_item_lies_ready_while_all_workers_are_at_work() -> None:
+    drawn = threading.Event()
+
+    def work(_: int) -> bool:
+        return drawn.wait(30)  # of each worker, until there is an item more than workers
+
+    with Workers() as workers:
+
+        def items() -> Iterator[int]:
+            yield from range(workers.number)
+            drawn.set()
+            yield workers.number
+
+        assert list(workers.run(work, items())) == [True] * (workers.number + 1)
 
 
 def test_a_budget_too_small_names_the_least(tmp_path: Path, make_study: MakeStudy) -> None:
