@@ -65,7 +65,7 @@ class _Blocks:
     offsets
         First row of each in the window: int64, (n_blocks,).
     kept
-        Which of its rows to keep, counted in it, of each: int64, rising; None for all of all.
+        Of each, which of its rows to keep, counted in it: int64, rising; None to keep all rows.
     """
 
     starts: Ints
