@@ -97,7 +97,7 @@ def hash_rows(
     n_rows = len(indptr) - 1
     out = np.zeros(n_rows, np.uint64)
     for row in range(n_rows):
-        # Slices that start at 0, and no branch: a fifth to a half less time.
+        # Slices that start at 0, and no branch: 3.1 ns a value with one, 1.65 without (LOG.md).
         start, stop = indptr[row], indptr[row + 1]
         columns, values = indices[start:stop], data[start:stop]
         total = np.uint64(0)
