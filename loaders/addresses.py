@@ -19,6 +19,7 @@ def _pointer(kind: Any) -> Any:
     return at
 
 
+bytes_at = _pointer(types.uint8)
 longs_at = _pointer(types.int64)
 halves_at = _pointer(types.uint16)
 words_at = _pointer(types.int32)

@@ -17,6 +17,7 @@ from numba import njit
 
 from loaders.errors import LoaderError
 from loaders.memory import block_bytes
+from loaders.packed import Block, PackedBlock, is_packed
 from loaders.selection import Ints
 from loaders.shuffle import OpenWindow, empty_table, lay_out
 from loaders.source import RowBlock, RowSource, joined
@@ -139,8 +140,11 @@ class WindowReader:
             lay_out(self._held_table, *each, _ALL, held)
         self._windows = plan.windows(step)
         self._segments = [*source.segments]
+        self._read_rows: Callable[[Ints, Ints], Block] = getattr(
+            source, "read_packed", source.read_rows
+        )
         self._ahead, self._stopped, self._stalls = ahead, stopped, stalls
-        self._pending: deque[tuple[Window, Ints, Ints, list[Future[list[RowBlock]]]]] = deque()
+        self._pending: deque[tuple[Window, Ints, Ints, list[Future[list[Block]]]]] = deque()
         self._pending_rows = 0
         self._bytes: dict[tuple[int, int], int] = {}
         self._leaving: deque[Window | Future[Any]] = deque()
@@ -260,7 +264,7 @@ class WindowReader:
             self._coming.append(_Coming(window, ranges[part], sizes[part], nbytes))
         return True
 
-    def _read(self, blocks: _Blocks, table: Ints) -> list[RowBlock]:
+    def _read(self, blocks: _Blocks, table: Ints) -> list[Block]:
         """Read blocks, in the order of the source, and say in the table where their rows lie."""
         began = time.perf_counter()
         segment = np.searchsorted(self._segments, blocks.starts, side="right")
@@ -269,7 +273,7 @@ class WindowReader:
         self._stalls.add("reading", time.perf_counter() - began)
         return read
 
-    def _read_together(self, blocks: _Blocks, table: Ints) -> RowBlock:
+    def _read_together(self, blocks: _Blocks, table: Ints) -> Block:
         """Read blocks of one segment, or lay out the rows that are held."""
         if self._stopped():
             raise Stopped
@@ -280,8 +284,8 @@ class WindowReader:
             for offset in offsets.tolist():  # each time all of them
                 table[offset : offset + held.n_rows] = self._held_table
             return held
-        read = self._source.read_rows(starts, stops)
-        check_block(read, starts, stops, self._source.n_vars)
+        read = self._read_rows(starts, stops)
+        check_block(read, starts, stops)
         counts, within = stops - starts, _ALL
         if blocks.kept is not None:
             read, counts, within = _without(read, counts, blocks.kept)
@@ -289,7 +293,7 @@ class WindowReader:
         return read
 
 
-def _without(read: RowBlock, counts: Ints, kept: list[Ints]) -> tuple[RowBlock, Ints, Ints]:
+def _without(read: Block, counts: Ints, kept: list[Ints]) -> tuple[Block, Ints, Ints]:
     """Leave out the rows that are not kept, of blocks of which so few are kept that it pays.
 
     Returns what is left, how many rows of each block, and which of their block they are (none
@@ -316,29 +320,32 @@ def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
     def read(group: Ints) -> RowBlock:
         start, stop = group[:1], group[-1:] + 1
         block = source.read_rows(start, stop)
-        check_block(block, start, stop, source.n_vars)
+        check_block(block, start, stop)
         return block.take(group - start)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
         return joined(list(executor.map(read, groups)))
 
 
-def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None:
-    """Refuse a block that is not what :class:`RowBlock` says: its arrays are read by address.
+def check_block(block: Block, starts: Ints, stops: Ints) -> None:
+    """Refuse a block that is not what its class says: its arrays are read by address.
+
+    Its columns are looked at when they are copied.
 
     Raises
     ------
     LoaderError
-        Wrong types, lengths or columns.
+        Wrong types or lengths.
     """
-    indptr, indices, data = block.indptr, block.indices, block.data
-    n_rows = int((stops - starts).sum())
-    narrow = indices.dtype == np.uint16
-    arrays: list[tuple[str, npt.NDArray[Any], type]] = [
-        ("indptr", indptr, np.int64),
-        ("indices", indices, np.uint16 if narrow else np.int32),
-        ("data", data, np.uint16 if narrow else np.float32),
-    ]
+    arrays: list[tuple[str, npt.NDArray[Any], type]] = [("indptr", block.indptr, np.int64)]
+    if isinstance(block, PackedBlock):
+        arrays += [("offsets", block.offsets, np.int64), ("records", block.records, np.uint8)]
+    else:
+        narrow = block.indices.dtype == np.uint16
+        arrays += [
+            ("indices", block.indices, np.uint16 if narrow else np.int32),
+            ("data", block.data, np.uint16 if narrow else np.float32),
+        ]
     for name, array, dtype in arrays:
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:
             raise LoaderError(
@@ -346,20 +353,21 @@ def check_block(block: RowBlock, starts: Ints, stops: Ints, n_vars: int) -> None
                 found=f"{array.dtype}, {array.ndim} dimensions, strides {array.strides}",
                 expected=f"{np.dtype(dtype)}, 1 dimension, contiguous",
             )
-    if len(indptr) != n_rows + 1 or not _is_csr(indptr, len(indices), len(data)):
+    n_rows, indptr = int((stops - starts).sum()), block.indptr
+    if isinstance(block, PackedBlock):
+        if len(indptr) != n_rows + 1 or len(block.offsets) != n_rows + 1 or not is_packed(block):
+            raise LoaderError(
+                f"the source gave records that do not fit for {_shown(starts, stops)}",
+                found=f"{block.n_rows} rows, {indptr[-1:]} values, offsets up to "
+                f"{block.offsets[-1:]} in {len(block.records)} bytes",
+                expected=f"{n_rows} rows as loaders.packed says",
+            )
+    elif len(indptr) != n_rows + 1 or not _is_csr(indptr, len(block.indices), len(block.data)):
         raise LoaderError(
             f"the source gave a block that is no CSR for {_shown(starts, stops)}",
-            found=f"{block.n_rows} rows, {len(indices)} columns, {len(data)} values, "
+            found=f"{block.n_rows} rows, {len(block.indices)} columns, {len(block.data)} values, "
             f"indptr from {indptr[:1]} to {indptr[-1:]}",
             expected=f"{n_rows} rows, and an indptr that rises from 0 to the number of values",
-        )
-    # As unsigned numbers negative columns are out of range as well.
-    unsigned = indices if narrow else indices.view(np.uint32)
-    if len(indices) and unsigned.max() >= n_vars:
-        raise LoaderError(
-            f"the source gave columns out of range for {_shown(starts, stops)}",
-            found=f"{indices.min()} to {indices.max()}",
-            expected=f"0 to {n_vars - 1}",
         )
 
 

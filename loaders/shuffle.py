@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -19,14 +19,16 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from loaders.addresses import floats_at, halves_at, longs_at, words_at
+from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
+from loaders.packed import Block, PackedBlock, unpack_row
 from loaders.pool import POOL, ROUNDING
 from loaders.selection import Ints
-from loaders.source import RowBlock
 from loaders.windows import Course
 
 # Columns of the table of an open window.
-_ROW, _LENGTH, _INDICES, _DATA, _NARROW = range(5)
+_ROW, _LENGTH, _INDICES, _DATA, _KIND = range(5)
+_WIDE, _NARROW, _PACKED = range(3)
 _COLUMNS: Final = 5
 _TABLE_ROW: Final = 8 * _COLUMNS
 """Bytes of a row of it."""
@@ -50,7 +52,8 @@ class OpenWindow:
     ----------
     table
         For each row that is taken its position in the source, its number of values, the addresses
-        of its columns and of its values, and whether they are narrow: int64, (n_rows, 5).
+        of its columns and of its values (of a packed one, where its record begins and ends), and
+        whether it is wide, narrow or packed: int64, (n_rows, 5).
     order
         Positions in the table, as they are taken: int64.
     blocks
@@ -59,7 +62,7 @@ class OpenWindow:
 
     table: Ints
     order: Ints
-    blocks: Sequence[RowBlock]
+    blocks: Sequence[Block]
 
     def places(self, stretch: slice) -> Ints:
         """Addresses of the rows of the table that a stretch of the order takes: int64."""
@@ -74,7 +77,7 @@ def empty_table(n_rows: int) -> Ints:
 
 
 def lay_out(
-    table: Ints, offsets: Ints, starts: Ints, counts: Ints, within: Ints, block: RowBlock
+    table: Ints, offsets: Ints, starts: Ints, counts: Ints, within: Ints, block: Block
 ) -> None:
     """Write into a table where the rows of some blocks lie that were read together.
 
@@ -91,18 +94,16 @@ def lay_out(
     block
         The rows, one block behind the other.
     """
-    indices, data = block.indices, block.data
-    _lay_out(
-        table,
-        offsets,
-        starts,
-        counts,
-        within,
-        block.indptr,
-        (indices.ctypes.data, indices.itemsize),
-        (data.ctypes.data, data.itemsize),
-        block.narrow,
-    )
+    if isinstance(block, PackedBlock):
+        kind, records = _PACKED, block.records.ctypes.data
+        first = records, 1, block.offsets[:-1]
+        second = records, 1, block.offsets[1:]
+    else:
+        kind = _NARROW if block.narrow else _WIDE
+        indices, data, begin = block.indices, block.data, block.indptr[:-1]
+        first = indices.ctypes.data, indices.itemsize, begin
+        second = data.ctypes.data, data.itemsize, begin
+    _lay_out(table, offsets, starts, counts, within, block.indptr, first, second, kind)
 
 
 def groups(
@@ -186,11 +187,13 @@ class Group:
         data: npt.NDArray[Any]
         if self.narrow:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
-            _copy_narrow(places, indptr, rows, indices, data)
+            top = _copy_narrow(places, indptr, rows, indices, data)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
-            _copy_wide(places, indptr, rows, indices, data)
-        obs = {name: codes[rows] for name, codes in self.obs_codes.items()}
+            top = _copy_wide(places, indptr, rows, indices, data)
+        if top >= self.n_vars:
+            self._refuse(rows, indices)
+        obs = {name: codes.take(rows) for name, codes in self.obs_codes.items()}
         pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)
         _own_pointers(indptr, self.bounds, pointers)
         out = []
@@ -208,6 +211,17 @@ class Group:
             )
         return out
 
+    def _refuse(self, rows: Ints, indices: npt.NDArray[Any]) -> NoReturn:
+        """Raise for the first of the columns that are out of range."""
+        unsigned = indices if self.narrow else indices.view(np.uint32)
+        at = int(np.argmax(unsigned >= self.n_vars))
+        row = rows[np.searchsorted(self.indptr, at, side="right") - 1]
+        raise LoaderError(
+            f"the source gave a column out of range for row {row}",
+            found=f"column {indices[at]}",
+            expected=f"0 to {self.n_vars - 1}",
+        )
+
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def _lay_out(
@@ -217,11 +231,11 @@ def _lay_out(
     counts: Ints,
     within: Ints,
     indptr: Ints,
-    indices: tuple[int, int],
-    data: tuple[int, int],
-    narrow: bool,
+    first: tuple[int, int, Ints],
+    second: tuple[int, int, Ints],
+    kind: int,
 ) -> None:
-    """The same, given the address and item size of the arrays of the block."""
+    """The same, given address, bytes of an element and first element of the two parts of rows."""
     k = 0
     for i in range(len(counts)):
         for j in range(counts[i]):
@@ -229,9 +243,9 @@ def _lay_out(
             at = offsets[i] + row
             table[at, _ROW] = starts[i] + row
             table[at, _LENGTH] = indptr[k + 1] - indptr[k]
-            table[at, _INDICES] = indices[0] + indices[1] * indptr[k]
-            table[at, _DATA] = data[0] + data[1] * indptr[k]
-            table[at, _NARROW] = narrow
+            table[at, _INDICES] = first[0] + first[1] * first[2][k]
+            table[at, _DATA] = second[0] + second[1] * second[2][k]
+            table[at, _KIND] = kind
             k += 1
 
 
@@ -272,7 +286,11 @@ def _tell(places: Ints, i: int) -> None:
     """Have the beginning of a row brought from memory: rows are copied in no order."""
     if i < len(places):
         row = longs_at(places[i])
-        nbytes = row[_LENGTH] * (2 if row[_NARROW] else 4)
+        if row[_KIND] == _PACKED:
+            for line in range(row[_INDICES], min(row[_DATA], row[_INDICES] + 2 * _TOLD), _LINE):
+                _prefetch(line)
+            return
+        nbytes = row[_LENGTH] * (2 if row[_KIND] == _NARROW else 4)
         for line in range(0, min(nbytes, _TOLD), _LINE):
             _prefetch(row[_INDICES] + line)
             _prefetch(row[_DATA] + line)
@@ -285,19 +303,26 @@ def _copy_narrow(
     rows: Ints,
     indices: npt.NDArray[np.uint16],
     data: npt.NDArray[np.uint16],
-) -> None:
-    """Copy narrow rows, given where their table is."""
+) -> int:
+    """Copy narrow and packed rows, given where their table is; returns the highest column."""
+    top = np.uint32(0)
     for i in range(len(places)):
         _tell(places, i + _AHEAD)
         row = longs_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
-        columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
+        if row[_KIND] == _PACKED:
+            unpack_row(row[_INDICES], row[_DATA] - row[_INDICES], to_indices, to_data)
+        else:
+            columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
+            for k in range(length):
+                to_indices[k] = columns[k]
+            for k in range(length):
+                to_data[k] = values[k]
         for k in range(length):
-            to_indices[k] = columns[k]
-        for k in range(length):
-            to_data[k] = values[k]
+            top = max(top, np.uint32(to_indices[k]))
+    return int(top)
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -307,15 +332,21 @@ def _copy_wide(
     rows: Ints,
     indices: npt.NDArray[np.int32],
     data: npt.NDArray[np.float32],
-) -> None:
-    """Copy rows, narrow or wide, given where their table is; widen the narrow ones."""
+) -> int:
+    """Copy rows of any kind, given where their table is, and widen them.
+
+    Returns the highest column; negative ones count as higher than all others.
+    """
+    top = np.uint32(0)
     for i in range(len(places)):
         _tell(places, i + _AHEAD)
         row = longs_at(places[i])
         rows[i] = row[_ROW]
         begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
-        if row[_NARROW]:
+        if row[_KIND] == _PACKED:
+            unpack_row(row[_INDICES], row[_DATA] - row[_INDICES], to_indices, to_data)
+        elif row[_KIND] == _NARROW:
             columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
             for k in range(length):
                 to_indices[k] = columns[k]
@@ -327,3 +358,6 @@ def _copy_wide(
                 to_indices[k] = words[k]
             for k in range(length):
                 to_data[k] = floats[k]
+        for k in range(length):
+            top = max(top, np.uint32(to_indices[k]))
+    return int(top)

@@ -107,7 +107,11 @@ def joined(blocks: Sequence[RowBlock]) -> RowBlock:
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows in a fixed order, readable by ranges from several threads at once."""
+    """Rows in a fixed order, readable by ranges from several threads at once.
+
+    A source may also have ``read_packed(starts, stops)``, both arrays: the rows of
+    :meth:`read_rows`, packed (:class:`loaders.packed.PackedBlock`) or not. The loader reads by it.
+    """
 
     @property
     def n_obs(self) -> int:

@@ -91,11 +91,15 @@ def pointers(profile: str) -> Layout:
 
 
 def write_pointers(
-    matrix: zarr.Group, folder: Path, indptr: npt.NDArray[np.int64], how: Layout
+    matrix: zarr.Group,
+    folder: Path,
+    indptr: npt.NDArray[np.int64],
+    how: Layout,
+    name: str = "indptr",
 ) -> None:
     """Declare and write the row pointers of a matrix that lies in ``folder``."""
-    how.create(matrix, "indptr", len(indptr))
-    target = folder / "indptr" / "c"
+    how.create(matrix, name, len(indptr))
+    target = folder / name / "c"
     target.mkdir()
     for number, start in enumerate(range(0, len(indptr), how.shard)):
         write_shard(target, number, indptr[start : start + how.shard], how)

@@ -1,11 +1,12 @@
 """A training store of chosen genes: what a selection of a store reads, written out once.
 
 Reading 2,000 of 20,000 genes from a store decodes all 20,000. A projection holds the chosen ones
-alone, as CSR in the same chunk format, rows in the order of the store, columns in that of the
-genes::
+alone, rows in the order of the store, columns in that of the genes, uncompressed: as records of
+two bytes a value (:mod:`loaders.packed`), or as CSR where counts or columns need more than
+uint16::
 
     PATH/begun.json         what is being written, before anything else is
-    PATH/0000/ 0001/ …      one csr_matrix per study, whole once it has its study.json
+    PATH/0000/ 0001/ …      one matrix per study, whole once it has its study.json
     PATH/projection.json    written last: with it the projection is whole
 
 It stands for the selection that it was made of: :func:`open_projection` gives rows, columns, codes
@@ -24,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.errors import CorruptStoreError, StoreError
+from atlas.store.packed_matrix import PackedMatrix
 from atlas.store.projection_format import (
     BEGUN,
     REMAKE,
@@ -35,6 +37,7 @@ from atlas.store.projection_format import (
 from atlas.store.projection_writer import ProjectionWriter
 from atlas.store.zarr_study import CSRMatrix
 from loaders import RowBlock
+from loaders.packed import Block, PackedBlock
 from loaders.selection import Ints
 from loaders.source import as_ranges, segment_of
 
@@ -146,7 +149,7 @@ def _check(folder: Path, study: StudyRecord) -> None:
                     do=REMAKE,
                     path=file,
                 )
-    if digest_small(folder) != study.digest:
+    if digest_small(folder, study.shards) != study.digest:
         raise CorruptStoreError(
             "The metadata of the projection is not what was written",
             do=REMAKE,
@@ -175,7 +178,10 @@ class Projection:
         self.presence = view.presence
         self._view_reading = view.reading
         self._codes = store.obs_codes
-        self._counts = tuple(CSRMatrix(path / f"{i:04d}") for i in range(len(studies)))
+        self._counts = tuple(
+            (PackedMatrix if study.packed else CSRMatrix)(path / f"{i:04d}")
+            for i, study in enumerate(studies)
+        )
         self.nnz = sum(study.nnz for study in studies)
 
     def __repr__(self) -> str:
@@ -232,10 +238,16 @@ class Projection:
         CorruptStoreError
             A chunk is missing or damaged.
         """
-        starts, stops = as_ranges(starts, stops)
+        block = self.read_packed(*as_ranges(starts, stops))
+        return block.unpacked() if isinstance(block, PackedBlock) else block
+
+    def read_packed(self, starts: Ints, stops: Ints) -> Block:
+        """As :meth:`read_rows`, but packed where the study is: for the loader."""
         i = segment_of(self.segments, starts, stops)
         counts, offset = self._counts[i], self.segments[i]
         try:
+            if isinstance(counts, PackedMatrix):
+                return counts.read(starts - offset, stops - offset)
             block = RowBlock(*counts.read(starts - offset, stops - offset))
         except CorruptStoreError as error:
             raise CorruptStoreError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from atlas.errors import CorruptStoreError, FormatError
 from atlas.files import digest_tree
 
 FORMAT = "atlas-projection"
-VERSION = 1
+VERSION = 2
+"""1 had all matrices in CSR form."""
 BEGUN, WHOLE, STUDY = "begun.json", "projection.json", "study.json"
 REMAKE = "remove the projection and write it again with `atlas project`"
 
@@ -31,7 +32,8 @@ _STUDY: dict[str, Any] = {
         "digest": _DIGEST,
         "shards": {
             "type": "object",
-            "required": ["indices", "data"],
+            "oneOf": [{"required": ["records"]}, {"required": ["indices", "data"]}],
+            "propertyNames": {"enum": ["records", "indices", "data"]},
             "additionalProperties": {
                 "type": "array",
                 "items": {"type": "array", "items": _COUNT, "minItems": 2, "maxItems": 2},
@@ -54,7 +56,7 @@ _SCHEMA: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         "format": {"const": FORMAT},
-        "version": {"const": VERSION},
+        "version": {"enum": [1, VERSION]},
         "written_by": {"type": "string"},
         "fingerprint": _DIGEST,
         "genes": {"type": "array", "items": {"type": "string"}, "minItems": 1},
@@ -77,7 +79,7 @@ class StudyRecord:
     digest
         SHA-256 of its row pointers and of all zarr.json.
     shards
-        Of ``indices`` and ``data``: bytes and crc32c of each shard, in order.
+        Of ``records``, or of ``indices`` and ``data``: bytes and crc32c of each shard, in order.
     """
 
     n_obs: int
@@ -85,11 +87,18 @@ class StudyRecord:
     digest: str
     shards: Mapping[str, Sequence[Sequence[int]]]
 
+    @property
+    def packed(self) -> bool:
+        """Whether its rows are records, see :mod:`loaders.packed`."""
+        return "records" in self.shards
 
-def digest_small(folder: Path) -> str:
-    """SHA-256 of the row pointers of a matrix and of all its metadata."""
-    small = [folder / "zarr.json", folder / "indptr"]
-    return digest_tree([*small, *(folder / a / "zarr.json" for a in ("indices", "data"))], folder)
+
+def digest_small(folder: Path, arrays: Iterable[str]) -> str:
+    """SHA-256 of the row pointers of a matrix and of all its metadata, given its long arrays."""
+    arrays = set(arrays)
+    whole = {"zarr.json", "indptr"} | ({"offsets"} if "records" in arrays else set())
+    small = [*(folder / name for name in whole), *(folder / a / "zarr.json" for a in arrays)]
+    return digest_tree(small, folder)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -122,7 +131,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise CorruptStoreError(
             "The description of the projection does not follow its schema",
             found=f"{wrong.json_path}: {wrong.message[:200]}",
-            expected=f"{FORMAT} version {VERSION}",
+            expected=f"{FORMAT} version 1 or {VERSION}",
             do=REMAKE,
             path=path,
         )

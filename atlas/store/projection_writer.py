@@ -33,6 +33,8 @@ from atlas.store.projection_format import (
     digest_small,
 )
 from atlas.store.zarr_study import CSRMatrix
+from loaders import RowBlock
+from loaders.packed import Block, packed
 
 if TYPE_CHECKING:
     from atlas.store.base import CountStore
@@ -42,6 +44,8 @@ CHUNK = 8_192
 """Elements of a chunk. Rows are several times shorter than in the store, so chunks are: a block of
 256 rows ends in fewer values that are decoded for nothing (benchmarks/LOG.md)."""
 SHARD = 256 * CHUNK
+_RECORD_SHARD = 4
+"""Shards' elements in one of records, whose elements are bytes."""
 
 _BLOCK = 2**19
 """Values of the store that are read at once, about."""
@@ -183,13 +187,13 @@ class ProjectionWriter:
         kind = counts.read(0, 0)[2].dtype.str  # as in the store, so that the same is narrow
         matrix = _MatrixWriter(target, entry.n_obs, len(self._genes), kind)
 
-        def read(rows: tuple[int, int]) -> tuple[npt.NDArray[Any], ...]:
-            selected: tuple[npt.NDArray[Any], ...] = _select(*counts.read(*rows), table)
-            return selected
+        def read(rows: tuple[int, int]) -> Block:
+            selected = _select(*counts.read(*rows), table)
+            return packed(*selected) if matrix.packed else RowBlock(*selected)
 
         blocks = _row_blocks(counts, entry.n_obs)
-        for (start, stop), (indptr, indices, data) in ordered_map(read, blocks, self._threads):
-            matrix.append(start, indptr, indices, data)
+        for (start, stop), part in ordered_map(read, blocks, self._threads):
+            matrix.append(start, part)
             bar.update(stop - start)
         record = matrix.close()
         files.sync_tree(target)
@@ -217,80 +221,91 @@ def _row_blocks(counts: CSRMatrix, n_obs: int) -> Iterator[tuple[int, int]]:
         start, done = stop, int(ends[stop - 1])
 
 
-class _MatrixWriter:
-    """Collects CSR rows and writes whole shards; holds two at the most.
+def _packs(*types: str) -> bool:
+    """Whether columns and counts of these types are written as records."""
+    return set(types) == {"<u2"}
 
-    Nothing is compressed: what is read for many epochs may take twice the room.
+
+class _ArrayWriter:
+    """Collects the elements of a long array and writes whole shards; holds one at the most."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        self._folder, self.layout = folder / "c", layout
+        self._waiting = np.empty(layout.shard, layout.dtype)
+        self._filled = 0
+        self.shards: list[Written] = []
+        self._folder.mkdir(parents=True)
+
+    def append(self, values: npt.NDArray[Any]) -> None:
+        """Add elements."""
+        at = 0
+        while at < len(values):
+            n = min(len(values) - at, len(self._waiting) - self._filled)
+            self._waiting[self._filled : self._filled + n] = values[at : at + n]
+            self._filled += n
+            at += n
+            if self._filled == len(self._waiting):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._filled:
+            values = self._waiting[: self._filled]
+            self.shards.append(write_shard(self._folder, len(self.shards), values, self.layout))
+            self._filled = 0
+
+
+class _MatrixWriter:
+    """Collects rows: as records where columns and counts are below 2^16, as CSR otherwise.
+
+    Nothing is compressed: what is read for many epochs may take more room.
     """
 
     def __init__(self, folder: Path, n_obs: int, n_vars: int, count_type: str) -> None:
-        self._folder = folder
-        self._layouts = {
-            "indices": Layout(index_type(n_vars), "fast", True, CHUNK, SHARD, packed=False),
-            "data": Layout(count_type, "fast", False, CHUNK, SHARD, packed=False),
-        }
-        self._shape = (n_obs, n_vars)
-        self._indptr = np.zeros(n_obs + 1, np.int64)
-        self._waiting = {name: np.empty(SHARD, ll.dtype) for name, ll in self._layouts.items()}
-        self._filled = 0
-        self._shards: dict[str, list[Written]] = {name: [] for name in self._layouts}
-        for name in self._layouts:
-            (folder / name / "c").mkdir(parents=True)
-
-    def append(
-        self,
-        row: int,
-        indptr: npt.NDArray[np.int64],
-        indices: npt.NDArray[Any],
-        data: npt.NDArray[Any],
-    ) -> None:
-        """Add the rows from ``row`` on."""
-        n = len(indptr) - 1
-        self._indptr[row + 1 : row + n + 1] = self._indptr[row] + indptr[1:]
-        at = 0
-        while at < len(data):
-            n = min(len(data) - at, SHARD - self._filled)
-            here = slice(self._filled, self._filled + n)
-            self._waiting["indices"][here] = indices[at : at + n]
-            self._waiting["data"][here] = data[at : at + n]
-            self._filled += n
-            at += n
-            if self._filled == SHARD:
-                self._flush()
-
-    def _flush(self) -> None:
-        for name, layout in self._layouts.items():
-            number = len(self._shards[name])
-            values = self._waiting[name][: self._filled]
-            self._shards[name].append(
-                write_shard(self._folder / name / "c", number, values, layout)
+        self._folder, self._shape = folder, (n_obs, n_vars)
+        columns = index_type(n_vars)
+        self.packed = _packs(columns, count_type)
+        types = {"records": "|u1"} if self.packed else {"indices": columns, "data": count_type}
+        shard = SHARD * (_RECORD_SHARD if self.packed else 1)
+        self._arrays = {
+            name: _ArrayWriter(
+                folder / name, Layout(kind, "fast", name == "indices", CHUNK, shard, packed=False)
             )
-        self._filled = 0
+            for name, kind in types.items()
+        }
+        names = ("indptr", "offsets") if self.packed else ("indptr",)
+        self._pointers = {name: np.zeros(n_obs + 1, np.int64) for name in names}
+
+    def append(self, row: int, block: Block) -> None:
+        """Add the rows from ``row`` on."""
+        for name, pointers in self._pointers.items():
+            own = getattr(block, name)
+            pointers[row + 1 : row + len(own)] = pointers[row] + own[1:]
+        for name, array in self._arrays.items():
+            array.append(getattr(block, name))
 
     def close(self) -> StudyRecord:
         """Write what waits, the row pointers, and the metadata."""
-        if self._filled:
-            self._flush()
-        nnz = int(self._indptr[-1])
         group = zarr.open_group(DurableStore(self._folder), mode="a", zarr_format=3)
+        kind = "atlas_packed_rows" if self.packed else "csr_matrix"
         group.attrs.update(
-            {
-                "encoding-type": "csr_matrix",
-                "encoding-version": "0.1.0",
-                "shape": list(self._shape),
-            }
+            {"encoding-type": kind, "encoding-version": "0.1.0", "shape": list(self._shape)}
         )
-        for name, layout in self._layouts.items():
-            layout.create(group, name, nnz)
-        pointers = Layout("<i8", "fast", True, CHUNK, SHARD)
-        write_pointers(group, self._folder, self._indptr, pointers)
+        indptr = self._pointers["indptr"]
+        n_elements = int(self._pointers["offsets" if self.packed else "indptr"][-1])
+        for name, array in self._arrays.items():
+            array.flush()
+            array.layout.create(group, name, n_elements)
+        layout = Layout("<i8", "fast", True, CHUNK, SHARD)
+        for name, pointers in self._pointers.items():
+            write_pointers(group, self._folder, pointers, layout, name)
         return StudyRecord(
             n_obs=self._shape[0],
-            nnz=nnz,
-            digest=digest_small(self._folder),
+            nnz=int(indptr[-1]),
+            digest=digest_small(self._folder, self._arrays),
             shards={
-                name: [[shard.size, shard.crc32c] for shard in shards]
-                for name, shards in self._shards.items()
+                name: [[shard.size, shard.crc32c] for shard in array.shards]
+                for name, array in self._arrays.items()
             },
         )
 

@@ -136,7 +136,7 @@ class Broken(ArraySource):
             "no CSR",
         ),
         (lambda b: RowBlock(b.indptr, b.indices + 30, b.data), r"expected: 0 to 39"),
-        (lambda b: RowBlock(b.indptr, b.indices - 1, b.data), r"found: -1 to"),
+        (lambda b: RowBlock(b.indptr, b.indices - 1, b.data), r"found: column -1"),
     ],
 )
 def test_a_block_that_breaks_its_promise_is_refused(change, message):

@@ -121,8 +121,30 @@ def test_all_genes_and_wide_counts(
     _same(projection, store, genes)
 
 
-def test_other_readers_understand_it(store: CountStore, tmp_path: Path) -> None:
+def test_records_are_as_documented_in_plain_zarr(store: CountStore, tmp_path: Path) -> None:
     projection = atlas.project(store, GENES, tmp_path / "p")
+    for i, (start, stop) in enumerate(((0, 120), (120, 210), (210, 211))):
+        group = zarr.open_group(tmp_path / "p" / f"{i:04d}", mode="r")
+        indptr, offsets, records = (group[a][:] for a in ("indptr", "offsets", "records"))
+        assert (np.diff(offsets) == 2 * np.diff(indptr)).all()  # small counts: no high bytes
+        assert records.dtype == np.uint8
+        matrix = np.zeros(group.attrs["shape"])
+        for row, (at, n) in enumerate(zip(offsets, np.diff(indptr), strict=False)):
+            matrix[row, np.cumsum(records[at : at + n])] = records[at + n : at + 2 * n]
+        np.testing.assert_array_equal(matrix, _matrix(projection.read_rows(start, stop), 5))
+
+
+@pytest.fixture
+def csr(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first version of the format was written."""
+    monkeypatch.setattr(writing, "_packs", lambda *types: False)
+    monkeypatch.setattr(writing, "VERSION", 1)
+
+
+@pytest.mark.usefixtures("csr")
+def test_other_readers_understand_csr(store: CountStore, tmp_path: Path) -> None:
+    projection = atlas.project(store, GENES, tmp_path / "p")
+    _same(projection, store, GENES)
     for i, (start, stop) in enumerate(((0, 120), (120, 210), (210, 211))):
         group = zarr.open_group(tmp_path / "p" / f"{i:04d}", mode="r")
         theirs = anndata.io.read_elem(group)
@@ -130,6 +152,27 @@ def test_other_readers_understand_it(store: CountStore, tmp_path: Path) -> None:
             theirs.toarray(), _matrix(projection.read_rows(start, stop), 5)
         )
         assert theirs.indices.dtype == theirs.data.dtype == np.uint16
+
+
+def test_one_that_an_earlier_version_began_is_gone_on_with(
+    store: CountStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = writing.ProjectionWriter._study
+
+    def interrupt(self: writing.ProjectionWriter, name: str, *arguments: object) -> object:
+        if name == "two":
+            raise KeyboardInterrupt
+        return real(self, name, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writing, "_packs", lambda *types: False)
+        patch.setattr(writing, "VERSION", 1)
+        patch.setattr(writing.ProjectionWriter, "_study", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            atlas.project(store, GENES, tmp_path / "p")
+    _same(atlas.project(store, GENES, tmp_path / "p"), store, GENES)
+    arrays = [sorted(p.name for p in (tmp_path / f"p/000{i}").iterdir()) for i in (0, 1)]
+    assert [a[:2] for a in arrays] == [["data", "indices"], ["indptr", "offsets"]]
 
 
 def test_a_loader_goes_on_from_either(store: CountStore, tmp_path: Path) -> None:
@@ -301,12 +344,23 @@ def test_folders_that_hold_something_else(store: CountStore, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "file", ["0001/data/c/0", "0000/indices/c/0", "0001/indptr/c/0", "0002/data/zarr.json"]
+    "file",
+    [
+        "0001/records/c/0",
+        "0000/offsets/c/0",
+        "0001/indptr/c/0",
+        "0002/records/zarr.json",
+        "0003/data/c/0",
+        "0003/indices/c/0",
+    ],
 )
 @pytest.mark.parametrize("fault", ["flip", "truncate", "remove"])
 def test_damage_is_an_error_when_opened_or_read(
-    store: CountStore, tmp_path: Path, file: str, fault: str
+    store: CountStore, make_study: MakeStudy, tmp_path: Path, file: str, fault: str
 ) -> None:
+    wide = make_study(n=20, prefix="w")
+    wide.X.data[:] += 70_000
+    store.append(wide, study="wide")
     folder = tmp_path / "p"
     atlas.project(store, GENES, folder)
     path = folder / file
@@ -321,7 +375,7 @@ def test_damage_is_an_error_when_opened_or_read(
 
     def read() -> None:
         projection = open_projection(folder, store)
-        for start, stop in ((0, 120), (120, 210), (210, 211)):
+        for start, stop in ((0, 120), (120, 210), (210, 211), (211, 231)):
             projection.read_rows(start, stop)
 
     with pytest.raises(CorruptStoreError, match=rf"(?s)path: .*{file[:4]}"):
@@ -333,8 +387,8 @@ def test_its_description_is_checked(store: CountStore, tmp_path: Path) -> None:
     atlas.project(store, GENES, folder)
     path = folder / "projection.json"
     values = json.loads(path.read_text())
-    path.write_text(json.dumps({**values, "version": 2}))
-    with pytest.raises(FormatError, match="format version 2"):
+    path.write_text(json.dumps({**values, "version": 3}))
+    with pytest.raises(FormatError, match=r"(?s)format version 3.*at most 2"):
         open_projection(folder, store)
     path.write_text(json.dumps({**values, "genes": []}))
     with pytest.raises(CorruptStoreError, match="does not follow its schema"):

@@ -1,0 +1,56 @@
+"""The rows of one study of a projection, as records: see :mod:`loaders.packed`."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Final
+
+from atlas.codecs.chunks import ChunkedArray, read_all
+from loaders.packed import PackedBlock
+from loaders.selection import Ints
+from loaders.source import row_pointers
+
+
+class PackedMatrix:
+    """Records on disk, read by row range from any number of threads."""
+
+    narrow: Final = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[type[PackedMatrix], tuple[Path]]:
+        return PackedMatrix, (self.folder,)  # a worker elsewhere opens it anew
+
+    @functools.cached_property
+    def indptr(self) -> Ints:
+        """Values before each row: int64, (n_obs + 1,)."""
+        return read_all(self.folder / "indptr")
+
+    @functools.cached_property
+    def _offsets(self) -> Ints:
+        """Bytes before each record: int64, (n_obs + 1,)."""
+        return read_all(self.folder / "offsets")
+
+    @functools.cached_property
+    def _records(self) -> ChunkedArray:
+        return ChunkedArray(self.folder / "records")
+
+    @property
+    def read_overhead(self) -> int:
+        """Bytes that a read takes besides twice what it returns: chunks at both ends, scratch."""
+        return 4 * self._records.chunk_bytes
+
+    def count_values(self, starts: Ints, stops: Ints) -> Ints:
+        """Values in each range of rows: int64, (n_ranges,)."""
+        values: Ints = self.indptr[stops] - self.indptr[starts]
+        return values
+
+    def read(self, starts: Ints, stops: Ints) -> PackedBlock:
+        """Rows ``starts`` to ``stops`` (exclusive) of some ranges, checked."""
+        return PackedBlock(
+            row_pointers(self.indptr, starts, stops),
+            row_pointers(self._offsets, starts, stops),
+            self._records.read(self._offsets[starts], self._offsets[stops]),
+        )
