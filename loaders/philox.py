@@ -7,7 +7,8 @@ does not promise for what is built upon it (``Generator.permutation``).
 
 from __future__ import annotations
 
-from typing import Final
+import threading
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +21,23 @@ PLACES: Final = 3
 VISITS: Final = 4
 DRAWS: Final = 5
 
+_thread: Final = threading.local()
+
 
 def words(
     n: int, seed: int, purpose: int, epoch: int, lane: int = 0, window: int = 0
 ) -> npt.NDArray[np.uint64]:
     """Random words, (n,). Philox counts up in the first word of its counter: no streams overlap."""
-    bits = np.random.Philox(
-        key=np.array([seed, purpose], dtype=np.uint64),
-        counter=np.array([0, epoch, lane, window], dtype=np.uint64),
-    )
+    bits: np.random.Philox | None = getattr(_thread, "bits", None)
+    if bits is None:  # made once: it takes longer than the words of a window
+        bits = _thread.bits = np.random.Philox(0)
+        _thread.state = bits.state
+    state: Any = _thread.state
+    state["state"] = {
+        "key": np.array([seed, purpose], dtype=np.uint64),
+        "counter": np.array([0, epoch, lane, window], dtype=np.uint64),
+    }
+    bits.state = state
     return bits.random_raw(n)
 
 

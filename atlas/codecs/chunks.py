@@ -50,11 +50,14 @@ class _Recipe:
     per_shard: int
     decompress: Callable[[bytes, npt.NDArray[Any]], None]
     delta: bool
-    blosc: bool
 
 
 def _decompress_blosc(source: bytes, target: npt.NDArray[Any]) -> None:
     numcodecs.blosc.decompress(source, target)
+
+
+def _copy(source: bytes, target: npt.NDArray[Any]) -> None:
+    target[:] = np.frombuffer(source, target.dtype)
 
 
 def _decompress_pcodec(source: bytes, target: npt.NDArray[Any]) -> None:
@@ -86,6 +89,7 @@ def _recipe(path: Path) -> _Recipe:
     known: dict[tuple[str, ...], tuple[Callable[[bytes, npt.NDArray[Any]], None], bool]] = {
         ("numcodecs.delta", "bytes", "blosc", "crc32c"): (_decompress_blosc, True),
         ("bytes", "blosc", "crc32c"): (_decompress_blosc, False),
+        ("bytes", "crc32c"): (_copy, False),
         ("numcodecs.pcodec", "crc32c"): (_decompress_pcodec, False),
     }
     if tuple(codecs) not in known:
@@ -96,8 +100,7 @@ def _recipe(path: Path) -> _Recipe:
             path=path / "zarr.json",
         )
     decompress, delta = known[tuple(codecs)]
-    blosc = decompress is _decompress_blosc
-    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta, blosc)
+    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta)
 
 
 def _missing(path: Path, what: str) -> CorruptStoreError:
@@ -218,7 +221,7 @@ class ChunkedArray:
         return out
 
     def _read_into(self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened) -> None:
-        if self._recipe.blosc and fused.AVAILABLE:
+        if self._recipe.decompress is not _decompress_pcodec and fused.AVAILABLE:
             self._read_fused(starts, stops, out, opened)
         else:
             self._read_stepwise(starts, stops, out, opened)
@@ -230,9 +233,20 @@ class ChunkedArray:
         raw = _room("raw", 2 * (self.chunk_bytes + fused.OVERHEAD))
         chunk = _room("chunk", self.chunk_bytes).view(r.dtype)
         where = np.zeros(3, np.int64)
+        blosc = r.decompress is _decompress_blosc
         while True:
             status = fused.read_ranges(
-                opened.table, starts, stops, r.n, r.per_shard, raw, chunk, r.delta, out, where
+                opened.table,
+                starts,
+                stops,
+                r.n,
+                r.per_shard,
+                raw,
+                chunk,
+                blosc,
+                r.delta,
+                out,
+                where,
             )
             number, first, last = where.tolist()
             if status == fused.FINE:

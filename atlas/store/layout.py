@@ -50,7 +50,7 @@ class Layout:
     chunk, shard
         Elements of each.
     packed
-        Whether Blosc compresses, or only frames; then there is no delta either.
+        Whether anything is compressed; if not there is no delta either.
     """
 
     dtype: str
@@ -65,7 +65,7 @@ class Layout:
         options: dict[str, Any] = {"filters": None, "compressors": [Crc32cCodec()]}
         if self.profile == "small":
             options["serializer"] = PCodec(level=_LEVEL)
-        else:
+        elif self.packed:
             name_of_codec, level = self._blosc
             blosc = BloscCodec(cname=name_of_codec, clevel=level, shuffle="shuffle")  # type: ignore[arg-type]
             options["compressors"] = [blosc, Crc32cCodec()]
@@ -110,13 +110,13 @@ class Layout:
         more when it is written; higher levels take ten times as long and gain little. In
         differences there is nothing to find but zero bytes (benchmarks/LOG.md).
         """
-        if not self.packed:
-            return "lz4", 0
         return ("lz4", 5) if self.sorted_runs else ("lz4hc", 2)
 
     def _compress(self, chunk: npt.NDArray[Any]) -> bytes:
         if self.profile == "small":
             return bytes(numcodecs.pcodec.PCodec(level=_LEVEL).encode(chunk))
+        if not self.packed:
+            return chunk.tobytes()
         if self._delta:
             deltas = np.empty_like(chunk)
             deltas[0] = chunk[0]

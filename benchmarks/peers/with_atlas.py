@@ -186,16 +186,12 @@ def stream(arguments: Json, phases: Phases) -> Json:
     source = _source(arguments)
     weighted = {"weights": _weights(source)} if arguments["weighted"] else {}
 
-    def begin() -> loaders.MinibatchLoader:
-        asked = arguments["loader"] | weighted
-        return loaders.MinibatchLoader(source, arguments["minibatch_size"], seed=0, **asked)
-
-    loader = begin()
+    asked = arguments["loader"] | weighted
+    loader = loaders.MinibatchLoader(source, arguments["minibatch_size"], seed=0, **asked)
 
     def epoch() -> Iterator[Rows]:
-        nonlocal loader
         if loader.step:  # it was left in mid-epoch, and would go on there
-            loader = begin()
+            loader.skip_to_epoch(loader.epoch + 1)
         for minibatch in loader:
             yield minibatch.data, minibatch.indices, minibatch.indptr
 

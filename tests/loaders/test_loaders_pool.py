@@ -67,6 +67,18 @@ def test_small_arrays_are_left_to_malloc():
     assert pool.empty(0, np.int64).shape == (0,)
 
 
+@pytest.mark.parametrize("nbytes", [2**21 - 1, 2**21, 2**21 + 1, 7 * 10**6])
+def test_large_memory_begins_at_a_huge_page_and_can_be_written_to_its_end(nbytes):
+    pool = Pool()
+    pool.reserve(2**26)
+    arrays = [pool.empty(nbytes, np.uint8) for _ in range(3)]
+    for i, array in enumerate(arrays):
+        array[:] = i
+    assert [(array == i).all() for i, array in enumerate(arrays)] == [True] * 3
+    if nbytes >= 2**21 and sys.platform == "linux":
+        assert all(array.ctypes.data % 2**21 == 0 for array in arrays)
+
+
 @given(st.lists(st.tuples(st.integers(2**16, 2**20), st.booleans()), max_size=60))
 def test_idle_memory_and_arrays_stay_within_what_is_reserved(asked):
     reserved = 3 * LARGE

@@ -16,6 +16,7 @@ import atlas
 from atlas.codecs import chunks, fused
 from atlas.errors import CorruptStoreError
 from atlas.store import layout
+from atlas.store.matrix_writer import write_shard
 from loaders import MinibatchLoader, SequentialLoader
 
 pytestmark = pytest.mark.timeout(120)
@@ -62,6 +63,37 @@ def test_any_stretch_is_what_zarr_reads(store, way):
             cuts = [(0, n), (0, 0), (n, n), *np.sort(rng.integers(0, n + 1, (60, 2))).tolist()]
             for start, stop in [*cuts, (0, min(64, n)), (min(63, n), min(129, n))]:
                 assert np.array_equal(array.read(start, stop), expected[start:stop])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["|u1", "<u2", "<u4", "<f4"])
+def test_chunks_that_are_not_compressed_and_those_that_are(tmp_path, way, kind, packed):
+    values = np.random.default_rng(0).integers(0, 250, 64 * 7 + 40).astype(kind)
+    how = layout.Layout(kind, "fast", kind == "<u2", 64, 64 * 8, packed)
+    (tmp_path / "a/c").mkdir(parents=True)
+    how.create(zarr.open_group(tmp_path, mode="a"), "a", len(values))
+    write_shard(tmp_path / "a/c", 0, values, how)
+    file = tmp_path / "a/c/0"
+    assert np.array_equal(zarr.open_array(tmp_path / "a", mode="r")[:], values)
+    array = chunks.ChunkedArray(tmp_path / "a")
+    cuts = np.sort(np.random.default_rng(1).integers(0, len(values) + 1, (40, 2)), axis=1)
+    for start, stop in [*cuts.tolist(), (0, len(values))]:
+        assert np.array_equal(array.read(start, stop), values[start:stop])
+    assert np.array_equal(array.read(*cuts.T), np.concatenate([values[a:b] for a, b in cuts]))
+    whole = file.read_bytes()
+    index = np.frombuffer(whole[-16 * 8 - 4 : -4], "<u8").reshape(-1, 2)
+    for number, (offset, length) in enumerate(index.tolist()):  # first, middle, last byte of each
+        for at in (offset, offset + length // 2, offset + length - 5, offset + length - 1):
+            spoilt = bytearray(whole)
+            spoilt[at] ^= 16
+            file.write_bytes(spoilt)
+            found = chunks.ChunkedArray(tmp_path / "a")
+            with pytest.raises(CorruptStoreError, match=f"another checksum in chunk {number}"):
+                found.read(0, len(values))
+            with pytest.raises(CorruptStoreError, match=f"another checksum in chunk {number}"):
+                found.read(64 * number + 3, 64 * number + 5)
+            others = found.read(0, 64 * number)
+            assert np.array_equal(others, values[: 64 * number])
 
 
 def test_the_way_is_said(store, way):
