@@ -288,7 +288,7 @@ def _read_chunks(
         body = raw[first : first + np.int64(index[k, 1]) - _CHECKSUM]
         n = min(len(scratch) - skip, len(out) - at)
         to = out[at : at + n]
-        if not decompress:
+        if not decompress:  # it lies as it is
             part = body[skip * scratch.itemsize :].view(out.dtype)
             for j in range(n):
                 to[j] = part[j]
