@@ -146,7 +146,7 @@ def _patch(record: int, at: int) -> int:
     return patch
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _fit(indptr: Ints, offsets: Ints, address: int, n_bytes: int) -> bool:
     if indptr[0] != 0 or offsets[0] != 0 or offsets[-1] != n_bytes:
         return False

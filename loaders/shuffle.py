@@ -187,11 +187,9 @@ class Group:
         data: npt.NDArray[Any]
         if self.narrow:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
-            top = _copy_narrow(places, indptr, rows, indices, data)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
-            top = _copy_wide(places, indptr, rows, indices, data)
-        if top >= self.n_vars:
+        if _copy(places, indptr, rows, indices, data) >= self.n_vars:
             self._refuse(rows, indices)
         obs = {name: codes.take(rows) for name, codes in self.obs_codes.items()}
         pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)
@@ -297,43 +295,14 @@ def _tell(places: Ints, i: int) -> None:
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copy_narrow(
+def _copy(
     places: Ints,
     indptr: Ints,
     rows: Ints,
-    indices: npt.NDArray[np.uint16],
-    data: npt.NDArray[np.uint16],
+    indices: npt.NDArray[Any],
+    data: npt.NDArray[Any],
 ) -> int:
-    """Copy narrow and packed rows, given where their table is; returns the highest column."""
-    top = np.uint32(0)
-    for i in range(len(places)):
-        _tell(places, i + _AHEAD)
-        row = longs_at(places[i])
-        rows[i] = row[_ROW]
-        begin, length = indptr[i], row[_LENGTH]
-        to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
-        if row[_KIND] == _PACKED:
-            unpack_row(row[_INDICES], row[_DATA] - row[_INDICES], to_indices, to_data)
-        else:
-            columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
-            for k in range(length):
-                to_indices[k] = columns[k]
-            for k in range(length):
-                to_data[k] = values[k]
-        for k in range(length):
-            top = max(top, np.uint32(to_indices[k]))
-    return int(top)
-
-
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _copy_wide(
-    places: Ints,
-    indptr: Ints,
-    rows: Ints,
-    indices: npt.NDArray[np.int32],
-    data: npt.NDArray[np.float32],
-) -> int:
-    """Copy rows of any kind, given where their table is, and widen them.
+    """Copy rows of any kind, given where their table is, to arrays that are wide or narrow.
 
     Returns the highest column; negative ones count as higher than all others.
     """

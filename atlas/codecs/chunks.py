@@ -2,110 +2,36 @@
 
 zarr-python fills what is absent with zeros, so a lost file would read as empty cells. Here a chunk
 or shard that is missing, short or flipped is an error. What is read is plain Zarr v3 (sharding,
-Blosc or pcodec, crc32c), with ``numcodecs.delta`` in the profiles that say so.
+Blosc, pcodec or nothing, crc32c), with ``numcodecs.delta`` in the profiles that say so.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import numcodecs.blosc
 import numpy as np
 import numpy.typing as npt
-import pcodec.standalone
 
 from atlas.codecs import fused
 from atlas.codecs.deltas import sum_deltas
-from atlas.errors import CorruptStoreError, FormatError
+from atlas.codecs.recipe import RESTORE, missing, read_recipe
+from atlas.errors import CorruptStoreError
 from loaders.pool import POOL
 from loaders.selection import Ints
 from loaders.source import as_ranges
 
-RESTORE = "restore it from a copy, or ingest the study into a new store"
-"""What to do where a store is damaged."""
 _STORED = "the crc32c stored"
 _OPEN = 512
 """Shards of all arrays that stay open; a process may have about a thousand files open."""
 _KEPT = 64 * 2**20
 """Bytes of scratch memory that a thread keeps; larger ones are made for the occasion."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    """How the chunks of one array are decoded, read off its zarr.json."""
-
-    n: int
-    dtype: np.dtype[Any]
-    chunk: int
-    per_shard: int
-    decompress: Callable[[bytes, npt.NDArray[Any]], None]
-    delta: bool
-
-
-def _decompress_blosc(source: bytes, target: npt.NDArray[Any]) -> None:
-    numcodecs.blosc.decompress(source, target)
-
-
-def _copy(source: bytes, target: npt.NDArray[Any]) -> None:
-    target[:] = np.frombuffer(source, target.dtype)
-
-
-def _decompress_pcodec(source: bytes, target: npt.NDArray[Any]) -> None:
-    pcodec.standalone.simple_decompress_into(source, target)
-
-
-def _recipe(path: Path) -> _Recipe:
-    """Parse the metadata of an array that :class:`atlas.store.layout.Layout` declared."""
-    try:
-        meta = json.loads((path / "zarr.json").read_bytes())
-        (sharding,) = meta["codecs"]
-        if sharding["name"] != "sharding_indexed":
-            raise KeyError(sharding["name"])
-        inner = sharding["configuration"]
-        codecs = [codec["name"] for codec in inner["codecs"]]
-        chunk = int(inner["chunk_shape"][0])
-        shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
-        dtype = np.dtype(meta["data_type"]).newbyteorder("<")
-        n = int(meta["shape"][0])
-    except FileNotFoundError:
-        raise _missing(path / "zarr.json", "The metadata of an array is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(
-            "An array has a layout that this version does not read",
-            found=repr(error),
-            expected="one dimension, codec sharding_indexed",
-            path=path / "zarr.json",
-        ) from None
-    known: dict[tuple[str, ...], tuple[Callable[[bytes, npt.NDArray[Any]], None], bool]] = {
-        ("numcodecs.delta", "bytes", "blosc", "crc32c"): (_decompress_blosc, True),
-        ("bytes", "blosc", "crc32c"): (_decompress_blosc, False),
-        ("bytes", "crc32c"): (_copy, False),
-        ("numcodecs.pcodec", "crc32c"): (_decompress_pcodec, False),
-    }
-    if tuple(codecs) not in known:
-        raise FormatError(
-            "An array has codecs that this version does not read",
-            found=" → ".join(codecs),
-            expected=" or ".join(" → ".join(names) for names in known),
-            path=path / "zarr.json",
-        )
-    decompress, delta = known[tuple(codecs)]
-    return _Recipe(n, dtype, chunk, shard // chunk, decompress, delta)
-
-
-def _missing(path: Path, what: str) -> CorruptStoreError:
-    return CorruptStoreError(what, do=RESTORE, path=path)
-
 
 _thread = threading.local()
 
@@ -187,7 +113,7 @@ class ChunkedArray:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._folder = f"{path}/c/"  # Path costs as much as opening the file
-        self._recipe = r = _recipe(path)
+        self._recipe = r = read_recipe(path)
         n_shards = -(-r.n // (r.chunk * r.per_shard))
         self._opened = _Opened({}, np.full((n_shards, 3), -1, np.int64))
 
@@ -221,7 +147,7 @@ class ChunkedArray:
         return out
 
     def _read_into(self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened) -> None:
-        if self._recipe.decompress is not _decompress_pcodec and fused.AVAILABLE:
+        if self._recipe.fused and fused.AVAILABLE:
             self._read_fused(starts, stops, out, opened)
         else:
             self._read_stepwise(starts, stops, out, opened)
@@ -233,7 +159,6 @@ class ChunkedArray:
         raw = _room("raw", 2 * (self.chunk_bytes + fused.OVERHEAD))
         chunk = _room("chunk", self.chunk_bytes).view(r.dtype)
         where = np.zeros(3, np.int64)
-        blosc = r.decompress is _decompress_blosc
         while True:
             status = fused.read_ranges(
                 opened.table,
@@ -243,7 +168,7 @@ class ChunkedArray:
                 r.per_shard,
                 raw,
                 chunk,
-                blosc,
+                r.blosc,
                 r.delta,
                 out,
                 where,
@@ -323,7 +248,7 @@ class ChunkedArray:
     ) -> CorruptStoreError:
         """The error that a status of :mod:`atlas.codecs.fused` stands for."""
         if status == fused.ABSENT:
-            return _missing(Path(path), "A chunk is missing from a shard of the store")
+            return missing(Path(path), "A chunk is missing from a shard of the store")
         if status == fused.UNREADABLE:
             return self._unreadable(path, OSError("read error"))
         if status == fused.SHORT:
@@ -367,7 +292,7 @@ class ChunkedArray:
         try:
             opened = self._load(path, length)
         except FileNotFoundError:
-            raise _missing(Path(path), "A shard of the store is missing") from None
+            raise missing(Path(path), "A shard of the store is missing") from None
         except OSError as error:
             raise self._unreadable(path, error) from error
         if len(opened.tail) < length:

@@ -15,7 +15,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from atlas import files
-from atlas.codecs.chunks import RESTORE
+from atlas.codecs.recipe import RESTORE
 from atlas.errors import CorruptStoreError
 from atlas.store.schema import Part
 

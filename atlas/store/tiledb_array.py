@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas import files
-from atlas.codecs.chunks import RESTORE, ChunkedArray
+from atlas.codecs.chunks import ChunkedArray
+from atlas.codecs.recipe import RESTORE
 from atlas.codecs.remote import remote_of
 from atlas.codecs.remote_array import RemoteArray
 from atlas.errors import ConfigError, CorruptStoreError, FormatError

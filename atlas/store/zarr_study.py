@@ -18,7 +18,7 @@ import pandas as pd
 import zarr
 
 from atlas.codecs import chunks
-from atlas.codecs.chunks import RESTORE
+from atlas.codecs.recipe import RESTORE
 from atlas.errors import CorruptStoreError, InputError
 from atlas.files import digest_tree
 from atlas.store import obs_part
