@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from numba import types
 from numba.extending import intrinsic
+
+if sys.byteorder != "little":
+    raise ImportError("Rows are read where they lie, little-endian, which this machine is not")
 
 
 def _pointer(kind: Any) -> Any:
@@ -21,6 +25,7 @@ def _pointer(kind: Any) -> Any:
 
 bytes_at = _pointer(types.uint8)
 longs_at = _pointer(types.int64)
+unsigned_at = _pointer(types.uint64)
 halves_at = _pointer(types.uint16)
 words_at = _pointer(types.int32)
 floats_at = _pointer(types.float32)

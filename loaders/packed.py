@@ -1,11 +1,12 @@
 """Rows in two bytes a value, as a source may give them to the loader.
 
-Copying rows waits for memory, and so does reading them: what takes half the bytes takes little
-more than half the time. The record of a row of n values is::
+Reading rows from disk waits for memory: what takes half the bytes takes little more than half the
+time. The record of a row of n values is::
 
     n bytes     how far each column lies behind the one before (the first: behind 0), its low byte
     n bytes     each count, its low byte
-    4 bytes     for each of these 2 n numbers with a high byte, uint32: 256 * its place + that byte
+    4 bytes     for each of these 2 n numbers with a high byte, in their order, uint32: 256 * its
+                place + that byte
 
 or, where that would take 4 n bytes or more, or columns do not rise, n columns and n counts as
 uint16. All numbers are little-endian.
@@ -85,7 +86,7 @@ def packed(indptr: Ints, indices: npt.NDArray[Any], data: npt.NDArray[np.uint16]
 
 
 def is_packed(block: PackedBlock) -> bool:
-    """Whether the arrays fit each other, and no patch lies outside its row."""
+    """Whether the arrays fit each other, patches their rows, and columns two bytes."""
     records = block.records
     fit: bool = _fit(block.indptr, block.offsets, records.ctypes.data, len(records))
     return fit
@@ -152,15 +153,27 @@ def _fit(indptr: Ints, offsets: Ints, address: int, n_bytes: int) -> bool:
         return False
     for row in range(len(indptr) - 1):
         n, size = indptr[row + 1] - indptr[row], offsets[row + 1] - offsets[row]
-        if n < 0 or size > n_bytes - offsets[row] or size > 4 * n:
+        # the second, since 4 n may not fit in 64 bits
+        if n < 0 or n > n_bytes or size > n_bytes - offsets[row] or size > 4 * n:
             return False
         if size == 4 * n:
             continue
         if size < 2 * n or (size - 2 * n) % _PATCH:
             return False
+        record, last, column = address + offsets[row], np.int64(-1), np.int64(0)
+        steps = bytes_at(record)
+        for k in range(n):
+            column += np.int64(steps[k])
         for at in range(2 * n, size, _PATCH):
-            if _patch(address + offsets[row], at) >> 8 >= 2 * n:
+            patch = _patch(record, at)
+            place = patch >> 8
+            if place <= last or place >= 2 * n:
                 return False
+            last = place
+            if place < n:
+                column += (patch & 255) << 8
+        if column >= 2**16:
+            return False
     return True
 
 

@@ -109,7 +109,10 @@ def _fresh(size: int) -> npt.NDArray[np.uint8]:
     if size < _HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(size, np.uint8)
     # Address space, not memory: what is never touched takes none.
-    room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        room = mmap.mmap(-1, size + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # no memory, and numpy says so as all others do
+        return np.empty(size, np.uint8)
     whole = np.frombuffer(room, np.uint8)
     start = -whole.ctypes.data % _HUGE
     with suppress(OSError):  # a system may have none

@@ -285,7 +285,7 @@ class WindowReader:
                 table[offset : offset + held.n_rows] = self._held_table
             return held
         read = self._read_rows(starts, stops)
-        check_block(read, starts, stops)
+        check_block(read, starts, stops, self._source.narrow)
         counts, within = stops - starts, _ALL
         if blocks.kept is not None:
             read, counts, within = _without(read, counts, blocks.kept)
@@ -320,17 +320,18 @@ def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
     def read(group: Ints) -> RowBlock:
         start, stop = group[:1], group[-1:] + 1
         block = source.read_rows(start, stop)
-        check_block(block, start, stop)
+        check_block(block, start, stop, source.narrow)
         return block.take(group - start)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
         return joined(list(executor.map(read, groups)))
 
 
-def check_block(block: Block, starts: Ints, stops: Ints) -> None:
+def check_block(block: Block, starts: Ints, stops: Ints, narrow: bool) -> None:
     """Refuse a block that is not what its class says: its arrays are read by address.
 
-    Its columns are looked at when they are copied.
+    Its columns are looked at when they are copied. Where the source says that it is narrow, the
+    block must be, as copies of wider numbers into two bytes would tell nothing.
 
     Raises
     ------
@@ -341,10 +342,10 @@ def check_block(block: Block, starts: Ints, stops: Ints) -> None:
     if isinstance(block, PackedBlock):
         arrays += [("offsets", block.offsets, np.int64), ("records", block.records, np.uint8)]
     else:
-        narrow = block.indices.dtype == np.uint16
+        short = narrow or block.indices.dtype == np.uint16
         arrays += [
-            ("indices", block.indices, np.uint16 if narrow else np.int32),
-            ("data", block.data, np.uint16 if narrow else np.float32),
+            ("indices", block.indices, np.uint16 if short else np.int32),
+            ("data", block.data, np.uint16 if short else np.float32),
         ]
     for name, array, dtype in arrays:
         if array.dtype != dtype or array.ndim != 1 or not array.flags.c_contiguous:

@@ -189,7 +189,8 @@ class Group:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
-        if _copy(places, indptr, rows, indices, data) >= self.n_vars:
+        top = _copy(places, indptr, rows, indices, data)
+        if n and top >= self.n_vars:
             self._refuse(rows, indices)
         obs = {name: codes.take(rows) for name, codes in self.obs_codes.items()}
         pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)

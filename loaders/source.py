@@ -110,7 +110,8 @@ class RowSource(Protocol):
     """Rows in a fixed order, readable by ranges from several threads at once.
 
     A source may also have ``read_packed(starts, stops)``, both arrays: the rows of
-    :meth:`read_rows`, packed (:class:`loaders.packed.PackedBlock`) or not. The loader reads by it.
+    :meth:`read_rows`, packed (:class:`loaders.packed.PackedBlock`) or not. The loader reads by it
+    all rows but those that it holds for the whole time.
     """
 
     @property

@@ -14,7 +14,19 @@ from anndata import AnnData
 
 import atlas  # noqa: F401  (before torch: it asks OpenMP's waiting threads to sleep)
 
+ROOT = Path(__file__).parents[1]
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Remove compiled kernels that are older than a source: numba looks at the caller's alone."""
+    if hasattr(config, "workerinput"):
+        return
+    sources = [p for name in ("atlas", "loaders") for p in (ROOT / name).rglob("*.py")]
+    newest = max(p.stat().st_mtime for p in sources)
+    for kernel in {p for source in sources for p in source.parent.glob("__pycache__/*.nb[ci]")}:
+        if kernel.stat().st_mtime < newest:
+            kernel.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")

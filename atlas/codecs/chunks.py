@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from atlas.codecs import fused
 from atlas.codecs.deltas import sum_deltas
-from atlas.codecs.recipe import RESTORE, missing, read_recipe
+from atlas.codecs.recipe import RESTORE, end_bytes, missing, read_recipe
 from atlas.errors import CorruptStoreError
 from loaders.pool import POOL
 from loaders.selection import Ints
@@ -54,7 +54,7 @@ class _Shard:
     descriptor, size
         Of the file.
     tail
-        Its last bytes, which hold the index and a checksum.
+        Its end, see :func:`atlas.codecs.recipe.end_bytes`.
     index
         Offset and length of each chunk: uint64, (per_shard, 2).
     address
@@ -67,7 +67,7 @@ class _Shard:
         self.size = size
         self.tail = os.pread(self.descriptor, length, max(0, self.size - length))
         whole = len(self.tail) == length
-        self.index = np.frombuffer(self.tail[:-4] if whole else b"", "<u8").reshape(-1, 2)
+        self.index = np.frombuffer(self.tail[4:-4] if whole else b"", "<u8").reshape(-1, 2)
         self.address = self.index.ctypes.data
 
 
@@ -130,6 +130,13 @@ class ChunkedArray:
         """Bytes of a decoded chunk."""
         return self._recipe.chunk * self._recipe.dtype.itemsize
 
+    @property
+    def why_stepwise(self) -> str:
+        """Why it is not read in one compiled call; nothing where it is."""
+        if not fused.AVAILABLE:
+            return fused.WHY_NOT
+        return "" if self._recipe.fused else "its profile is 'small'"
+
     def read(self, starts: int | Ints, stops: int | Ints) -> npt.NDArray[Any]:
         """Elements ``starts`` to ``stops`` (exclusive), checked and decoded.
 
@@ -147,7 +154,7 @@ class ChunkedArray:
         return out
 
     def _read_into(self, starts: Ints, stops: Ints, out: npt.NDArray[Any], opened: _Opened) -> None:
-        if self._recipe.fused and fused.AVAILABLE:
+        if not self.why_stepwise:
             self._read_fused(starts, stops, out, opened)
         else:
             self._read_stepwise(starts, stops, out, opened)
@@ -266,18 +273,18 @@ class ChunkedArray:
         body = bytes(data[:-4])
         if google_crc32c.value(body) != int.from_bytes(data[-4:], "little"):
             raise self._flipped(path, f"another checksum in chunk {number}", _STORED)
-        if len(out) == r.chunk:
-            r.decompress(body, out)
-            if r.delta:
-                sum_deltas(out, 0, out)
-            return
+        whole = len(out) == r.chunk
         # A part of a chunk goes through scratch memory that the thread keeps.
-        scratch = _room("chunk", r.chunk * r.dtype.itemsize).view(r.dtype)
-        r.decompress(body, scratch)
+        chunk = out if whole else _room("chunk", r.chunk * r.dtype.itemsize).view(r.dtype)
+        try:
+            r.decompress(body, chunk)
+        except (ValueError, RuntimeError) as error:
+            found = f"chunk {number}, which cannot be decoded: {error}"
+            raise self._flipped(path, found, f"{r.chunk} elements") from error
         if r.delta:
-            sum_deltas(scratch, skip, out)
-        else:
-            out[:] = scratch[skip : skip + len(out)]
+            sum_deltas(chunk, skip, out)
+        elif not whole:
+            out[:] = chunk[skip : skip + len(out)]
 
     def _open(self, shard: int) -> _Shard:
         """A shard that is open, or is opened now; the last :data:`_OPEN` stay so.
@@ -288,7 +295,7 @@ class ChunkedArray:
         known = self._opened.files.get(shard)
         if known is not None:
             return known
-        path, length = self._shard_path(shard), self._recipe.per_shard * 16 + 4
+        path, length = self._shard_path(shard), end_bytes(self._recipe.per_shard)
         try:
             opened = self._load(path, length)
         except FileNotFoundError:
@@ -297,8 +304,12 @@ class ChunkedArray:
             raise self._unreadable(path, error) from error
         if len(opened.tail) < length:
             raise self._flipped(path, f"{opened.size} bytes", f"at least {length} bytes")
-        if google_crc32c.value(opened.tail[:-4]) != int.from_bytes(opened.tail[-4:], "little"):
+        if google_crc32c.value(opened.tail[4:-4]) != int.from_bytes(opened.tail[-4:], "little"):
             raise self._flipped(path, "another checksum in its index", _STORED)
+        if own := self._recipe.shards:
+            found = opened.size, google_crc32c.value(opened.tail)
+            if shard >= len(own) or found != own[shard]:
+                raise self._flipped(path, "a file that was not written here", "the one that was")
         self._opened = self._opened.changed(shard, opened)
         _recent.append((weakref.ref(self), shard))
         while len(_recent) > _OPEN:
@@ -310,7 +321,7 @@ class ChunkedArray:
         return opened
 
     def _load(self, path: str, length: int) -> _Shard:
-        """Open a shard whose last ``length`` bytes hold its index."""
+        """Open a shard whose end has ``length`` bytes."""
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return _Shard(descriptor, os.fstat(descriptor).st_size, length)
 

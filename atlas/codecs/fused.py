@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from atlas.codecs.deltas import sum_deltas
+from loaders.addresses import unsigned_at
 
 FINE: Final = 0
 UNREADABLE: Final = -1
@@ -173,18 +174,10 @@ def _crc_byte(_: Any, crc: Any, byte: Any) -> Any:
     return types.uint32(types.uint32, types.uint8), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _words_at(_: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(types.uint64)(address), generate
-
-
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _crc_on(crc: np.uint64, data: npt.NDArray[np.uint8]) -> np.uint32:
     """CRC-32C (Castagnoli) as Zarr v3 defines it, gone on with."""
-    words = _words_at(np.int64(data.ctypes.data))
+    words = unsigned_at(np.int64(data.ctypes.data))
     n_words = len(data) // 8
     for k in range(n_words):
         crc = _crc_word(crc, words[k])
@@ -207,9 +200,9 @@ def _first_flipped(raw: npt.NDArray[np.uint8], index: npt.NDArray[np.uint64], be
         if len(three) == 3:
             n_words = (np.int64(three[:, 1].min()) - _CHECKSUM) // 8
             at = np.int64(raw.ctypes.data) - begin
-            a = _words_at(at + np.int64(three[0, 0]))
-            b = _words_at(at + np.int64(three[1, 0]))
-            c = _words_at(at + np.int64(three[2, 0]))
+            a = unsigned_at(at + np.int64(three[0, 0]))
+            b = unsigned_at(at + np.int64(three[1, 0]))
+            c = unsigned_at(at + np.int64(three[2, 0]))
             for k in range(n_words):
                 x = _crc_word(x, a[k])
                 y = _crc_word(y, b[k])
@@ -357,7 +350,7 @@ def _read_ranges(
             before = number * per_shard
             last = min((stops[i] - 1) // chunk, before + per_shard - 1)
             end = min(stops[i], (last + 1) * chunk)
-            entries = _words_at(shards[number, 2])
+            entries = unsigned_at(shards[number, 2])
             index = np.empty((last - first + 1, 2), np.uint64)
             for k in range(len(index)):
                 index[k, 0] = entries[2 * (first - before + k)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,14 @@ from atlas.errors import CorruptStoreError, FormatError
 
 RESTORE = "restore it from a copy, or ingest the study into a new store"
 """What to do where a store is damaged."""
+SHARDS = "atlas_shards"
+"""The attribute of an array that says which shards are its own: bytes of each, and crc32c of its
+end. A chunk's own checksum says that it is whole, not where it belongs."""
+
+
+def end_bytes(per_shard: int) -> int:
+    """Bytes of the end of a shard: the checksum of its last chunk, its index, and that one's."""
+    return 4 + 16 * per_shard + 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +41,8 @@ class Recipe:
         Writes the elements of a stored chunk into an array.
     delta
         Whether these are differences.
+    shards
+        Bytes of each shard, and crc32c of its end; none where an earlier version wrote the array.
     """
 
     n: int
@@ -41,6 +51,7 @@ class Recipe:
     per_shard: int
     decompress: Callable[[bytes, npt.NDArray[Any]], None]
     delta: bool
+    shards: Sequence[tuple[int, int]]
 
     @property
     def blosc(self) -> bool:
@@ -78,6 +89,7 @@ def read_recipe(path: Path) -> Recipe:
         shard = int(meta["chunk_grid"]["configuration"]["chunk_shape"][0])
         dtype = np.dtype(meta["data_type"]).newbyteorder("<")
         n = int(meta["shape"][0])
+        own = [(int(a), int(b)) for a, b in meta.get("attributes", {}).get(SHARDS, ())]
     except FileNotFoundError:
         raise missing(path / "zarr.json", "The metadata of an array is missing") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -101,7 +113,7 @@ def read_recipe(path: Path) -> Recipe:
             path=path / "zarr.json",
         )
     decompress, delta = known[tuple(codecs)]
-    return Recipe(n, dtype, chunk, shard // chunk, decompress, delta)
+    return Recipe(n, dtype, chunk, shard // chunk, decompress, delta, own)
 
 
 def missing(path: Path, what: str) -> CorruptStoreError:

@@ -121,7 +121,7 @@ class Filled:
     path
         Of the shard.
     tail
-        Bytes at its end that hold the index.
+        Bytes of its end, which holds the index.
     chunks
         How many chunks it has.
     """

@@ -65,10 +65,12 @@ def read_zarr(path: Path, *, layer: str | None, use_raw: bool) -> Content:
         )
     content = read_elements(group, path, zarr_matrix, layer=layer, use_raw=use_raw)
     where = Path(str(content.counts.place.path))
-    metadata = sorted(p for name in _METADATA for p in where.rglob(name))
+    # a file put in place of another is seen by its folder's time
+    folders = [where, *(p for p in where.rglob("*") if p.is_dir())]
+    watched = sorted([*folders, *(p for name in _METADATA for p in where.rglob(name))])
     return replace(
         content,
-        stamp=lambda: " ".join(map(stamp, metadata)),
+        stamp=lambda: " ".join(map(stamp, watched)),
         digest=lambda: _digest(where),
     )
 

@@ -6,8 +6,10 @@ the end), because there they are made by one thread and through several copies. 
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import google_crc32c
@@ -20,6 +22,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.codecs.numcodecs import Delta, PCodec
 
 from atlas.codecs.fused import NO_CHUNK
+from atlas.codecs.recipe import SHARDS, end_bytes
 
 # Atlas reads these codecs itself, and README.md names the profile for other readers.
 warnings.filterwarnings("ignore", message="Numcodecs codecs are not in the Zarr version 3")
@@ -49,8 +52,8 @@ class Layout:
         Values rise within runs (column indices, row pointers), so that deltas are small.
     chunk, shard
         Elements of each.
-    packed
-        Whether anything is compressed; if not there is no delta either.
+    compressed
+        By what the profile says; if not there is no delta either.
     """
 
     dtype: str
@@ -58,14 +61,21 @@ class Layout:
     sorted_runs: bool
     chunk: int
     shard: int
-    packed: bool = True
+    compressed: bool = True
 
-    def create(self, group: zarr.Group, name: str, n: int) -> zarr.Array[Any]:
-        """Declare an array of ``n`` elements in Zarr."""
+    def create(
+        self, group: zarr.Group, name: str, n: int, shards: Path | None = None
+    ) -> zarr.Array[Any]:
+        """Declare an array of ``n`` elements in Zarr.
+
+        With the folder that its shards lie in their ends are noted, so that another's are told.
+        """
         options: dict[str, Any] = {"filters": None, "compressors": [Crc32cCodec()]}
+        if shards is not None:
+            options["attributes"] = {SHARDS: self._ends(shards, -(-n // self.shard))}
         if self.profile == "small":
             options["serializer"] = PCodec(level=_LEVEL)
-        elif self.packed:
+        elif self.compressed:
             name_of_codec, level = self._blosc
             blosc = BloscCodec(cname=name_of_codec, clevel=level, shuffle="shuffle")  # type: ignore[arg-type]
             options["compressors"] = [blosc, Crc32cCodec()]
@@ -98,9 +108,20 @@ class Layout:
         tail = index.tobytes()
         return b"".join([*parts, tail, google_crc32c.value(tail).to_bytes(4, "little")])
 
+    def _ends(self, folder: Path, n_shards: int) -> list[tuple[int, int]]:
+        """Bytes of each shard, and crc32c of its end."""
+        length = end_bytes(self.shard // self.chunk)
+        out = []
+        for number in range(n_shards):
+            with (folder / str(number)).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(size - length)
+                out.append((size, google_crc32c.value(file.read())))
+        return out
+
     @property
     def _delta(self) -> bool:
-        return self.profile == "fast" and self.sorted_runs and self.packed
+        return self.profile == "fast" and self.sorted_runs and self.compressed
 
     @property
     def _blosc(self) -> tuple[str, int]:
@@ -115,7 +136,7 @@ class Layout:
     def _compress(self, chunk: npt.NDArray[Any]) -> bytes:
         if self.profile == "small":
             return bytes(numcodecs.pcodec.PCodec(level=_LEVEL).encode(chunk))
-        if not self.packed:
+        if not self.compressed:
             return chunk.tobytes()
         if self._delta:
             deltas = np.empty_like(chunk)

@@ -79,7 +79,7 @@ def create_matrix(
     )
     nnz = int(indptr[-1])
     for array, how in zip(("indices", "data"), layouts(types, profile), strict=True):
-        how.create(matrix, array, nnz)
+        how.create(matrix, array, nnz, shards / array)
         if nnz:
             (shards / array).rename(folder / name / array / "c")
     write_pointers(matrix, folder / name, indptr, pointers(profile))

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Final
 
 from atlas.codecs.chunks import ChunkedArray, read_all
-from loaders.packed import PackedBlock
+from atlas.codecs.recipe import RESTORE
+from atlas.errors import CorruptStoreError
+from loaders.packed import PackedBlock, is_packed
 from loaders.selection import Ints
 from loaders.source import row_pointers
 
@@ -38,6 +40,11 @@ class PackedMatrix:
         return ChunkedArray(self.folder / "records")
 
     @property
+    def why_stepwise(self) -> str:
+        """Why it is not read in one compiled call; nothing where it is."""
+        return self._records.why_stepwise
+
+    @property
     def read_overhead(self) -> int:
         """Bytes that a read takes besides twice what it returns: chunks at both ends, scratch."""
         return 4 * self._records.chunk_bytes
@@ -48,9 +55,25 @@ class PackedMatrix:
         return values
 
     def read(self, starts: Ints, stops: Ints) -> PackedBlock:
-        """Rows ``starts`` to ``stops`` (exclusive) of some ranges, checked."""
-        return PackedBlock(
+        """Rows ``starts`` to ``stops`` (exclusive) of some ranges, checked.
+
+        Raises
+        ------
+        CorruptStoreError
+            A chunk is missing or damaged, or is another's: its checksum tells what it holds, not
+            where it belongs.
+        """
+        block = PackedBlock(
             row_pointers(self.indptr, starts, stops),
             row_pointers(self._offsets, starts, stops),
             self._records.read(self._offsets[starts], self._offsets[stops]),
         )
+        if not is_packed(block):
+            raise CorruptStoreError(
+                "Rows of the store are not what was written",
+                found=f"records that do not fit for rows {starts[0]} to {stops[-1]} of the study",
+                expected="those that its row pointers tell of",
+                do=RESTORE,
+                path=self.folder / "records",
+            )
+        return block

@@ -35,7 +35,7 @@ from atlas.store.projection_format import (
     read_record,
 )
 from atlas.store.projection_writer import ProjectionWriter
-from atlas.store.zarr_study import CSRMatrix
+from atlas.store.zarr_study import CSRMatrix, how_read
 from loaders import RowBlock
 from loaders.packed import Block, PackedBlock
 from loaders.selection import Ints
@@ -136,7 +136,10 @@ def _shown(studies: Sequence[str], segments: Sequence[int], fingerprint: str) ->
 
 
 def _check(folder: Path, study: StudyRecord) -> None:
-    """Whether the files of one study are there, and the small ones what was written."""
+    """Whether the files of one study are there, and the small ones what was written.
+
+    The long ones are not read: their chunks are checked when they are.
+    """
     for array, shards in study.shards.items():
         for number, (size, _) in enumerate(shards):
             file = folder / array / "c" / str(number)
@@ -176,7 +179,6 @@ class Projection:
         self.segments = view.segments
         self.fingerprint = view.fingerprint
         self.presence = view.presence
-        self._view_reading = view.reading
         self._codes = store.obs_codes
         self._counts = tuple(
             (PackedMatrix if study.packed else CSRMatrix)(path / f"{i:04d}")
@@ -210,11 +212,12 @@ class Projection:
     @property
     def reading(self) -> str:
         """How rows are read."""
-        return f"{self._view_reading}, from a projection of {self.n_vars:,} genes"
+        how = how_read({str(counts.folder): counts.why_stepwise for counts in self._counts})
+        return f"{how}, from a projection of {self.n_vars:,} genes"
 
     @functools.cached_property
     def read_overhead(self) -> int:
-        """Bytes that a read takes besides twice what it returns."""
+        """Bytes that a read takes besides twice what it returns (:meth:`read_packed`)."""
         return max((counts.read_overhead for counts in self._counts), default=0)
 
     def count_values(

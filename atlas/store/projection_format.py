@@ -101,6 +101,25 @@ def digest_small(folder: Path, arrays: Iterable[str]) -> str:
     return digest_tree(small, folder)
 
 
+def check_version(values: Any, path: Path) -> None:
+    """Refuse what a file says of a projection, whole or begun, if its format is a newer one.
+
+    Raises
+    ------
+    FormatError
+        It is.
+    """
+    version = values.get("version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise FormatError(
+            "The projection was written in a newer format",
+            found=f"format version {version}",
+            expected=f"at most {VERSION}",
+            do="install a newer atlas-trainer, or write the projection again",
+            path=path,
+        )
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read and check ``projection.json``.
 
@@ -117,15 +136,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise CorruptStoreError(
             "The description of the projection is not JSON", found=error, do=REMAKE, path=path
         ) from None
-    version = values.get("version") if isinstance(values, dict) else None
-    if isinstance(version, int) and version > VERSION:
-        raise FormatError(
-            "The projection was written in a newer format",
-            found=f"format version {version}",
-            expected=f"at most {VERSION}",
-            do="install a newer atlas-trainer, or write the projection again",
-            path=path,
-        )
+    check_version(values, path)
     wrong = best_match(_VALIDATOR.iter_errors(values))
     if wrong is not None:
         raise CorruptStoreError(

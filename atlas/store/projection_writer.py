@@ -30,6 +30,7 @@ from atlas.store.projection_format import (
     VERSION,
     WHOLE,
     StudyRecord,
+    check_version,
     digest_small,
 )
 from atlas.store.zarr_study import CSRMatrix
@@ -45,7 +46,7 @@ CHUNK = 8_192
 256 rows ends in fewer values that are decoded for nothing (benchmarks/LOG.md)."""
 SHARD = 256 * CHUNK
 _RECORD_SHARD = 4
-"""Shards' elements in one of records, whose elements are bytes."""
+"""How many times :data:`SHARD` elements a shard of records has: they are bytes."""
 
 _BLOCK = 2**19
 """Values of the store that are read at once, about."""
@@ -121,6 +122,7 @@ class ProjectionWriter:
                 recorded, genes = str(found["fingerprint"]), list(found["genes"])
             except (ValueError, KeyError, TypeError):
                 break
+            check_version(found, folder / name)
             if recorded == self._view.fingerprint and genes == self._genes:
                 return
             raise StoreError(
@@ -221,9 +223,9 @@ def _row_blocks(counts: CSRMatrix, n_obs: int) -> Iterator[tuple[int, int]]:
         start, done = stop, int(ends[stop - 1])
 
 
-def _packs(*types: str) -> bool:
+def _packs(columns: str, counts: str) -> bool:
     """Whether columns and counts of these types are written as records."""
-    return set(types) == {"<u2"}
+    return columns == counts == "<u2"
 
 
 class _ArrayWriter:
@@ -269,7 +271,7 @@ class _MatrixWriter:
         shard = SHARD * (_RECORD_SHARD if self.packed else 1)
         self._arrays = {
             name: _ArrayWriter(
-                folder / name, Layout(kind, "fast", name == "indices", CHUNK, shard, packed=False)
+                folder / name, Layout(kind, "fast", False, CHUNK, shard, compressed=False)
             )
             for name, kind in types.items()
         }
@@ -295,7 +297,7 @@ class _MatrixWriter:
         n_elements = int(self._pointers["offsets" if self.packed else "indptr"][-1])
         for name, array in self._arrays.items():
             array.flush()
-            array.layout.create(group, name, n_elements)
+            array.layout.create(group, name, n_elements, self._folder / name / "c")
         layout = Layout("<i8", "fast", True, CHUNK, SHARD)
         for name, pointers in self._pointers.items():
             write_pointers(group, self._folder, pointers, layout, name)

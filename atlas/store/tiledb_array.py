@@ -134,6 +134,11 @@ class TileArray:
         return self._n
 
     @property
+    def why_stepwise(self) -> str:
+        """Why it is not read in one compiled call."""
+        return "TileDB reads it"
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of a decoded tile."""
         return self.chunk * int(self.dtype.itemsize)

@@ -9,10 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from atlas.codecs import fused
 from atlas.codecs.remote import READING_THREADS, Remote, remote_of
 from atlas.store.kernels import map_columns, select_columns
-from atlas.store.zarr_study import ZarrStudy
+from atlas.store.zarr_study import ZarrStudy, how_read
 from loaders import RowBlock
 from loaders.selection import Ints
 from loaders.source import NARROW_MAX, as_ranges, segment_of
@@ -91,9 +90,7 @@ class CountView:
         if (remote := self._remote) is not None:
             size = f"{remote.origin.cache / 1e9:g} GB"
             return f"from {remote.origin.url}, in joined ranges, through a cache of {size} on disk"
-        if fused.AVAILABLE:
-            return "fast: chunks are read, checked and decoded in one compiled call"
-        return f"step by step: chunks are decoded by numcodecs, because {fused.WHY_NOT}"
+        return how_read({s.entry.name: s.counts.why_stepwise for s in self._studies})
 
     @functools.cached_property
     def read_overhead(self) -> int:

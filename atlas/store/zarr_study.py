@@ -183,6 +183,11 @@ class CSRMatrix:
         return self._indices.dtype == np.uint16 and self._data.dtype == np.uint16
 
     @property
+    def why_stepwise(self) -> str:
+        """Why it is not read in one compiled call; nothing where it is."""
+        return self._indices.why_stepwise or self._data.why_stepwise
+
+    @property
     def read_overhead(self) -> int:
         """Bytes that a read takes besides twice what it returns: chunks at both ends, scratch."""
         return 4 * max(self._indices.chunk_bytes, self._data.chunk_bytes)
@@ -202,6 +207,18 @@ class CSRMatrix:
             self._indices.read(low, high),
             self._data.read(low, high),
         )
+
+
+def how_read(reasons: Mapping[str, str]) -> str:
+    """How rows are read, in words, from ``why_stepwise`` of each study."""
+    slow = {name: why for name, why in reasons.items() if why}
+    fast = "fast: chunks are read, checked and decoded in one compiled call"
+    if not slow:
+        return fast
+    why = "; ".join(sorted(set(slow.values())))
+    if len(slow) == len(reasons):
+        return f"step by step: chunks are decoded one after the other, because {why}"
+    return f"{fast}; of {', '.join(slow)} step by step, because {why}"
 
 
 class ZarrStudy:

@@ -8,7 +8,7 @@ from loaders_helpers import counts
 from scipy.sparse import csr_matrix
 
 from loaders import ArraySource, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
-from loaders.packed import PackedBlock, packed
+from loaders.packed import PackedBlock, is_packed, packed
 from loaders.source import as_ranges
 
 NUMBERS = st.one_of(st.integers(1, 5), st.integers(250, 260), st.integers(1, 2**16 - 1))
@@ -119,6 +119,7 @@ def test_a_loader_gives_the_same_minibatches(choice, narrow):
         (lambda b: PackedBlock(b.indptr // 4, b.offsets, b.records), "do not fit"),
         (lambda b: PackedBlock(b.indptr, b.offsets[::-1].copy(), b.records), "do not fit"),
         (lambda b: PackedBlock(b.indptr, b.offsets, b.records | 128), "do not fit"),
+        (lambda b: b.unpacked().widened(), "another type"),
     ],
 )
 def test_records_that_break_their_promise_are_refused(change, message):
@@ -126,6 +127,42 @@ def test_records_that_break_their_promise_are_refused(change, message):
     source.change = change
     with pytest.raises(LoaderError, match=message):
         list(MinibatchLoader(source, 10))
+
+
+SIX = [3] * 6 + [7] * 6
+"""Record of six values, columns 3 to 18."""
+
+
+@pytest.mark.parametrize(
+    ("indptr", "record"),
+    [
+        ([0, 6], [*SIX, 255, 1, 0, 0, 1, 2, 0, 0]),  # columns of 65,536 and above
+        ([0, 6], [*SIX, 1, 2, 0, 0, 1, 2, 0, 0]),  # two patches for one place
+        ([0, 6], [*SIX, 1, 3, 0, 0, 1, 2, 0, 0]),  # in another order
+        ([0, 6], [*SIX, 1, 12, 0, 0]),  # of a place that is not there
+        ([0, 2**62, -(2**63), -(2**62), 0], []),  # four times these are 0 in 64 bits
+    ],
+)
+def test_a_record_that_does_not_follow_the_format_is_told(indptr, record):
+    offsets = np.zeros(len(indptr), np.int64)
+    offsets[1:] = len(record)
+    block = PackedBlock(np.array(indptr, np.int64), offsets, np.array(record, np.uint8))
+    assert not is_packed(block)
+    right = np.array([*SIX, 255, 1, 0, 0], np.uint8)
+    assert is_packed(PackedBlock(np.array([0, 6]), np.array([0, 16]), right))
+
+
+def test_records_up_to_the_last_column_are_right():
+    block = block_of([[(65_534, 7), (65_535, 65_535)]])
+    assert is_packed(pack(block))
+    same(pack(block).unpacked(), block)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_source_without_columns_gives_empty_rows(narrow):
+    source = ArraySource(np.zeros((10, 0)), {}, narrow=True)
+    for loader in (MinibatchLoader(source, 5, narrow=narrow), SequentialLoader(source, 5)):
+        assert [m.to_scipy().shape for m in loader] == [(5, 0), (5, 0)]
 
 
 def test_columns_out_of_range_are_refused():

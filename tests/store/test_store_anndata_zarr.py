@@ -215,7 +215,7 @@ def test_a_file_lost_while_open_is_an_error(adata: AnnData, tmp_path: Path) -> N
     source = open_files(path)
     source.read_rows(0, 90)
     (path / "X/indices/c/2").unlink()
-    with pytest.raises(CorruptStoreError, match="absent"):
+    with pytest.raises(CorruptStoreError, match="replaced or changed"):
         source.read_rows(0, 90)
 
 
@@ -356,3 +356,18 @@ def test_ingest_of_a_folder(adata: AnnData, tmp_path: Path, layout: str) -> None
     assert found.obs.equals(expected.obs)
     rows = [s.study("one").layer("raw").read(0, 90)[2] for s in (store, other)]
     np.testing.assert_array_equal(*rows)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_chunk_put_in_place_of_another_is_told(
+    adata: AnnData, tmp_path: Path, layout: str
+) -> None:
+    source = open_files(_write(adata, tmp_path / "a.zarr", layout))
+    source.read_rows(0, 90)
+    values = tmp_path / "a.zarr" / ("X" if layout == "dense" else "X/data")
+    chunk = max((p for p in values.rglob("*") if p.name[0].isdigit() and p.is_file()), key=str)
+    replacement = chunk.with_name("new")
+    shutil.copy(chunk, replacement)
+    replacement.replace(chunk)
+    with pytest.raises(CorruptStoreError, match="replaced or changed"):
+        source.read_rows(0, 90)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anndata
 import filelock
@@ -23,6 +24,7 @@ from anndata import AnnData
 import atlas
 from atlas import files
 from atlas.cli import main
+from atlas.codecs import fused
 from atlas.errors import (
     ConfigError,
     CorruptStoreError,
@@ -33,6 +35,7 @@ from atlas.errors import (
 )
 from atlas.store import CountStore, Projection, create_store, open_projection, open_store
 from atlas.store import projection_writer as writing
+from atlas.store.layout import Layout
 from loaders import MinibatchLoader, RowBlock, RowSource
 
 MakeStudy = Callable[..., AnnData]
@@ -100,6 +103,7 @@ def test_it_is_the_selection(store: CountStore, tmp_path: Path) -> None:
     _same(open_projection(tmp_path / "p", store), store, GENES)
     _same(open_projection(tmp_path / "p", open_store(store.path)), store, GENES)
     assert "from a projection of 5 genes" in projection.reading
+    assert ("in one compiled call" in projection.reading) == fused.AVAILABLE
     with pytest.raises(IndexError, match="do not lie in one study"):
         projection.read_rows(119, 121)
     assert not list((tmp_path / "p").glob("begun*"))
@@ -134,17 +138,52 @@ def test_records_are_as_documented_in_plain_zarr(store: CountStore, tmp_path: Pa
         np.testing.assert_array_equal(matrix, _matrix(projection.read_rows(start, stop), 5))
 
 
+class Framed(Layout):
+    """Not compressed, but in Blosc's frames, as the first version of the format had it."""
+
+    @property
+    def _blosc(self) -> tuple[str, int]:
+        return "lz4", 0
+
+    def create(
+        self, group: zarr.Group, name: str, n: int, shards: Path | None = None
+    ) -> zarr.Array[Any]:
+        return super().create(group, name, n)
+
+
+def write_first_version(patch: pytest.MonkeyPatch) -> None:
+    """Have projections written as by the first version of the format: CSR in frames."""
+
+    def framed(*arguments: Any, compressed: bool = True) -> Layout:
+        return (
+            Layout(*arguments) if compressed else Framed(arguments[0], "portable", *arguments[2:])
+        )
+
+    patch.setattr(writing, "_packs", lambda *types: False)
+    patch.setattr(writing, "VERSION", 1)
+    patch.setattr(writing, "Layout", framed)
+
+
 @pytest.fixture
-def csr(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the first version of the format was written."""
-    monkeypatch.setattr(writing, "_packs", lambda *types: False)
-    monkeypatch.setattr(writing, "VERSION", 1)
+def first_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    write_first_version(monkeypatch)
 
 
-@pytest.mark.usefixtures("csr")
-def test_other_readers_understand_csr(store: CountStore, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("first_version")
+def test_the_first_version_is_read_and_other_readers_understand_it(
+    store: CountStore, tmp_path: Path
+) -> None:
     projection = atlas.project(store, GENES, tmp_path / "p")
     _same(projection, store, GENES)
+    for name in ("data", "indices"):
+        meta = json.loads((tmp_path / "p/0000" / name / "zarr.json").read_bytes())
+        inner = meta["codecs"][0]["configuration"]["codecs"]
+        assert [c["name"] for c in inner] == ["bytes", "blosc", "crc32c"]
+    record = json.loads((tmp_path / "p/projection.json").read_bytes())
+    assert record["version"] == 1
+    one = tmp_path / "p/0000"
+    small = [one / "zarr.json", one / "indptr", one / "data/zarr.json", one / "indices/zarr.json"]
+    assert record["matrices"][0]["digest"] == files.digest_tree(small, one)
     for i, (start, stop) in enumerate(((0, 120), (120, 210), (210, 211))):
         group = zarr.open_group(tmp_path / "p" / f"{i:04d}", mode="r")
         theirs = anndata.io.read_elem(group)
@@ -165,14 +204,41 @@ def test_one_that_an_earlier_version_began_is_gone_on_with(
         return real(self, name, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "_packs", lambda *types: False)
-        patch.setattr(writing, "VERSION", 1)
+        write_first_version(patch)
         patch.setattr(writing.ProjectionWriter, "_study", interrupt)
         with pytest.raises(KeyboardInterrupt):
             atlas.project(store, GENES, tmp_path / "p")
     _same(atlas.project(store, GENES, tmp_path / "p"), store, GENES)
     arrays = [sorted(p.name for p in (tmp_path / f"p/000{i}").iterdir()) for i in (0, 1)]
     assert [a[:2] for a in arrays] == [["data", "indices"], ["indptr", "offsets"]]
+
+
+def test_one_that_a_newer_version_began_is_refused(store: CountStore, tmp_path: Path) -> None:
+    atlas.project(store, GENES, tmp_path / "p")
+    whole = tmp_path / "p" / "projection.json"
+    record = json.loads(whole.read_bytes()) | {"version": writing.VERSION + 1}
+    whole.unlink()
+    (tmp_path / "p" / "begun.json").write_text(json.dumps(record))
+    before = _content(tmp_path / "p")
+    with pytest.raises(FormatError, match="newer format"):
+        atlas.project(store, GENES, tmp_path / "p")
+    assert _content(tmp_path / "p") == before
+
+
+@pytest.mark.parametrize("weights", [None, [90.0, *[1.0] * 210]])
+def test_a_shard_in_the_place_of_another_is_told(
+    store: CountStore, tmp_path: Path, weights: list[float] | None
+) -> None:
+    """Its checksums hold, and its length is the same."""
+    projection = atlas.project(store, GENES, tmp_path / "p")
+    shards = [tmp_path / f"p/000{i}/records/c/0" for i in (0, 1)]
+    assert shards[0].stat().st_size == shards[1].stat().st_size
+    shards[0].write_bytes(shards[1].read_bytes())
+    assert isinstance(open_projection(tmp_path / "p", store), Projection)
+    with pytest.raises(CorruptStoreError, match=r"(?s)projection.*write it again"):
+        projection.read_rows(0, 120)
+    with pytest.raises(CorruptStoreError, match=r"(?s)projection.*write it again"):
+        list(MinibatchLoader(projection, 16, weights=weights))
 
 
 def test_a_loader_goes_on_from_either(store: CountStore, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from pathlib import Path
@@ -98,7 +99,21 @@ def test_chunks_that_are_not_compressed_and_those_that_are(tmp_path, way, kind, 
 
 def test_the_way_is_said(store, way):
     text = MinibatchLoader(store).describe()
-    assert ("in one compiled call" if way == "compiled" else "because a test says so") in text
+    if way == "compiled":
+        assert "in one compiled call; of s2 step by step, because its profile is 'small'" in text
+    else:
+        assert "step by step: chunks are decoded one after the other, because a test says" in text
+        assert "compiled" not in text
+
+
+def test_the_way_is_said_of_tiles_and_of_one_profile(tmp_path, make_study):
+    tiled = atlas.create_store(tmp_path / "t.atlas", format="tiledb")
+    tiled.append(make_study(20), study="one")
+    assert "one after the other, because TileDB reads it" in MinibatchLoader(tiled).describe()
+    plain = atlas.create_store(tmp_path / "p.atlas")
+    plain.append(make_study(20), study="one")
+    plain.append(make_study(20, prefix="o"), study="two", profile="portable")
+    assert plain.reading.endswith("in one compiled call") == fused.AVAILABLE
 
 
 def test_rows_of_three_studies_over_chosen_genes_are_those_written(store, way):
@@ -202,6 +217,34 @@ def test_a_file_put_in_place_of_another_is_not_read_by_who_has_the_store_open(st
     assert np.array_equal(before.data, after.data)
 
 
+@pytest.mark.parametrize("name", ["indices", "data"])
+def test_a_file_of_another_study_is_told_by_whoever_opens_it(store, way, name):
+    """All its checksums hold; the store was open before, and the file was not."""
+    mine, other = (shards(store, i, name)[0] for i in (0, 1))
+    replacement = mine.with_name("new")
+    shutil.copy(other, replacement)
+    replacement.rename(mine)
+    study = store.studies[0]
+    with pytest.raises(CorruptStoreError, match=f"(?s)not written here.*{study}/X/{name}/c/0"):
+        store.read_rows(0, 80)
+    with pytest.raises(CorruptStoreError, match="not written here"):
+        list(MinibatchLoader(store, 16))
+    report = atlas.verify(store.path)
+    assert [(f.study, str(f.path)) for f in report.findings] == [(study, str(mine))]
+
+
+def test_shards_of_an_earlier_version_are_read_without_their_ends_noted(store, way):
+    before = store.read_rows(0, 80)
+    for name in ("indices", "data"):
+        file = shards(store, 0, name)[0].parents[1] / "zarr.json"
+        meta = json.loads(file.read_bytes())
+        del meta["attributes"]
+        file.write_text(json.dumps(meta))
+    after = atlas.open_store(store.path).read_rows(0, 80)
+    assert np.array_equal(before.indices, after.indices)
+    assert np.array_equal(before.data, after.data)
+
+
 def test_a_shard_cut_short_under_an_open_store_is_an_error(store, way):
     store.read_rows(0, 80)
     path = shards(store)[0]
@@ -238,6 +281,9 @@ def test_chunks_in_any_order_with_gaps_are_what_zarr_reads(store, way):
             path.write_bytes(new + packed + google_crc32c.value(packed).to_bytes(4, "little"))
     counts = store.path / "studies" / store.studies[0] / "X"
     for name in ("indices", "data"):
+        meta = json.loads((counts / name / "zarr.json").read_bytes())
+        del meta["attributes"]["atlas_shards"]
+        (counts / name / "zarr.json").write_text(json.dumps(meta))
         expected = zarr.open_array(str(counts / name), mode="r")[:]
         array = chunks.ChunkedArray(counts / name)
         assert (array.read(0, len(array)) == expected).all()
