@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from loaders.errors import LoaderError
 from loaders.loader import MinibatchLoader
+from loaders.selection import rows_of
 
 _SAMPLE_SECONDS = 0.02
 
@@ -28,7 +30,10 @@ class Audit:
     epoch
         Its number.
     rows, distinct_rows, missing_rows
-        Rows handed out; different ones among them; rows of the selection that did not come.
+        Rows handed out; different ones among them; rows of the selection that did not come, and
+        that are not of another rank, of an earlier step or dropped.
+    dropped_rows
+        Rows that ``drop_last`` leaves out of the epoch, over all ranks.
     each_once
         Whether every row that was to come came exactly once. None where rows are drawn by weight.
     diversity
@@ -49,6 +54,7 @@ class Audit:
     rows: int
     distinct_rows: int
     missing_rows: int
+    dropped_rows: int
     each_once: bool | None
     diversity: Mapping[str, float]
     cells_per_second: float
@@ -61,7 +67,7 @@ class Audit:
         once = {True: "each once", False: "NOT each once", None: "drawn by weight"}[self.each_once]
         lines = [
             f"epoch {self.epoch}: {self.rows:,} rows, {self.distinct_rows:,} different, "
-            f"{self.missing_rows:,} missing: {once}",
+            f"{self.missing_rows:,} missing, {self.dropped_rows:,} dropped: {once}",
             f"{self.cells_per_second:,.0f} cells/s, {self.seconds:.2f} s; "
             f"memory {self.peak_bytes / 1e6:,.0f} MB, of it windows {self.window_bytes / 1e6:,.0f}",
             "diversity of minibatches, share of an ideal shuffle's: "
@@ -72,12 +78,13 @@ class Audit:
 
 
 def audit(loader: MinibatchLoader, *, seed: int = 0) -> Audit:
-    """Run the rest of the loader's epoch and look at what came.
+    """Run the rest of the loader's epoch and look at what came: is it all that was chosen?
 
     Parameters
     ----------
     loader
-        At the beginning of an epoch, or anywhere in it: then only the rest is judged.
+        At the beginning of an epoch, or anywhere in it: then only the rest is judged. Where nothing
+        of it is left, the next epoch is.
     seed
         Of the ideal shuffle that diversity is compared with.
     """
@@ -88,27 +95,35 @@ def audit(loader: MinibatchLoader, *, seed: int = 0) -> Audit:
             expected="a MinibatchLoader",
             do="audit(MinibatchLoader(source, minibatch_size))",
         )
-    first, epoch = loader.step, loader.epoch
-    expected = np.concatenate(list(loader.plan.minibatches(first)))
-    drawn = loader.plan.settings["weights"] != "none"
-    rows, sizes = [], []
+    if loader.step == len(loader):
+        loader.skip_to_epoch(loader.epoch + 1)
+    epoch, plan, chosen = loader.epoch, loader.plan, loader.selection
+    others = [loader.plan_of(rank) for rank in range(plan.world_size) if rank != plan.rank]
+    elsewhere = [np.empty(0, np.int64), *islice(plan.minibatches(), loader.step)]
+    elsewhere += [rows for other in others for rows in other.minibatches()]
+    expected = np.setdiff1d(rows_of(chosen.starts, chosen.stops), np.concatenate(elsewhere))
+    drawn = plan.settings["weights"] != "none"
+    n_rows = plan.n_rows if drawn else chosen.n_rows
+    dropped = n_rows % plan.minibatch_size if plan.drop_last else 0
+    parts, sizes = [], []
     with _PeakMemory() as peak:
         began = time.perf_counter()
         for minibatch in loader:
-            rows.append(minibatch.rows)
+            parts.append(minibatch.rows)
             sizes.append(minibatch.n_rows)
         seconds = time.perf_counter() - began
-    seen = np.concatenate(rows)
+    seen = np.concatenate(parts)
     distinct = np.unique(seen)
+    missing = len(np.setdiff1d(expected, distinct)) - (0 if drawn else dropped)
+    once = len(distinct) == len(seen) and not missing and np.isin(distinct, expected).all()
     codes = loader.source.obs_codes
     return Audit(
         epoch=epoch,
         rows=len(seen),
         distinct_rows=len(distinct),
-        missing_rows=len(np.setdiff1d(expected, distinct)),
-        each_once=None
-        if drawn
-        else len(distinct) == len(seen) and np.array_equal(distinct, np.sort(expected)),
+        missing_rows=missing,
+        dropped_rows=dropped,
+        each_once=None if drawn else bool(once),
         diversity={name: diversity(own[seen], sizes, seed) for name, own in codes.items()},
         cells_per_second=len(seen) / seconds,
         seconds=seconds,

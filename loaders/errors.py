@@ -37,17 +37,21 @@ class LoaderError(Exception):
         super().__init__("\n  ".join(parts))
 
 
+def whole_number(name: str, value: int, expected: str = "a whole number") -> int:
+    """The value as a Python ``int``. True and False are no numbers here."""
+    try:
+        if not isinstance(value, bool):
+            return index(value)
+    except TypeError:
+        pass
+    raise LoaderError(
+        f"{name} is no whole number", found=repr(value), expected=expected, do="give an int"
+    )
+
+
 def at_least_one(name: str, value: int) -> int:
     """The value as a Python ``int``, which must be at least 1."""
-    try:
-        number = index(value)
-    except TypeError:
-        raise LoaderError(
-            f"{name} is no whole number",
-            found=repr(value),
-            expected="a whole number of at least 1",
-            do="give an int",
-        ) from None
+    number = whole_number(name, value, "a whole number of at least 1")
     if number < 1:
         raise LoaderError(
             f"{name} is out of range", found=number, expected="at least 1", do=f"raise {name}"

@@ -10,7 +10,7 @@ from weakref import finalize
 import numpy.typing as npt
 
 from loaders.blocks import tile
-from loaders.errors import LoaderError, at_least_one
+from loaders.errors import LoaderError, at_least_one, whole_number
 from loaders.memory import Budget, Needs, parse_bytes, share_out
 from loaders.minibatch import Minibatch
 from loaders.pipeline import Pipeline, Work, default_threads
@@ -108,7 +108,7 @@ class MinibatchLoader:
             default_threads(source) if threads is None else at_least_one("threads", threads)
         )
         self._obs_codes = checked_codes(source)
-        selection = Selection(rows, source.n_obs)
+        self._selection = selection = Selection(rows, source.n_obs)
         lanes = at_least_one("lanes", lanes)
         block_size, buffer_size = sizes(selection.n_rows, lanes, block_size, buffer_size)
         blocks = tile(segments, selection, block_size)
@@ -125,7 +125,7 @@ class MinibatchLoader:
                 block_size,
                 held=buffer_size // _HEAVY_SHARE,
             )
-            blocks.takes[:] = block_size
+            blocks.takes[:] = draws.takes
         elif rows_per_epoch is not None:
             raise LoaderError(
                 "rows_per_epoch is given, but rows are not drawn",
@@ -186,9 +186,18 @@ class MinibatchLoader:
         return self._source
 
     @property
+    def selection(self) -> Selection:
+        """The rows to go through."""
+        return self._selection
+
+    @property
     def plan(self) -> EpochPlan:
         """The order of the current epoch."""
         return self._plan
+
+    def plan_of(self, rank: int) -> EpochPlan:
+        """The order of the current epoch as another rank goes through it."""
+        return self._plan_of(epoch=self.epoch, rank=rank)
 
     @property
     def epoch(self) -> int:
@@ -301,6 +310,7 @@ class MinibatchLoader:
 
     def skip_to_epoch(self, epoch: int) -> None:
         """Go to the beginning of an epoch, unless the loader is in it already."""
+        epoch = whole_number("epoch", epoch)
         if epoch != self.epoch:
             self._end_iteration()
             self._go_to(Position(epoch))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loaders.blocks import Blocks
-from loaders.errors import LoaderError
+from loaders.errors import LoaderError, whole_number
 from loaders.pool import ROUNDING
 from loaders.selection import Ints, Selection
 from loaders.source import RowSource
@@ -50,13 +51,15 @@ def parse_bytes(size: str | int) -> int:
     LoaderError
         The text is no size, or the size is not above 0.
     """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    found = _SIZE.fullmatch(size) if isinstance(size, str) else None
-    units = {name.upper(): factor for name, factor in _UNITS.items()}
     number = 0
-    if found and found[2].upper() in units:
-        number = int(float(found[1]) * units[found[2].upper()])
+    if isinstance(size, str):
+        found = _SIZE.fullmatch(size)
+        units = {name.upper(): factor for name, factor in _UNITS.items()}
+        if found and found[2].upper() in units:
+            number = int(float(found[1]) * units[found[2].upper()])
+    else:
+        with suppress(LoaderError):
+            number = whole_number("memory", size)
     if number < 1:
         raise LoaderError(
             "this is no size of memory",

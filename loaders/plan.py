@@ -28,7 +28,6 @@ see :mod:`loaders.weights`. All else is the same.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -36,7 +35,7 @@ import numpy as np
 
 from loaders import philox
 from loaders.blocks import Blocks, default_block_size, tile
-from loaders.errors import LoaderError, at_least_one
+from loaders.errors import LoaderError, at_least_one, whole_number
 from loaders.lanes import Lane, Piece, deal
 from loaders.selection import Ints, RowsLike, Selection, rows_of
 from loaders.weights import Draws
@@ -220,12 +219,8 @@ class EpochPlan:
         if self._draws is None:
             blocks = tile(segments, self._selection, self.block_size)
             return blocks[self._spread(blocks.segment)]
-        (u,) = philox.uniform(1, self.seed, philox.VISITS, self.epoch)
-        blocks = self._draws.visits(float(u))
-        blocks = blocks[self._spread(blocks.segment)]
-        # the last visit may be short
-        blocks.takes[-1] -= int(blocks.takes.sum()) - self.n_rows
-        return blocks
+        blocks = self._draws.visits(self.seed, self.epoch)
+        return blocks[self._spread(blocks.segment)]
 
     def _spread(self, segment: Ints) -> Ints:
         """The order of blocks, given the segment of each: int64 permutation, (n_blocks,).
@@ -308,6 +303,8 @@ def sizes(
     n_rows: int, lanes: int, block_size: int | None, buffer_size: int | None
 ) -> tuple[int, int]:
     """Block and buffer size, where one is not given chosen so that it fits the other."""
+    if buffer_size is not None:
+        buffer_size = whole_number("buffer_size", buffer_size)
     if buffer_size is not None and buffer_size < lanes:
         raise LoaderError(
             "buffer_size is too small",
@@ -329,19 +326,19 @@ def sizes(
             expected=f"buffer_size of at least {lanes * block_size}",
             do="raise buffer_size, or take smaller blocks or fewer lanes",
         )
-    return block_size, operator.index(buffer_size)
+    return block_size, buffer_size
 
 
 def _word(name: str, value: int) -> int:
     """A word of Philox's key or counter."""
-    word = operator.index(value)
+    word = whole_number(name, value)
     if not 0 <= word < 2**64:
         raise LoaderError(f"{name} is out of range", found=word, expected="in [0, 2^64)")
     return word
 
 
 def _checked_rank(rank: int, world_size: int, lanes: int, smallest: int) -> tuple[int, int]:
-    rank, world_size = operator.index(rank), at_least_one("world_size", world_size)
+    rank, world_size = whole_number("rank", rank), at_least_one("world_size", world_size)
     if not 0 <= rank < world_size:
         raise LoaderError(
             "rank is out of range", found=rank, expected=f"0 to world_size - 1 = {world_size - 1}"

@@ -137,6 +137,13 @@ def _of_mask(mask: npt.NDArray[Any], n_obs: int) -> tuple[Ints, Ints]:
 
 def _of_positions(rows: npt.NDArray[Any], n_obs: int) -> tuple[Ints, Ints]:
     if (np.diff(rows.astype(np.int64)) <= 0).any() or rows[0] < 0 or rows[-1] >= n_obs:
+        if len(rows) == n_obs and rows.min() >= 0 and rows.max() <= 1:
+            raise LoaderError(
+                "the mask of rows is not one of bool",
+                found=f"{rows.dtype} ({n_obs},) of zeros and ones",
+                expected=f"a mask bool ({n_obs},), or rising row numbers",
+                do="give mask.astype(bool)",
+            )
         raise LoaderError(
             "row numbers are out of order or out of range",
             found=", ".join(map(str, rows[:5].tolist())) + (", …" if len(rows) > 5 else ""),

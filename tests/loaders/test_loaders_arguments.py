@@ -52,15 +52,49 @@ def test_row_numbers_that_do_not_fit_are_refused(rows):
         MinibatchLoader(source(), 20, rows=rows, **SMALL)
 
 
+def test_a_mask_of_numbers_is_said_to_be_none_of_bool():
+    mask = np.arange(500) % 2
+    for dtype in (np.int8, np.uint8, np.int64):
+        with pytest.raises(LoaderError, match="not one of bool") as caught:
+            MinibatchLoader(source(), 20, rows=mask.astype(dtype), **SMALL)
+        assert caught.value.found == f"{np.dtype(dtype)} (500,) of zeros and ones"
+        assert "row numbers" in str(caught.value.expected)
+
+
 @pytest.mark.parametrize("wrong", ["s.atlas", np.zeros((3, 3)), None])
 def test_what_is_no_source_is_said_to_be_none(wrong):
     with pytest.raises(LoaderError, match="this is no source of rows"):
         MinibatchLoader(wrong, 20)
 
 
+@pytest.mark.parametrize("wrong", [1.5, 1.0, "8192", True, np.True_, [1]], ids=repr)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("minibatch_size", "seed", "block_size", "buffer_size", "lanes", "rank", "world_size"),
+        *("threads", "rows_per_epoch"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_by_name(name, wrong):
+    with pytest.raises(LoaderError, match=f"{name} is no whole number") as caught:
+        MinibatchLoader(source(), **{"weights": np.ones(500), name: wrong})
+    assert caught.value.found == repr(wrong)
+
+
+def test_an_epoch_that_is_no_whole_number_is_refused_and_nothing_changes():
+    loader = MinibatchLoader(source(), 20, **SMALL)
+    iterator = iter(loader)
+    next(iterator)
+    for wrong in (1.5, "1", None, True):
+        with pytest.raises(LoaderError, match="epoch is no whole number"):
+            loader.skip_to_epoch(wrong)
+    next(iterator)
+    assert (loader.epoch, loader.step) == (0, 2)
+    with pytest.raises(LoaderError, match="seed is no whole number"):
+        MinibatchLoader(source(), 20, None)
+
+
 def test_numbers_that_are_none_are_refused_by_name():
-    with pytest.raises(LoaderError, match="minibatch_size is no whole number"):
-        MinibatchLoader(source(), 20.0, **SMALL)
     with pytest.raises(LoaderError, match="rows_per_epoch is out of range"):
         MinibatchLoader(source(), 20, weights=np.ones(500), rows_per_epoch=0, **SMALL)
     for state in (None, 3, "state", []):

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from loaders import EpochPlan, LoaderError
@@ -288,6 +288,28 @@ def test_ranks_share_the_rows_of_every_step(args, epoch, world_size):
     assert sum(map(len, blocks)) == len(set().union(*blocks)), "a block is read by two ranks"
 
 
+@settings(deadline=None, max_examples=60)
+@given(parameters(), words)
+def test_ranks_share_the_rows_of_every_step_also_where_the_last_is_dropped(args, epoch):
+    n_rows = len(chosen(args["rows"]))
+    size = min(n_rows, max(8, args["minibatch_size"]))
+    args |= {"minibatch_size": size, "lanes": 8, "buffer_size": 8 * args["buffer_size"]}
+
+    def steps_of(world_size: int) -> list[list[int]]:
+        ranks = [
+            EpochPlan(**args, epoch=epoch, drop_last=True, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        together = zip(*(plan.minibatches() for plan in ranks), strict=True)
+        return [sorted(np.concatenate(parts).tolist()) for parts in together]
+
+    whole = steps_of(1)
+    assert [len(rows) for rows in whole] == [size] * (n_rows // size)
+    for world_size in (2, 4, 8):
+        if size >= world_size:
+            assert steps_of(world_size) == whole
+
+
 class Content:
     """Something that a weak reference can watch."""
 
@@ -329,6 +351,17 @@ def test_seeds_and_epochs_never_share_an_order():
     orders = {order(seed=seed, epoch=epoch) for seed in range(12) for epoch in range(12)}
     assert len(orders) == 144
     assert order(seed=1) == order(seed=1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(parameters().filter(lambda args: len(chosen(args["rows"])) > 30), words, words, words)
+def test_two_epochs_never_share_an_order(args, seed, one, other):
+    assume(one != other)
+    first, second = (
+        np.concatenate([*EpochPlan(**args, seed=seed, epoch=epoch).minibatches()])
+        for epoch in (one, other)
+    )
+    assert not np.array_equal(first, second)
 
 
 def test_dropped_rows_change_with_the_epoch():

@@ -1,4 +1,4 @@
-"""What the loader promises besides the order: masks, weights, ranks, resume, memory, narrow."""
+"""What the loader promises besides the order: masks, ranks, resume, memory, narrow, audits."""
 
 import hashlib
 import multiprocessing
@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loaders_helpers import Recording, counts, loader_threads, source
-from scipy import stats
 
 from loaders import (
     ArraySource,
@@ -22,6 +21,8 @@ from loaders import (
 )
 from loaders.audit import diversity
 from loaders.memory import parse_bytes
+from loaders.pool import _SMALL
+from loaders.stalls import STAGES
 
 pytestmark = pytest.mark.timeout(120)
 SMALL = {"block_size": 8, "buffer_size": 64, "lanes": 4}
@@ -62,88 +63,7 @@ def test_rows_that_are_left_out_are_not_held():
     assert loader.budget.minimum < everything.budget.minimum / 4
 
 
-# --- weights -------------------------------------------------------------------------------------
-
-
-@settings(deadline=None, max_examples=15)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([3, 30, 100]), st.floats(0.02, 0.5))
-def test_rows_come_as_often_as_their_weight_says(seed, factor, share):
-    rng = np.random.default_rng(seed)
-    n, epochs = 600, 60
-    weights = np.where(rng.random(n) < share, float(factor), 1.0)
-    weights[rng.integers(0, n, 30)] = 0
-    data = ArraySource(counts(n), segments=(0, 150, 151, 400, n))
-    loader = MinibatchLoader(data, 50, seed, weights=weights, **SMALL)
-    seen = np.zeros(n)
-    for _ in range(epochs):
-        rows = np.concatenate([b.rows for b in loader])
-        assert len(rows) == n
-        seen += np.bincount(rows, minlength=n)
-    assert (seen[weights == 0] == 0).all()
-    expected = epochs * n * weights / weights.sum()
-    # Draws are systematic, so counts scatter less than independent ones: a z of 6 is far out.
-    drawn = weights > 0
-    z = (seen - expected)[drawn] / np.sqrt(expected[drawn] * 8)
-    assert np.abs(z).max() < 6
-    heavy = weights == factor
-    off = seen[heavy].sum() - expected[heavy].sum()
-    assert abs(off) < 6 * np.sqrt(expected[heavy].sum())  # few rows may be heavy
-
-
-def test_counts_of_weighted_rows_follow_the_weights_on_the_whole():
-    n, epochs = 400, 400
-    weights = np.random.default_rng(0).gamma(0.7, size=n) + 0.01
-    loader = MinibatchLoader(ArraySource(counts(n)), 40, weights=weights, **SMALL)
-    seen = sum(
-        np.bincount(np.concatenate([b.rows for b in loader]), minlength=n) for _ in range(epochs)
-    )
-    expected = epochs * n * weights / weights.sum()
-    assert stats.pearsonr(seen, expected)[0] > 0.995
-    assert stats.chisquare(seen, expected).statistic < 3 * n
-
-
-def test_labels_are_balanced_down_to_a_single_cell():
-    labels = np.array([0] * 2_900 + [1] * 80 + [2] * 19 + [3])
-    labels = np.random.default_rng(1).permutation(labels)
-    data = ArraySource(counts(3_000), {"label": labels})
-    loader = MinibatchLoader(data, 128, balance="label", rows_per_epoch=4_000)
-    assert loader.n_rows == 4_000
-    for _ in range(3):
-        minibatches = list(loader)
-        rows = np.concatenate([b.rows for b in minibatches])
-        assert np.bincount(labels[rows]) == pytest.approx([1_000] * 4, rel=0.12)
-        # the one cell of its label comes in nearly every minibatch, not in a lump
-        assert np.mean([(b.obs["label"] == 3).any() for b in minibatches]) > 0.95
-        for b in minibatches[:3]:
-            assert (b.to_scipy() != counts(3_000)[b.rows]).nnz == 0
-
-
-def test_any_column_can_be_balanced_by():
-    codes = np.random.default_rng(2).choice(3, 3_000, p=[0.9, 0.07, 0.03])
-    donors = np.array(["D1", "D2", None], object)[codes]
-    data = ArraySource(counts(3_000), {"donor": codes})
-    ours, by_code = (
-        MinibatchLoader(data, 128, balance=balance, rows_per_epoch=4_000)
-        for balance in (donors, "donor")
-    )
-    by_number = MinibatchLoader(data, 128, balance=codes, rows_per_epoch=4_000)
-    for a, b, c in zip(ours, by_code, by_number, strict=True):
-        assert (a.rows == b.rows).all()
-        assert (c.rows == b.rows).all()
-    rows = np.concatenate([m.rows for m in by_number])
-    assert np.bincount(codes[rows]) == pytest.approx([4_000 / 3] * 3, rel=0.12)
-
-
-def test_rare_rows_are_read_once_and_held():
-    weights = np.ones(4_000)
-    weights[[17, 2_000]] = 1_000
-    data = Recording(counts(4_000))
-    loader = MinibatchLoader(data, 50, weights=weights)
-    first, second = (list(loader) for _ in range(2))
-    assert np.concatenate([b.rows for b in first]).tolist().count(17) > 600
-    assert sum(start <= 17 < stop and stop - start < 4 for start, stop in data.reads) == 1
-    assert loader.budget.held > 0
-    assert len(first) == len(second)
+# --- what is refused -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,13 +138,21 @@ def test_a_state_of_other_settings_is_refused_showing_both():
 
 @pytest.mark.parametrize(
     ("size", "nbytes"),
-    [("512MB", 512 * 10**6), ("2 GiB", 2**31), ("1.5kb", 1500), (7, 7), ("100", 100)],
+    [
+        ("512MB", 512 * 10**6),
+        ("2 GiB", 2**31),
+        ("1.5kb", 1500),
+        (7, 7),
+        ("100", 100),
+        (np.int64(10**9), 10**9),
+        (np.uint8(7), 7),
+    ],
 )
 def test_sizes_are_parsed(size, nbytes):
     assert parse_bytes(size) == nbytes
 
 
-@pytest.mark.parametrize("size", ["", "MB", "-3MB", 0, -1, True, "3 potatoes", 2.5, None])
+@pytest.mark.parametrize("size", ["", "MB", "-3MB", 0, -1, True, np.True_, "3 potatoes", 2.5, None])
 def test_no_sizes_are_refused(size):
     with pytest.raises(LoaderError, match="no size of memory"):
         parse_bytes(size)
@@ -260,6 +188,25 @@ def test_minibatches_never_change_after_they_were_handed_out():
         digests.append([hashlib.sha256(a.tobytes()).hexdigest() for a in arrays])
         kept.append(arrays)
     list(loader)
+    assert digests == [[hashlib.sha256(a.tobytes()).hexdigest() for a in arrays] for arrays in kept]
+
+
+def test_what_is_kept_never_changes_while_memory_of_the_rest_is_used_again():
+    """Arrays large enough to come from the pool, and what is kept are views of them."""
+    data = ArraySource(np.random.default_rng(0).poisson(1.0, (3_000, 200)))
+    sizes = {"block_size": 16, "buffer_size": 256}
+    least = MinibatchLoader(data, 250, **sizes).budget.minimum
+    loader = MinibatchLoader(data, 250, memory=least, **sizes)  # minibatches are made singly
+    digests, kept, places = [], [], []
+    for _ in range(4):
+        for number, minibatch in enumerate(loader):
+            assert min(minibatch.indices.nbytes, minibatch.data.nbytes) > _SMALL
+            places.append(minibatch.data.ctypes.data)
+            if number % 3 == 0:
+                arrays = (minibatch.indptr, minibatch.indices[9:], minibatch.data[:-9:2])
+                digests.append([hashlib.sha256(a.tobytes()).hexdigest() for a in arrays])
+                kept.append(arrays)
+    assert len(set(places)) < len(places)
     assert digests == [[hashlib.sha256(a.tobytes()).hexdigest() for a in arrays] for arrays in kept]
 
 
@@ -384,10 +331,66 @@ def test_an_audit_tells_what_came():
     assert found.each_once
     assert set(found.diversity) == {"batch", "label"}
     assert all(0.9 < share < 1.1 for share in found.diversity.values())
-    assert "500 rows, 500 different, 0 missing: each once" in str(found)
+    assert "500 rows, 500 different, 0 missing, 0 dropped: each once" in str(found)
     weighted = audit(MinibatchLoader(source(), 20, weights=np.arange(500), **SMALL))
     assert weighted.each_once is None
-    assert weighted.distinct_rows < 500
+    assert weighted.distinct_rows == 500 - weighted.missing_rows < 500
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_figures_of_an_audit_fit_each_other(threads):
+    data = ArraySource(np.random.default_rng(0).poisson(1.0, (3_000, 200)))
+    loader = MinibatchLoader(data, 100, threads=threads)
+    found = audit(loader)
+    assert found.cells_per_second * found.seconds == pytest.approx(3_000)
+    assert found.seconds > 0
+    assert found.peak_bytes >= 0
+    assert 0 < found.window_bytes <= loader.budget.windows
+    assert set(found.stalls) == set(STAGES)
+    assert all(seconds >= 0 for seconds in found.stalls.values())
+    assert found.stalls["wait_for_minibatch"] <= found.seconds
+    assert found.stalls["wait_for_blocks"] + found.stalls["wait_for_room"] <= found.seconds
+    assert 0 < found.stalls["reading"] + found.stalls["gathering"] <= threads * found.seconds
+
+
+def test_an_audit_after_the_last_minibatch_is_one_of_the_next_epoch():
+    loader = MinibatchLoader(source(), 20, **SMALL)
+    for _ in loader:
+        if loader.step == len(loader):
+            break
+    found = audit(loader)
+    assert (found.epoch, found.rows, found.each_once) == (1, 500, True)
+    assert (loader.epoch, loader.step) == (2, 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.data(), st.booleans(), st.sampled_from([1, 2, 4]))
+def test_an_audit_judges_the_share_of_a_rank_from_any_step_on(data, drop_last, world_size):
+    mask = np.random.default_rng(3).random(500) < 0.6
+    loader = MinibatchLoader(
+        *(source(), 24, 7),
+        rows=mask,
+        drop_last=drop_last,
+        world_size=world_size,
+        rank=world_size - 1,
+        **SMALL,
+    )
+    dropped = mask.sum() % 24 if drop_last else 0
+    steps = data.draw(st.integers(0, len(loader) - 1))
+    before = sum(m.n_rows for m, _ in zip(loader, range(steps), strict=False))
+    loader.load_state_dict({**loader.state_dict(), "epoch": 0, "step": steps})
+    found = audit(loader)
+    assert found.rows == sum(len(rows) for rows in loader._plan_of(epoch=0).minibatches()) - before
+    assert (found.missing_rows, found.dropped_rows, found.each_once) == (0, dropped, True)
+
+
+def test_an_audit_sees_rows_that_the_order_lacks():
+    """What was to come is told by the rows that were chosen, not by the order."""
+    loader = MinibatchLoader(source(), 20, **SMALL)
+    loader._plan = MinibatchLoader(source(), 20, rows=[(0, 480)], **SMALL).plan
+    found = audit(loader)
+    assert (found.rows, found.distinct_rows, found.missing_rows) == (480, 480, 20)
+    assert not found.each_once
 
 
 def test_an_audit_sees_a_row_that_comes_twice_in_place_of_another():
@@ -395,8 +398,8 @@ def test_an_audit_sees_a_row_that_comes_twice_in_place_of_another():
     good = loader.plan.mix
     loader.plan.mix = lambda w: np.where(np.arange(w.n_rows) == 1, good(w)[0], good(w))
     found = audit(loader)
-    # The audit compares with the same plan: it is distinct rows that give it away.
     assert found.distinct_rows < found.rows
+    assert found.missing_rows == 500 - found.distinct_rows
     assert not found.each_once
 
 
