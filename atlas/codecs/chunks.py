@@ -7,6 +7,7 @@ Blosc, pcodec or nothing, crc32c), with ``numcodecs.delta`` in the profiles that
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import weakref
@@ -257,7 +258,11 @@ class ChunkedArray:
         if status == fused.ABSENT:
             return missing(Path(path), "A chunk is missing from a shard of the store")
         if status == fused.UNREADABLE:
-            return self._unreadable(path, OSError("read error"))
+            try:  # the compiled call does not say why
+                os.pread(file.descriptor, int(index[:, 1].max()), int(index[:, 0].min()))
+            except OSError as error:
+                return self._unreadable(path, error)
+            return self._unreadable(path, OSError(errno.EIO, os.strerror(errno.EIO)))
         if status == fused.SHORT:
             size = min(file.size, os.fstat(file.descriptor).st_size)  # which may have changed
             end = int((index[:, 0] + index[:, 1]).max())
