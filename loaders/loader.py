@@ -159,7 +159,7 @@ class MinibatchLoader:
             Needs(
                 blocks=blocks,
                 selection=selection,
-                drawn=draws is not None,
+                visits=None if draws is None else draws.visits_at_most,
                 n_rows=self._plan.n_rows,
                 minibatch_size=-(-self._plan.minibatch_size // world_size),
                 buffer_size=buffer_size // world_size,

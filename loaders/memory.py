@@ -123,8 +123,8 @@ class Needs:
     ----------
     blocks, selection
         The blocks of the chosen rows, each with the rows that one visit takes from it.
-    drawn
-        Whether blocks can be visited several times.
+    visits
+        How often an epoch visits each block at most, int64 (n_blocks,); None where all are, once.
     n_rows, minibatch_size, buffer_size
         Rows of an epoch, of a minibatch and of the open windows, of one rank.
     ahead
@@ -139,7 +139,7 @@ class Needs:
 
     blocks: Blocks
     selection: Selection
-    drawn: bool
+    visits: Ints | None
     n_rows: int
     minibatch_size: int
     buffer_size: int
@@ -167,17 +167,14 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     blocks = needs.blocks
     whole = block_bytes(source, blocks.starts, blocks.stops)
     kept = whole + blocks.takes * _TABLE_ROW
-    if not needs.drawn:
+    if needs.visits is None:
         kept = _kept_bytes(source, needs, whole) + blocks.takes * _TABLE_ROW
     # Of each lane two windows can be open in a step, and what the step takes between them.
     open_rows = min(needs.n_rows, 2 * needs.buffer_size + needs.minibatch_size)
     rates = kept / blocks.takes
-    if needs.drawn:
-        open_bytes = int(open_rows * rates.max()) + 1
-        ahead_bytes = int(needs.ahead * rates.max())
-    else:
-        open_bytes = _heaviest(rates, blocks.takes, open_rows)
-        ahead_bytes = _heaviest(rates, blocks.takes, needs.ahead)
+    of_epoch = blocks.takes if needs.visits is None else blocks.takes * needs.visits
+    open_bytes = _heaviest(rates, of_epoch, open_rows)
+    ahead_bytes = _heaviest(rates, of_epoch, needs.ahead)
     reading = needs.threads * (int(whole.max()) + source.read_overhead)
     rows, tables = needs.held
     held = tables + (int(block_bytes(source, rows, rows + 1).sum()) if len(rows) else 0)
@@ -244,7 +241,7 @@ def _minibatch_bytes(source: RowSource, needs: Needs) -> int:
     """Bytes of the largest minibatch that rows can make."""
     size = needs.minibatch_size
     largest = np.empty(0, np.int64)
-    if needs.drawn:
+    if needs.visits is not None:
         starts, stops = needs.blocks.starts, needs.blocks.stops
     else:
         starts, stops = needs.selection.starts, needs.selection.stops
@@ -254,7 +251,7 @@ def _minibatch_bytes(source: RowSource, needs: Needs) -> int:
             largest = np.concatenate([largest, source.count_values(rows, rows + 1)])
             if len(largest) > size + _ROWS_AT_ONCE:
                 largest = np.partition(largest, len(largest) - size)[-size:]
-    if needs.drawn:  # one row can come again and again
+    if needs.visits is not None:  # one row can come again and again
         values = size * int(largest.max(initial=0))
     else:
         values = int(np.sort(largest)[-size:].sum())

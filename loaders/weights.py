@@ -89,6 +89,8 @@ class Draws:
     takes
         Rows by which to count the bytes of each block: those of a visit, at least half of the
         block (of one of which less is taken, only that is held): int64, (n_blocks,).
+    visits_at_most
+        Of each block in an epoch: int64, (n_blocks,).
 
     Raises
     ------
@@ -144,6 +146,9 @@ class Draws:
         share = np.divide(totals, of_units, out=np.zeros(len(blocks)), where=of_units > 0)
         half = (blocks.stops - blocks.starts + 1) // 2
         self.takes: Ints = np.maximum((share * block_size).astype(np.int64), half)
+        n_visits = 1 + -(-n_draws // block_size)
+        portion = of_units / totals.sum() if totals.any() else of_units
+        self.visits_at_most: Ints = 1 + np.ceil(n_visits * portion).astype(np.int64)
         # blocks, the first of each unit, and the weight up to each; all with the end
         self._blocks, self._ends = blocks, np.append(0, np.cumsum(totals))
         self._firsts = np.append(np.flatnonzero(np.diff(unit, prepend=-1)), len(blocks))
@@ -204,7 +209,9 @@ class Draws:
         Each has about a block's worth of rows with a weight, and half of that at the least.
         """
         counts = _sums(blocks, self._light > 0)
-        unit = (np.cumsum(counts) - counts) // self._per_visit
+        # a block that lacks a few is one by itself
+        about = np.where(4 * counts >= 3 * self._per_visit, self._per_visit, counts)
+        unit = (np.cumsum(about) - about) // self._per_visit
         enough = 2 * np.bincount(unit, counts) >= self._per_visit
         rising: Ints = np.cumsum(enough)[unit]  # too few rows go with those before
         rising -= rising[0]
