@@ -53,7 +53,7 @@ class Layout:
     chunk, shard
         Elements of each.
     compressed
-        By what the profile says; if not there is no delta either.
+        Whether chunks are, as the profile says, and may be differences; ``"small"`` always is.
     """
 
     dtype: str

@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from atlas.codecs.chunks import ChunkedArray, read_all
-from atlas.codecs.recipe import RESTORE
-from atlas.errors import CorruptStoreError
-from loaders.packed import PackedBlock, is_packed
+from loaders.packed import PackedBlock
 from loaders.selection import Ints
 from loaders.source import row_pointers
 
@@ -55,25 +53,12 @@ class PackedMatrix:
         return values
 
     def read(self, starts: Ints, stops: Ints) -> PackedBlock:
-        """Rows ``starts`` to ``stops`` (exclusive) of some ranges, checked.
+        """Rows ``starts`` to ``stops`` (exclusive) of some ranges, as they are on disk.
 
-        Raises
-        ------
-        CorruptStoreError
-            A chunk is missing or damaged, or is another's: its checksum tells what it holds, not
-            where it belongs.
+        Whether they are records says :func:`loaders.packed.is_packed`.
         """
-        block = PackedBlock(
+        return PackedBlock(
             row_pointers(self.indptr, starts, stops),
             row_pointers(self._offsets, starts, stops),
             self._records.read(self._offsets[starts], self._offsets[stops]),
         )
-        if not is_packed(block):
-            raise CorruptStoreError(
-                "Rows of the store are not what was written",
-                found=f"records that do not fit for rows {starts[0]} to {stops[-1]} of the study",
-                expected="those that its row pointers tell of",
-                do=RESTORE,
-                path=self.folder / "records",
-            )
-        return block

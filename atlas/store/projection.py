@@ -37,7 +37,7 @@ from atlas.store.projection_format import (
 from atlas.store.projection_writer import ProjectionWriter
 from atlas.store.zarr_study import CSRMatrix, how_read
 from loaders import RowBlock
-from loaders.packed import Block, PackedBlock
+from loaders.packed import Block, PackedBlock, is_packed
 from loaders.selection import Ints
 from loaders.source import as_ranges, segment_of
 
@@ -239,13 +239,22 @@ class Projection:
         Raises
         ------
         CorruptStoreError
-            A chunk is missing or damaged.
+            A chunk is missing or damaged, or records do not fit their row pointers.
         """
         block = self.read_packed(*as_ranges(starts, stops))
-        return block.unpacked() if isinstance(block, PackedBlock) else block
+        if not isinstance(block, PackedBlock):
+            return block
+        if not is_packed(block):
+            raise CorruptStoreError(
+                "Rows of the projection are not what was written",
+                found="records that do not fit their row pointers",
+                do=REMAKE,
+                path=self.path,
+            )
+        return block.unpacked()
 
     def read_packed(self, starts: Ints, stops: Ints) -> Block:
-        """As :meth:`read_rows`, but packed where the study is: for the loader."""
+        """As :meth:`read_rows`, but packed where the study is: for the loader, which checks it."""
         i = segment_of(self.segments, starts, stops)
         counts, offset = self._counts[i], self.segments[i]
         try:

@@ -8,7 +8,7 @@ from loaders_helpers import Recording, counts, source
 from scipy import stats
 from scipy.sparse import csr_matrix
 
-from loaders import ArraySource, MinibatchLoader
+from loaders import ArraySource, MinibatchLoader, audit
 
 pytestmark = pytest.mark.timeout(120)
 SMALL = {"block_size": 8, "buffer_size": 64, "lanes": 4}
@@ -113,6 +113,23 @@ def test_equal_weights_behind_a_thin_mask_reach_nearly_every_row():
     data = ArraySource(csr_matrix((400_000, 3), dtype=np.float32))
     loader = MinibatchLoader(data, rows=mask, weights=np.ones(400_000))
     assert len(np.unique(np.concatenate([*loader.plan.minibatches()]))) > 0.95 * mask.sum()
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.4, 1]))
+def test_an_epoch_keeps_within_the_least_memory(seed, share):
+    """Blocks at the ends of segments, of which less is taken, are in few windows."""
+    rng = np.random.default_rng(seed)
+    n = 3_000
+    mask = rng.random(n) < share
+    options = {"rows": mask, "weights": rng.gamma(0.5, size=n) + 1e-3, "rows_per_epoch": 2_000}
+    options |= {"block_size": 16, "buffer_size": 256, "lanes": 4, "threads": 2}
+    data = ArraySource(rng.poisson(rng.gamma(0.3, 2, (n, 1)), (n, 40)), segments=(0, 9, 1_213, n))
+    least = MinibatchLoader(data, 50, seed, **options).budget.minimum
+    loader = MinibatchLoader(data, 50, seed, memory=least, **options)
+    found = audit(loader)
+    assert found.rows == 2_000
+    assert 0 < found.window_bytes <= loader.budget.windows
 
 
 def test_a_single_heavy_row_comes_all_over_an_epoch():

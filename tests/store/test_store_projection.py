@@ -36,7 +36,8 @@ from atlas.errors import (
 from atlas.store import CountStore, Projection, create_store, open_projection, open_store
 from atlas.store import projection_writer as writing
 from atlas.store.layout import Layout
-from loaders import MinibatchLoader, RowBlock, RowSource
+from atlas.store.packed_matrix import PackedMatrix
+from loaders import LoaderError, MinibatchLoader, RowBlock, RowSource
 
 MakeStudy = Callable[..., AnnData]
 GENES = ["gene31", "gene2", "gene17", "gene5", "gene29"]
@@ -239,6 +240,20 @@ def test_a_shard_in_the_place_of_another_is_told(
         projection.read_rows(0, 120)
     with pytest.raises(CorruptStoreError, match=r"(?s)projection.*write it again"):
         list(MinibatchLoader(projection, 16, weights=weights))
+
+
+def test_records_that_do_not_fit_their_pointers_are_told(store: CountStore, tmp_path: Path) -> None:
+    """They are unpacked by address: with nothing looked at the process would crash."""
+    projection = atlas.project(store, GENES, tmp_path / "p")
+    counts = projection._counts[0]
+    assert isinstance(counts, PackedMatrix)
+    offsets = counts._offsets.copy()
+    offsets[1:-1] += 1
+    counts.__dict__["_offsets"] = offsets
+    with pytest.raises(CorruptStoreError, match=r"(?s)do not fit.*write it again"):
+        projection.read_rows(0, 120)
+    with pytest.raises(LoaderError, match="records that do not fit"):
+        list(MinibatchLoader(projection, 16))
 
 
 def test_a_loader_goes_on_from_either(store: CountStore, tmp_path: Path) -> None:
