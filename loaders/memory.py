@@ -38,7 +38,7 @@ _BUNDLE: Final = 2**23
 """Rows that minibatches are made of in one go, or these bytes of them where rows are small: what a
 piece of work takes besides its values, much of it under Python's lock, is shared by more."""
 _ROWS_AT_ONCE: Final = 2**20
-_TASK: Final = 2**22
+_TASK: Final = 2**24
 
 
 def parse_bytes(size: str | int) -> int:

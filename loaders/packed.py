@@ -22,6 +22,7 @@ import numpy.typing as npt
 from numba import njit
 
 from loaders.addresses import bytes_at, halves_at
+from loaders.errors import LoaderError
 from loaders.selection import Ints
 from loaders.source import RowBlock
 
@@ -66,10 +67,25 @@ class PackedBlock:
         return PackedBlock(indptr, offsets, records)
 
     def unpacked(self) -> RowBlock:
-        """The same with columns and counts as uint16."""
-        n = int(self.indptr[-1])
-        indices, data = np.empty(n, np.uint16), np.empty(n, np.uint16)
-        _unpack(self.indptr, self.offsets, self.records.ctypes.data, indices, data)
+        """The same with columns and counts as uint16.
+
+        Raises
+        ------
+        LoaderError
+            These are no records.
+        """
+        fits = is_packed(self)
+        n = int(self.indptr[-1]) if fits else 0
+        indices, data, top = np.empty(n, np.uint16), np.empty(n, np.uint16), 0
+        if fits:
+            address = self.records.ctypes.data
+            top = int(_unpack(self.indptr, self.offsets, address, indices, data))
+        if not fits or top >= 2**16:
+            raise LoaderError(
+                "these are no records of packed rows",
+                found=f"column {top}" if fits else "arrays or patches that do not fit each other",
+                expected="records as loaders.packed says",
+            )
         return RowBlock(self.indptr, indices, data)
 
 
@@ -86,7 +102,10 @@ def packed(indptr: Ints, indices: npt.NDArray[Any], data: npt.NDArray[np.uint16]
 
 
 def is_packed(block: PackedBlock) -> bool:
-    """Whether the arrays fit each other, patches their rows, and columns two bytes."""
+    """Whether the arrays fit each other, and patches their rows: then it can be unpacked.
+
+    Whether columns are in range says :func:`unpack_row`, which reads them anyway.
+    """
     records = block.records
     fit: bool = _fit(block.indptr, block.offsets, records.ctypes.data, len(records))
     return fit
@@ -160,36 +179,33 @@ def _fit(indptr: Ints, offsets: Ints, address: int, n_bytes: int) -> bool:
             continue
         if size < 2 * n or (size - 2 * n) % _PATCH:
             return False
-        record, last, column = address + offsets[row], np.int64(-1), np.int64(0)
-        steps = bytes_at(record)
-        for k in range(n):
-            column += np.int64(steps[k])
+        last = np.int64(-1)
         for at in range(2 * n, size, _PATCH):
-            patch = _patch(record, at)
-            place = patch >> 8
+            place = _patch(address + offsets[row], at) >> 8
             if place <= last or place >= 2 * n:
                 return False
             last = place
-            if place < n:
-                column += (patch & 255) << 8
-        if column >= 2**16:
-            return False
     return True
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def unpack_row(
     record: int, nbytes: int, columns: npt.NDArray[Any], counts: npt.NDArray[Any]
-) -> None:
-    """Write the columns and counts of a record, given its address; (n,) each, of any type."""
+) -> np.int64:
+    """Write the columns and counts of a record, given its address; (n,) each, of any type.
+
+    Returns the highest column, also where it does not fit in the type of ``columns``.
+    """
     n = len(columns)
     if nbytes == 4 * n:
         halves, above = halves_at(record), halves_at(record + 2 * n)
+        top = np.uint16(0)
         for k in range(n):
             columns[k] = halves[k]
+            top = max(top, halves[k])
         for k in range(n):
             counts[k] = above[k]
-        return
+        return np.int64(top)
     steps, low = bytes_at(record), bytes_at(record + n)
     column = np.int64(0)
     for k in range(n):
@@ -203,8 +219,10 @@ def unpack_row(
         if place >= n:
             counts[place - n] += high
         else:
+            column += high
             for k in range(place, n):
                 columns[k] += high
+    return column
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
@@ -214,11 +232,13 @@ def _unpack(
     records: int,
     indices: npt.NDArray[np.uint16],
     data: npt.NDArray[np.uint16],
-) -> None:
+) -> np.int64:
+    top = np.int64(0)
     for row in range(len(indptr) - 1):
         here = slice(indptr[row], indptr[row + 1])
         size = offsets[row + 1] - offsets[row]
-        unpack_row(records + offsets[row], size, indices[here], data[here])
+        top = max(top, unpack_row(records + offsets[row], size, indices[here], data[here]))
+    return top
 
 
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]

@@ -7,12 +7,13 @@ threads then; so does one that still exists when the interpreter exits.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -26,6 +27,7 @@ from loaders.shuffle import Group, groups
 from loaders.source import RowBlock, RowSource
 from loaders.stalls import Stalls
 from loaders.windows import Plan, walk
+from loaders.workers import Workers
 
 _THREAD_NAME: Final = "loaders-produce"
 
@@ -193,7 +195,7 @@ def default_threads(source: RowSource) -> int:
 
 def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
     """Make minibatches until all are made, the consumer stops, or something fails."""
-    workers = ThreadPoolExecutor(work.threads, thread_name_prefix="loaders-work")
+    workers = Workers(work.threads, "loaders-work")
     try:
         _walk(work, handover, stalls, workers)
     except Stopped:
@@ -204,10 +206,10 @@ def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
         handover.finish()
     finally:
         # What was made before an error still comes.
-        workers.shutdown(cancel_futures=handover.stopped())
+        workers.close(leave=handover.stopped())
 
 
-def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Executor) -> None:
+def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Workers) -> None:
     plan, n_vars = work.plan, work.source.n_vars
     with WindowReader(
         work.source,
@@ -223,7 +225,7 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Executor) -> 
             for group in groups(parts, course, work.obs_codes, n_vars, work.narrow, work.group):
                 with stalls.timed("wait_for_room"):
                     handover.wait_for_room()
-                task = workers.submit(_gather, group, stalls)
+                task = workers.submit_urgent(functools.partial(_gather, group, stalls))
                 reader.used_by(task)
                 handover.put(task)
                 del group, task

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from types import TracebackType
 from typing import Any, Final, Self
@@ -23,6 +24,7 @@ from loaders.shuffle import OpenWindow, empty_table, lay_out
 from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
+from loaders.workers import Workers
 
 _ALL: Final = np.empty(0, np.int64)
 _NEAR = 64
@@ -82,6 +84,25 @@ class _Blocks:
 
 
 @dataclass(frozen=True, slots=True)
+class _Piece:
+    """Blocks of one window that are read in one go.
+
+    Attributes
+    ----------
+    blocks
+        In the order of the source.
+    table
+        Of the window, for where their rows lie.
+    read
+        What was read.
+    """
+
+    blocks: _Blocks
+    table: Ints
+    read: Future[list[Block]] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
 class _Coming:
     """A window to come.
 
@@ -113,7 +134,7 @@ class WindowReader:
     held
         The rows of :attr:`Plan.held`, where there are any.
     workers
-        Who reads.
+        Who reads, and who does what is urgent between two reads.
     ahead
         How far ahead.
     stopped
@@ -128,7 +149,7 @@ class WindowReader:
         plan: Plan,
         step: int,
         held: RowBlock | None,
-        workers: Executor,
+        workers: Workers,
         ahead: Ahead,
         stopped: Callable[[], bool],
         stalls: Stalls,
@@ -203,16 +224,26 @@ class WindowReader:
             self._leaving.popleft()
 
     def _read_ahead(self) -> None:
+        """Have windows read as far as may be: small ones together, for a task has its price."""
         self._let_go(at_the_latest=False)
+        task: deque[_Piece] = deque()
+        room = self._ahead.task
         while self._coming or self._look_ahead():
             if not self._fits(self._coming[0]):
                 if self._pending:
-                    return
+                    break
                 self._let_go(at_the_latest=True)
-            self._begin(self._coming.popleft())
+            for piece, nbytes in self._begin(self._coming.popleft()):
+                task.append(piece)
+                room -= nbytes
+                if room <= 0:
+                    self._workers.submit(functools.partial(self._read_all, task))
+                    task, room = deque(), self._ahead.task
+        if task:
+            self._workers.submit(functools.partial(self._read_all, task))
 
-    def _begin(self, coming: _Coming) -> None:
-        """Have the blocks of a window read."""
+    def _begin(self, coming: _Coming) -> list[tuple[_Piece, int]]:
+        """Begin a window: what is to be read, in pieces of one task at the most; their bytes."""
         window = coming.window
         self._bytes[window.lane, window.index] = coming.nbytes
         self._stalls.hold(sum(self._bytes.values()))
@@ -223,19 +254,18 @@ class WindowReader:
         kept = None
         if self._plan.partial:
             chosen = np.unique(order)
-            cuts = np.searchsorted(chosen, [*offsets, ends[-1]])
-            kept = [chosen[a:b] - o for (a, b), o in zip(pairwise(cuts), offsets, strict=True)]
+            bounds = pairwise(np.searchsorted(chosen, [*offsets, ends[-1]]))
+            kept = [chosen[a:b] - o for (a, b), o in zip(bounds, offsets, strict=True)]
         # In the order of the source, so that blocks of one segment are read in one go.
         by_start = np.argsort(starts, kind="stable")
         blocks = _Blocks(starts, stops, offsets, kept)[by_start]
-        task = np.cumsum(coming.sizes[by_start]) // max(1, self._ahead.task)
         table = empty_table(int(ends[-1]))
-        futures = [
-            self._workers.submit(self._read, blocks[first:last], table)
-            for first, last in pairwise([0, *np.flatnonzero(np.diff(task)) + 1, len(starts)])
-        ]
-        self._pending.append((window, table, order, futures))
+        sizes = coming.sizes[by_start]
+        cuts = _cuts(np.cumsum(sizes) // max(1, self._ahead.task))
+        pieces = [_Piece(blocks[first:last], table) for first, last in pairwise(cuts)]
+        self._pending.append((window, table, order, [piece.read for piece in pieces]))
         self._pending_rows += window.n_rows
+        return list(zip(pieces, np.add.reduceat(sizes, cuts[:-1]).tolist(), strict=True))
 
     def _fits(self, coming: _Coming) -> bool:
         if self._pending_rows + coming.window.n_rows > self._ahead.rows:
@@ -264,12 +294,23 @@ class WindowReader:
             self._coming.append(_Coming(window, ranges[part], sizes[part], nbytes))
         return True
 
+    def _read_all(self, pieces: deque[_Piece]) -> None:
+        """Read pieces; one that cannot be read does not concern the others."""
+        while pieces:
+            self._workers.hurry()
+            piece = pieces.popleft()
+            if piece.read.set_running_or_notify_cancel():
+                try:
+                    piece.read.set_result(self._read(piece.blocks, piece.table))
+                except BaseException as error:
+                    piece.read.set_exception(error)
+            del piece  # The blocks belong to whoever asked for them.
+
     def _read(self, blocks: _Blocks, table: Ints) -> list[Block]:
         """Read blocks, in the order of the source, and say in the table where their rows lie."""
         began = time.perf_counter()
         segment = np.searchsorted(self._segments, blocks.starts, side="right")
-        cuts = [0, *np.flatnonzero(np.diff(segment)) + 1, len(segment)]
-        read = [self._read_together(blocks[a:b], table) for a, b in pairwise(cuts)]
+        read = [self._read_together(blocks[a:b], table) for a, b in pairwise(_cuts(segment))]
         self._stalls.add("reading", time.perf_counter() - began)
         return read
 
@@ -291,6 +332,13 @@ class WindowReader:
             read, counts, within = _without(read, counts, blocks.kept)
         lay_out(table, offsets, starts, counts, within, read)
         return read
+
+
+def _cuts(numbers: Ints) -> list[int]:
+    """Where numbers that rise begin to differ from those before, 0 and the end included."""
+    if numbers[0] == numbers[-1]:
+        return [0, len(numbers)]
+    return [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
 
 
 def _without(read: Block, counts: Ints, kept: list[Ints]) -> tuple[Block, Ints, Ints]:

@@ -189,9 +189,9 @@ class Group:
             indices, data = POOL.empty(n, np.uint16), POOL.empty(n, np.uint16)
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
-        top = _copy(places, indptr, rows, indices, data)
-        if n and top >= self.n_vars:
-            self._refuse(rows, indices)
+        wrong = _copy(places, indptr, self.n_vars, rows, indices, data)
+        if wrong >= 0:
+            self._refuse(rows[wrong], indices[indptr[wrong] : indptr[wrong + 1]])
         obs = {name: codes.take(rows) for name, codes in self.obs_codes.items()}
         pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)
         _own_pointers(indptr, self.bounds, pointers)
@@ -210,14 +210,13 @@ class Group:
             )
         return out
 
-    def _refuse(self, rows: Ints, indices: npt.NDArray[Any]) -> NoReturn:
-        """Raise for the first of the columns that are out of range."""
-        unsigned = indices if self.narrow else indices.view(np.uint32)
-        at = int(np.argmax(unsigned >= self.n_vars))
-        row = rows[np.searchsorted(self.indptr, at, side="right") - 1]
+    def _refuse(self, row: int, columns: npt.NDArray[Any]) -> NoReturn:
+        """Raise for a row of which a column is out of range."""
+        unsigned = columns if self.narrow else columns.view(np.uint32)
+        found = columns[unsigned >= self.n_vars][:1]
         raise LoaderError(
             f"the source gave a column out of range for row {row}",
-            found=f"column {indices[at]}",
+            found=f"column {found[0]}" if len(found) else f"a column above {2**16 - 1}",
             expected=f"0 to {self.n_vars - 1}",
         )
 
@@ -283,6 +282,8 @@ def _own_pointers(indptr: Ints, bounds: Ints, out: Ints) -> None:
 @njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def _tell(places: Ints, i: int) -> None:
     """Have the beginning of a row brought from memory: rows are copied in no order."""
+    if i + _AHEAD < len(places):
+        _prefetch(places[i + _AHEAD])  # where it lies has to be there by then
     if i < len(places):
         row = longs_at(places[i])
         if row[_KIND] == _PACKED:
@@ -299,15 +300,16 @@ def _tell(places: Ints, i: int) -> None:
 def _copy(
     places: Ints,
     indptr: Ints,
+    n_vars: int,
     rows: Ints,
     indices: npt.NDArray[Any],
     data: npt.NDArray[Any],
 ) -> int:
     """Copy rows of any kind, given where their table is, to arrays that are wide or narrow.
 
-    Returns the highest column; negative ones count as higher than all others.
+    Returns the first row with a column that is not one of ``n_vars``; -1 if there is none.
     """
-    top = np.uint32(0)
+    wrong = -1
     for i in range(len(places)):
         _tell(places, i + _AHEAD)
         row = longs_at(places[i])
@@ -315,19 +317,25 @@ def _copy(
         begin, length = indptr[i], row[_LENGTH]
         to_indices, to_data = indices[begin : begin + length], data[begin : begin + length]
         if row[_KIND] == _PACKED:
-            unpack_row(row[_INDICES], row[_DATA] - row[_INDICES], to_indices, to_data)
-        elif row[_KIND] == _NARROW:
-            columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
-            for k in range(length):
-                to_indices[k] = columns[k]
-            for k in range(length):
-                to_data[k] = values[k]
+            nbytes = row[_DATA] - row[_INDICES]
+            top = unpack_row(row[_INDICES], nbytes, to_indices, to_data)
         else:
-            words, floats = words_at(row[_INDICES]), floats_at(row[_DATA])
+            if row[_KIND] == _NARROW:
+                columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])
+                for k in range(length):
+                    to_indices[k] = columns[k]
+                for k in range(length):
+                    to_data[k] = values[k]
+            else:
+                words, floats = words_at(row[_INDICES]), floats_at(row[_DATA])
+                for k in range(length):
+                    to_indices[k] = words[k]
+                for k in range(length):
+                    to_data[k] = floats[k]
+            highest = np.uint32(0)  # negative ones count as higher than all others
             for k in range(length):
-                to_indices[k] = words[k]
-            for k in range(length):
-                to_data[k] = floats[k]
-        for k in range(length):
-            top = max(top, np.uint32(to_indices[k]))
-    return int(top)
+                highest = max(highest, np.uint32(to_indices[k]))
+            top = np.int64(highest)
+        if length and top >= n_vars and wrong < 0:
+            wrong = i
+    return wrong

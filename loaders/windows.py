@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 
 from loaders.selection import Ints, Range, rows_of
 
 Content = TypeVar("Content")
+
+_SOONER: Final = 8
+"""By this the minibatches that are asked for first are fewer, so that they come sooner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +150,7 @@ def walk(
     step
         First minibatch.
     at_once
-        How many minibatches to yield at a time.
+        How many minibatches to yield at a time; fewer at first, and twice as many each time.
     opened
         The windows of ``plan.windows(step)``, in that order, each with its content; pulled only
         when a minibatch needs the window.
@@ -161,8 +164,10 @@ def walk(
     it.
     """
     live: dict[tuple[int, int], tuple[Window, Content]] = {}
-    for first in range(step, plan.n_steps, at_once):
-        stop, error = min(first + at_once, plan.n_steps), None
+    stop, few = step, max(1, at_once // _SOONER)
+    while stop < plan.n_steps:
+        first, stop, error = stop, min(stop + few, plan.n_steps), None
+        few = min(2 * few, at_once)
         course = plan.course(first, stop)
         try:
             for take in course.takes:

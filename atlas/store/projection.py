@@ -36,8 +36,8 @@ from atlas.store.projection_format import (
 )
 from atlas.store.projection_writer import ProjectionWriter
 from atlas.store.zarr_study import CSRMatrix, how_read
-from loaders import RowBlock
-from loaders.packed import Block, PackedBlock, is_packed
+from loaders import LoaderError, RowBlock
+from loaders.packed import Block, PackedBlock
 from loaders.selection import Ints
 from loaders.source import as_ranges, segment_of
 
@@ -244,14 +244,15 @@ class Projection:
         block = self.read_packed(*as_ranges(starts, stops))
         if not isinstance(block, PackedBlock):
             return block
-        if not is_packed(block):
+        try:
+            return block.unpacked()
+        except LoaderError as error:
             raise CorruptStoreError(
                 "Rows of the projection are not what was written",
-                found="records that do not fit their row pointers",
+                found=error.found,
                 do=REMAKE,
                 path=self.path,
-            )
-        return block.unpacked()
+            ) from error
 
     def read_packed(self, starts: Ints, stops: Ints) -> Block:
         """As :meth:`read_rows`, but packed where the study is: for the loader, which checks it."""

@@ -147,9 +147,24 @@ def test_a_record_that_does_not_follow_the_format_is_told(indptr, record):
     offsets = np.zeros(len(indptr), np.int64)
     offsets[1:] = len(record)
     block = PackedBlock(np.array(indptr, np.int64), offsets, np.array(record, np.uint8))
-    assert not is_packed(block)
+    with pytest.raises(LoaderError, match="no records"):
+        block.unpacked()
     right = np.array([*SIX, 255, 1, 0, 0], np.uint8)
     assert is_packed(PackedBlock(np.array([0, 6]), np.array([0, 16]), right))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_a_record_with_a_column_that_two_bytes_do_not_hold_is_told_by_the_loader(narrow):
+    class Source(ArraySource):
+        def read_packed(self, starts, stops):
+            n = int((stops - starts).sum())
+            record = np.array([*SIX, 255, 1, 0, 0, 1, 2, 0, 0], np.uint8)
+            many = np.arange(n + 1)
+            return PackedBlock(6 * many, len(record) * many, np.tile(record, n))
+
+    loader = MinibatchLoader(Source(np.zeros((10, 30)), {}, narrow=True), 5, narrow=narrow)
+    with pytest.raises(LoaderError, match="column out of range"):
+        next(iter(loader))
 
 
 def test_records_up_to_the_last_column_are_right():

@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +24,8 @@ from loaders.pipeline import Handover
 from loaders.reader import Ahead, Stopped, WindowReader
 from loaders.shuffle import OpenWindow, empty_table, groups, lay_out
 from loaders.stalls import Stalls
-from loaders.windows import Course
+from loaders.windows import Course, walk
+from loaders.workers import Workers
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -339,8 +342,9 @@ def test_rows_are_read_ahead_within_the_budget():
     windows = list(plan.windows())
     for opened in (1, 3, 6):
         data.reads.clear()
+        workers = Workers(1, "test")
         with (
-            ThreadPoolExecutor(1) as workers,
+            closing(workers),
             WindowReader(
                 data, plan, 0, None, workers, Ahead(40), lambda: False, Stalls()
             ) as reader,
@@ -398,3 +402,54 @@ def test_a_loader_with_little_room_gives_the_same_minibatches():
     loader = MinibatchLoader(source(), 5, **SMALL)
     loader.budget = replace(loader.budget, group=1, waiting=1)
     assert [m.rows.tolist() for m in loader] == expected
+
+
+def test_what_is_urgent_comes_between_two_pieces_of_longer_work():
+    done, workers, over = [], Workers(1, "test"), threading.Event()
+
+    def long():
+        for piece in range(3):
+            workers.hurry()
+            done.append(piece)
+            if piece == 1:
+                urgent.append(workers.submit_urgent(lambda: done.append("urgent")))
+
+    urgent = []
+    workers.submit(long)
+    workers.submit(lambda: done.append("later"))
+    workers.submit(over.set)
+    assert over.wait(10)
+    workers.close()
+    assert done == [0, 1, "urgent", 2, "later"]
+    assert urgent[0].result(timeout=0) is None
+
+
+def test_urgent_work_that_fails_says_so_and_what_is_left_is_cancelled():
+    workers, go = Workers(1, "test"), threading.Event()
+
+    def fail():
+        raise LoaderError("it failed")
+
+    failed = workers.submit_urgent(fail)
+    with pytest.raises(LoaderError, match="it failed"):
+        failed.result(timeout=10)
+    workers.submit(lambda: go.wait(10))
+    left = workers.submit_urgent(lambda: 0)
+    closer = threading.Thread(target=workers.close, args=(True,))
+    closer.start()
+    with pytest.raises(CancelledError):
+        left.result(timeout=10)
+    go.set()
+    closer.join()
+
+
+def test_the_first_minibatches_come_in_small_groups():
+    data = ArraySource(counts(4_000))
+    loader = MinibatchLoader(data, 10)
+    assert loader.budget.at_once >= 100
+    seen = []
+    many = walk(loader.plan, 0, 100, ((w, w) for w in loader.plan.windows()), lambda _: None)
+    for _, course in many:
+        seen.append(len(course.sizes))
+    assert seen[:5] == [12, 24, 48, 96, 100]
+    assert sum(seen) == loader.steps_per_epoch
