@@ -17,6 +17,7 @@ from loaders.pipeline import Pipeline, Work, default_threads
 from loaders.plan import EpochPlan, sizes
 from loaders.pool import POOL
 from loaders.reader import Ahead, read_held
+from loaders.resident import Resident, read_resident
 from loaders.selection import Ints, RowsLike, Selection
 from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
 from loaders.stalls import Stalls
@@ -62,7 +63,8 @@ class MinibatchLoader:
     memory
         Bytes that may be held, as a number or as ``"512MB"``: windows, those read ahead, scratch,
         minibatches that wait, and rows that are held. By default what the settings need, with some
-        room. It never changes the order.
+        room. It never changes the order. Where all rows of a projection fit, they are read once,
+        before the first minibatch, and held.
     narrow
         Hand out columns and counts as uint16, as they are stored: half the bytes, to be widened on
         the device (:meth:`Minibatch.to_torch` does).
@@ -149,7 +151,9 @@ class MinibatchLoader:
         )
         self._position = Position()
         self._plan = self._plan_of(epoch=0)
+        self._blocks = blocks
         self._held: RowBlock | None = None
+        self._resident: Resident | None = None
         self._pipeline: Pipeline | None = None
         # As much as the buffer: with less, reading stops now and then for want of a window to read.
         ahead = max(buffer_size, 2 * self._threads * block_size)
@@ -174,7 +178,7 @@ class MinibatchLoader:
 
     def __getstate__(self) -> dict[str, Any]:
         # for a worker process that is not a fork; an iteration under way stays here
-        return {**self.__dict__, "_pipeline": None}
+        return {**self.__dict__, "_pipeline": None, "_resident": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -232,7 +236,12 @@ class MinibatchLoader:
         """The rest of the current epoch. A new iteration ends one that is still under way."""
         self._end_iteration()
         position, plan = self._position, self._plan
-        if len(plan.held) and self._held is None:
+        if self.budget.resident:
+            if self._resident is None:
+                self._resident = read_resident(
+                    self._source, self._blocks, self._threads, self.budget.task
+                )
+        elif len(plan.held) and self._held is None:
             self._held = read_held(self._source, plan.held, self._threads)
         pipeline = self._pipeline = Pipeline(
             Work(
@@ -243,6 +252,7 @@ class MinibatchLoader:
                 self._threads,
                 Ahead(self._ahead_rows, self.budget.windows, self.budget.task),
                 held=self._held,
+                resident=self._resident,
                 narrow=self._narrow,
                 at_once=self.budget.at_once,
                 group=self.budget.group,
@@ -269,10 +279,11 @@ class MinibatchLoader:
         plan = self._plan
         part = f", rank {plan.rank} of {plan.world_size}" if plan.world_size > 1 else ""
         kind = "uint16 columns and counts" if self._narrow else "int32 columns, float32 counts"
+        then = "; once, and held from then on" if self.budget.resident else ""
         drawn = "each once" if plan.settings["weights"] == "none" else "drawn by weight"
         return "\n".join(
             [
-                f"reading   {self._source.reading}",
+                f"reading   {self._source.reading}{then}",
                 f"rows      {plan.n_rows:,} of {self._source.n_obs:,}, {drawn}; "
                 f"{self._source.n_vars:,} columns",
                 f"steps     {plan.n_steps:,} minibatches of {plan.minibatch_size:,}{part}",
@@ -342,7 +353,8 @@ class MinibatchLoader:
         return balanced(self._obs_codes[balance], selection)
 
     def _reserve(self) -> None:
-        reusable = self.budget.windows + self.budget.queue
+        budget = self.budget
+        reusable = budget.windows + budget.queue + (budget.held if budget.resident else 0)
         POOL.reserve(reusable)
         finalize(self, POOL.release, reusable)
 

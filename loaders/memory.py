@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from loaders.blocks import Blocks
 from loaders.errors import LoaderError, whole_number
+from loaders.packed import Compact
 from loaders.pool import ROUNDING
 from loaders.selection import Ints, Selection
 from loaders.source import RowSource
@@ -80,7 +81,9 @@ class Budget:
     minimum
         What the settings need at the least.
     held
-        Rows that are held for the whole time, and tables of weights.
+        Rows that are held for the whole time, and tables.
+    resident
+        Whether these are all rows: a packed source that fits is read once.
     windows
         Blocks that minibatches are taken from, and those read ahead of them.
     reading
@@ -101,6 +104,7 @@ class Budget:
     total: int
     minimum: int
     held: int
+    resident: bool
     windows: int
     reading: int
     task: int
@@ -202,10 +206,15 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     spare = int((windows - open_bytes) / rates.max())
     small = min(int(_BUNDLE * blocks.takes.sum() / kept.sum()), needs.ahead // 2)
     rows_at_once = min(max(_BUNDLE_ROWS, small), needs.minibatch_size + spare)
+    everything = _resident_bytes(source)
+    resident = 0 < everything <= windows
+    if resident:
+        held, windows = held + everything, windows - everything
     return Budget(
         total=total,
         minimum=minimum,
         held=held,
+        resident=resident,
         windows=windows,
         reading=reading,
         task=task,
@@ -214,6 +223,12 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
         group=group,
         waiting=max(1, queue // group - 2),
     )
+
+
+def _resident_bytes(source: RowSource) -> int:
+    """Bytes of all rows of a source that may stay in memory, and of what is kept of each."""
+    packed = source.packed_bytes if isinstance(source, Compact) else 0
+    return math.ceil(packed * (1 + ROUNDING)) + source.n_obs * _TABLE_ROW if packed else 0
 
 
 def _kept_bytes(source: RowSource, needs: Needs, whole: Ints) -> Ints:

@@ -15,7 +15,7 @@ uint16. All numbers are little-endian.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,20 @@ class PackedBlock:
 
 
 Block: TypeAlias = RowBlock | PackedBlock
+
+
+@runtime_checkable
+class Compact(Protocol):
+    """What a source has besides :class:`loaders.RowSource` whose rows may stay in memory."""
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all its rows as :meth:`read_packed` gives them; 0 where they are not packed."""
+        ...
+
+    def read_packed(self, starts: Ints, stops: Ints) -> Block:
+        """See :class:`loaders.RowSource`."""
+        ...
 
 
 def packed(indptr: Ints, indices: npt.NDArray[Any], data: npt.NDArray[np.uint16]) -> PackedBlock:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from loaders.errors import LoaderError
 from loaders.minibatch import Minibatch
 from loaders.reader import Ahead, Stopped, WindowReader
+from loaders.resident import Resident, ResidentWindows
 from loaders.shuffle import Group, groups
 from loaders.source import RowBlock, RowSource
 from loaders.stalls import Stalls
@@ -120,6 +121,8 @@ class Work:
         How far reading may run ahead.
     held
         The rows of :attr:`Plan.held`.
+    resident
+        All rows that the plan takes, where they are in memory.
     narrow
         Whether minibatches are narrow.
     at_once
@@ -137,6 +140,7 @@ class Work:
     threads: int
     ahead: Ahead
     held: RowBlock | None = None
+    resident: Resident | None = None
     narrow: bool = False
     at_once: int = 1
     group: int = 2**62
@@ -211,16 +215,7 @@ def _produce(work: Work, handover: Handover, stalls: Stalls) -> None:
 
 def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Workers) -> None:
     plan, n_vars = work.plan, work.source.n_vars
-    with WindowReader(
-        work.source,
-        plan,
-        work.step,
-        work.held,
-        workers,
-        work.ahead,
-        handover.stopped,
-        stalls,
-    ) as reader:
+    with _reader(work, handover, stalls, workers) as reader:
         for parts, course in walk(plan, work.step, work.at_once, iter(reader), reader.close):
             for group in groups(parts, course, work.obs_codes, n_vars, work.narrow, work.group):
                 with stalls.timed("wait_for_room"):
@@ -230,6 +225,23 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Workers) -> N
                 handover.put(task)
                 del group, task
             parts.clear()  # Frees windows that have ended before the wait.
+
+
+def _reader(
+    work: Work, handover: Handover, stalls: Stalls, workers: Workers
+) -> WindowReader | ResidentWindows:
+    if work.resident is not None:
+        return ResidentWindows(work.plan, work.step, work.resident)
+    return WindowReader(
+        work.source,
+        work.plan,
+        work.step,
+        work.held,
+        workers,
+        work.ahead,
+        handover.stopped,
+        stalls,
+    )
 
 
 def _gather(group: Group, stalls: Stalls) -> list[Minibatch]:

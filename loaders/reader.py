@@ -254,18 +254,18 @@ class WindowReader:
         kept = None
         if self._plan.partial:
             chosen = np.unique(order)
-            bounds = pairwise(np.searchsorted(chosen, [*offsets, ends[-1]]))
-            kept = [chosen[a:b] - o for (a, b), o in zip(bounds, offsets, strict=True)]
+            within = pairwise(np.searchsorted(chosen, [*offsets, ends[-1]]))
+            kept = [chosen[a:b] - o for (a, b), o in zip(within, offsets, strict=True)]
         # In the order of the source, so that blocks of one segment are read in one go.
         by_start = np.argsort(starts, kind="stable")
         blocks = _Blocks(starts, stops, offsets, kept)[by_start]
         table = empty_table(int(ends[-1]))
         sizes = coming.sizes[by_start]
-        cuts = _cuts(np.cumsum(sizes) // max(1, self._ahead.task))
-        pieces = [_Piece(blocks[first:last], table) for first, last in pairwise(cuts)]
+        bounds = cuts(np.cumsum(sizes) // max(1, self._ahead.task))
+        pieces = [_Piece(blocks[first:last], table) for first, last in pairwise(bounds)]
         self._pending.append((window, table, order, [piece.read for piece in pieces]))
         self._pending_rows += window.n_rows
-        return list(zip(pieces, np.add.reduceat(sizes, cuts[:-1]).tolist(), strict=True))
+        return list(zip(pieces, np.add.reduceat(sizes, bounds[:-1]).tolist(), strict=True))
 
     def _fits(self, coming: _Coming) -> bool:
         if self._pending_rows + coming.window.n_rows > self._ahead.rows:
@@ -310,7 +310,7 @@ class WindowReader:
         """Read blocks, in the order of the source, and say in the table where their rows lie."""
         began = time.perf_counter()
         segment = np.searchsorted(self._segments, blocks.starts, side="right")
-        read = [self._read_together(blocks[a:b], table) for a, b in pairwise(_cuts(segment))]
+        read = [self._read_together(blocks[a:b], table) for a, b in pairwise(cuts(segment))]
         self._stalls.add("reading", time.perf_counter() - began)
         return read
 
@@ -334,7 +334,7 @@ class WindowReader:
         return read
 
 
-def _cuts(numbers: Ints) -> list[int]:
+def cuts(numbers: Ints) -> list[int]:
     """Where numbers that rise begin to differ from those before, 0 and the end included."""
     if numbers[0] == numbers[-1]:
         return [0, len(numbers)]

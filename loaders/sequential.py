@@ -74,6 +74,10 @@ class SequentialPlan:
         ((start, stop),) = window.blocks
         return self._selection.between(start, stop) - start
 
+    def source_rows(self, window: Window) -> Ints:
+        """:meth:`Window.rows`: none are held."""
+        return window.rows()
+
     def course(self, step: int, stop: int) -> Course:
         """The rows of minibatches ``step`` to ``stop`` (exclusive)."""
         begin, end = int(self._bounds[step]), int(self._bounds[stop])

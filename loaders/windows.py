@@ -129,6 +129,10 @@ class Plan(Protocol):
         """Positions in :meth:`Window.rows` in the order in which they are taken: int64."""
         ...
 
+    def source_rows(self, window: Window) -> Ints:
+        """:meth:`Window.rows`, with held rows by their number in the source."""
+        ...
+
     def course(self, step: int, stop: int) -> Course:
         """What minibatches ``step`` to ``stop`` (exclusive) take."""
         ...

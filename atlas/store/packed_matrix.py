@@ -47,6 +47,11 @@ class PackedMatrix:
         """Bytes that a read takes besides twice what it returns: chunks at both ends, scratch."""
         return 4 * self._records.chunk_bytes
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all rows as :meth:`read` gives them."""
+        return len(self._records) + self.indptr.nbytes + self._offsets.nbytes
+
     def count_values(self, starts: Ints, stops: Ints) -> Ints:
         """Values in each range of rows: int64, (n_ranges,)."""
         values: Ints = self.indptr[stops] - self.indptr[starts]

@@ -220,6 +220,12 @@ class Projection:
         """Bytes that a read takes besides twice what it returns (:meth:`read_packed`)."""
         return max((counts.read_overhead for counts in self._counts), default=0)
 
+    @functools.cached_property
+    def packed_bytes(self) -> int:
+        """Bytes of all rows as :meth:`read_packed` gives them, where that is packed; 0 if not."""
+        packed = [c.packed_bytes for c in self._counts if isinstance(c, PackedMatrix)]
+        return sum(packed) if len(packed) == len(self._counts) else 0
+
     def count_values(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
