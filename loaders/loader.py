@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import finalize
@@ -63,8 +65,8 @@ class MinibatchLoader:
     memory
         Bytes that may be held, as a number or as ``"512MB"``: windows, those read ahead, scratch,
         minibatches that wait, and rows that are held. By default what the settings need, with some
-        room. It never changes the order. Where all rows of a projection fit, they are read once,
-        before the first minibatch, and held.
+        room. It never changes the order. Where all rows of a projection fit, and this is the only
+        rank, they are read once, before the first minibatch, and held; not so in a worker process.
     narrow
         Hand out columns and counts as uint16, as they are stored: half the bytes, to be widened on
         the device (:meth:`Minibatch.to_torch` does).
@@ -152,6 +154,8 @@ class MinibatchLoader:
         self._position = Position()
         self._plan = self._plan_of(epoch=0)
         self._blocks = blocks
+        # A worker of torch's DataLoader is made anew for each epoch, and would read all each time.
+        self._process = os.getpid()
         self._held: RowBlock | None = None
         self._resident: Resident | None = None
         self._pipeline: Pipeline | None = None
@@ -171,6 +175,7 @@ class MinibatchLoader:
                 threads=self._threads,
                 value_bytes=4 if narrow else 8,
                 held=(self._plan.held, 0 if draws is None else draws.nbytes),
+                alone=world_size == 1,
             ),
             None if memory is None else parse_bytes(memory),
         )
@@ -236,12 +241,13 @@ class MinibatchLoader:
         """The rest of the current epoch. A new iteration ends one that is still under way."""
         self._end_iteration()
         position, plan = self._position, self._plan
-        if self.budget.resident:
-            if self._resident is None:
+        if self._resident is None and self.budget.resident and os.getpid() == self._process:
+            # An error comes again with the minibatch that it concerns.
+            with suppress(Exception):
                 self._resident = read_resident(
                     self._source, self._blocks, self._threads, self.budget.task
                 )
-        elif len(plan.held) and self._held is None:
+        if self._resident is None and len(plan.held) and self._held is None:
             self._held = read_held(self._source, plan.held, self._threads)
         pipeline = self._pipeline = Pipeline(
             Work(
@@ -353,10 +359,8 @@ class MinibatchLoader:
         return balanced(self._obs_codes[balance], selection)
 
     def _reserve(self) -> None:
-        budget = self.budget
-        reusable = budget.windows + budget.queue + (budget.held if budget.resident else 0)
-        POOL.reserve(reusable)
-        finalize(self, POOL.release, reusable)
+        POOL.reserve(self.budget.reusable)
+        finalize(self, POOL.release, self.budget.reusable)
 
     def _go_to(self, position: Position) -> None:
         if position.epoch != self._plan.epoch:

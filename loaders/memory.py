@@ -81,11 +81,11 @@ class Budget:
     minimum
         What the settings need at the least.
     held
-        Rows that are held for the whole time, and tables.
-    resident
-        Whether these are all rows: a packed source that fits is read once.
+        Rows that are held for the whole time, and tables of weights.
     windows
-        Blocks that minibatches are taken from, and those read ahead of them.
+        Blocks that minibatches are taken from, and those read ahead of them; or all rows.
+    tables
+        Where all rows of a packed source fit in place of windows, what says where they lie; else 0.
     reading
         Scratch of the threads that read.
     task
@@ -104,14 +104,24 @@ class Budget:
     total: int
     minimum: int
     held: int
-    resident: bool
     windows: int
+    tables: int
     reading: int
     task: int
     queue: int
     at_once: int
     group: int
     waiting: int
+
+    @property
+    def resident(self) -> bool:
+        """Whether all rows fit, so that they are read once."""
+        return self.tables > 0
+
+    @property
+    def reusable(self) -> int:
+        """Bytes of arrays whose memory others may have later."""
+        return self.windows + self.queue - self.tables
 
     def __str__(self) -> str:
         parts = ("windows", "reading", "queue", "held")
@@ -139,6 +149,8 @@ class Needs:
         Bytes of a value in a minibatch.
     held
         Rows that are held, and bytes of tables.
+    alone
+        Whether no other rank takes rows, so that all that are read in an epoch are taken here.
     """
 
     blocks: Blocks
@@ -151,6 +163,7 @@ class Needs:
     threads: int
     value_bytes: int
     held: tuple[Ints, int]
+    alone: bool
 
 
 def block_bytes(source: RowSource, starts: Ints, stops: Ints) -> Ints:
@@ -206,16 +219,15 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     spare = int((windows - open_bytes) / rates.max())
     small = min(int(_BUNDLE * blocks.takes.sum() / kept.sum()), needs.ahead // 2)
     rows_at_once = min(max(_BUNDLE_ROWS, small), needs.minibatch_size + spare)
-    everything = _resident_bytes(source)
-    resident = 0 < everything <= windows
-    if resident:
-        held, windows = held + everything, windows - everything
+    tables = source.n_obs * _TABLE_ROW
+    everything = _packed_bytes(source) + tables
+    resident = needs.alone and tables < everything <= windows
     return Budget(
         total=total,
         minimum=minimum,
         held=held,
-        resident=resident,
         windows=windows,
+        tables=tables if resident else 0,
         reading=reading,
         task=task,
         queue=queue,
@@ -225,10 +237,9 @@ def share_out(source: RowSource, needs: Needs, total: int | None) -> Budget:
     )
 
 
-def _resident_bytes(source: RowSource) -> int:
-    """Bytes of all rows of a source that may stay in memory, and of what is kept of each."""
-    packed = source.packed_bytes if isinstance(source, Compact) else 0
-    return math.ceil(packed * (1 + ROUNDING)) + source.n_obs * _TABLE_ROW if packed else 0
+def _packed_bytes(source: RowSource) -> int:
+    """Bytes of all rows of a source as they can stay in memory; 0 where they cannot."""
+    return math.ceil(source.packed_bytes * (1 + ROUNDING)) if isinstance(source, Compact) else 0
 
 
 def _kept_bytes(source: RowSource, needs: Needs, whole: Ints) -> Ints:

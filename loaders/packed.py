@@ -74,18 +74,14 @@ class PackedBlock:
         LoaderError
             These are no records.
         """
-        fits = is_packed(self)
-        n = int(self.indptr[-1]) if fits else 0
-        indices, data, top = np.empty(n, np.uint16), np.empty(n, np.uint16), 0
-        if fits:
-            address = self.records.ctypes.data
-            top = int(_unpack(self.indptr, self.offsets, address, indices, data))
-        if not fits or top >= 2**16:
-            raise LoaderError(
-                "these are no records of packed rows",
-                found=f"column {top}" if fits else "arrays or patches that do not fit each other",
-                expected="records as loaders.packed says",
-            )
+        if not is_packed(self):
+            raise _no_records("arrays or patches that do not fit each other")
+        n = int(self.indptr[-1])
+        indices, data = np.empty(n, np.uint16), np.empty(n, np.uint16)
+        address = self.records.ctypes.data
+        top = int(_unpack(self.indptr, self.offsets, address, indices, data))
+        if top >= 2**16:
+            raise _no_records(f"column {top}")
         return RowBlock(self.indptr, indices, data)
 
 
@@ -113,6 +109,14 @@ def packed(indptr: Ints, indices: npt.NDArray[Any], data: npt.NDArray[np.uint16]
     records = np.empty(int(offsets[-1]), np.uint8)
     _pack(indptr, indices, data, offsets, records)
     return PackedBlock(indptr, offsets, records)
+
+
+def _no_records(found: str) -> LoaderError:
+    return LoaderError(
+        "these are no records of packed rows",
+        found=found,
+        expected="records as loaders.packed says",
+    )
 
 
 def is_packed(block: PackedBlock) -> bool:

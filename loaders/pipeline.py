@@ -46,7 +46,7 @@ class Handover:
         self._most = waiting
         # Reentrant, because a collection inside these methods may stop another pipeline, or this.
         self._changed = threading.Condition(threading.RLock())
-        self._waiting: deque[Future[list[Minibatch]]] = deque()
+        self._waiting: deque[Future[list[Minibatch | LoaderError]]] = deque()
         self._finished = False
         self._error: BaseException | None = None
         self._stopped = False
@@ -58,7 +58,7 @@ class Handover:
             if self._stopped:
                 raise Stopped
 
-    def put(self, minibatches: Future[list[Minibatch]]) -> None:
+    def put(self, minibatches: Future[list[Minibatch | LoaderError]]) -> None:
         """Add a group that is being made."""
         with self._changed:
             self._waiting.append(minibatches)
@@ -71,7 +71,7 @@ class Handover:
             self._error = error
             self._changed.notify_all()
 
-    def get(self) -> list[Minibatch]:
+    def get(self) -> list[Minibatch | LoaderError]:
         """Wait for the next minibatches; none at the end. Raises the error of the producer."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._waiting or self._finished)
@@ -153,7 +153,7 @@ class Pipeline:
     def __init__(self, work: Work) -> None:
         self.stalls = Stalls()
         self._handover = Handover(work.waiting)
-        self._ready: deque[Minibatch] = deque()
+        self._ready: deque[Minibatch | LoaderError] = deque()
         self._process = os.getpid()
         producer = threading.Thread(
             target=_produce,
@@ -183,7 +183,10 @@ class Pipeline:
                 self._ready.extend(self._handover.get())
             if not self._ready:
                 raise StopIteration
-        return self._ready.popleft()
+        minibatch = self._ready.popleft()
+        if isinstance(minibatch, LoaderError):
+            raise minibatch
+        return minibatch
 
 
 def cores() -> int:
@@ -244,7 +247,7 @@ def _reader(
     )
 
 
-def _gather(group: Group, stalls: Stalls) -> list[Minibatch]:
+def _gather(group: Group, stalls: Stalls) -> list[Minibatch | LoaderError]:
     with stalls.timed("gathering"):
         return group.gather()
 

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,12 @@ from loaders.errors import LoaderError
 from loaders.memory import block_bytes
 from loaders.packed import Block, PackedBlock, is_packed
 from loaders.selection import Ints
-from loaders.shuffle import OpenWindow, empty_table, lay_out
+from loaders.shuffle import ALL_ROWS, OpenWindow, empty_table, lay_out
 from loaders.source import RowBlock, RowSource, joined
 from loaders.stalls import Stalls
 from loaders.windows import Plan, Window
 from loaders.workers import Workers
 
-_ALL: Final = np.empty(0, np.int64)
 _NEAR = 64
 """Held rows that lie within so many of each other are read together."""
 _LOOKED_AT = 16
@@ -93,12 +92,15 @@ class _Piece:
         In the order of the source.
     table
         Of the window, for where their rows lie.
+    nbytes
+        What they will take.
     read
         What was read.
     """
 
     blocks: _Blocks
     table: Ints
+    nbytes: int
     read: Future[list[Block]] = field(default_factory=Future)
 
 
@@ -158,7 +160,7 @@ class WindowReader:
         self._held_table = empty_table(len(plan.held))
         if held is not None:
             each = np.arange(held.n_rows), plan.held, np.ones(held.n_rows, np.int64)
-            lay_out(self._held_table, *each, _ALL, held)
+            lay_out(self._held_table, *each, ALL_ROWS, held)
         self._windows = plan.windows(step)
         self._segments = [*source.segments]
         self._read_rows: Callable[[Ints, Ints], Block] = getattr(
@@ -226,24 +228,23 @@ class WindowReader:
     def _read_ahead(self) -> None:
         """Have windows read as far as may be: small ones together, for a task has its price."""
         self._let_go(at_the_latest=False)
-        task: deque[_Piece] = deque()
-        room = self._ahead.task
+        pieces: list[_Piece] = []
         while self._coming or self._look_ahead():
             if not self._fits(self._coming[0]):
                 if self._pending:
                     break
                 self._let_go(at_the_latest=True)
-            for piece, nbytes in self._begin(self._coming.popleft()):
-                task.append(piece)
-                room -= nbytes
-                if room <= 0:
-                    self._workers.submit(functools.partial(self._read_all, task))
-                    task, room = deque(), self._ahead.task
-        if task:
-            self._workers.submit(functools.partial(self._read_all, task))
+            pieces += self._begin(self._coming.popleft())
+        most = min(self._ahead.task, sum(piece.nbytes for piece in pieces) // self._workers.threads)
+        task: deque[_Piece] = deque()
+        for piece in pieces:
+            task.append(piece)
+            if sum(piece.nbytes for piece in task) >= most or piece is pieces[-1]:
+                self._workers.submit(functools.partial(self._read_all, task))
+                task = deque()
 
-    def _begin(self, coming: _Coming) -> list[tuple[_Piece, int]]:
-        """Begin a window: what is to be read, in pieces of one task at the most; their bytes."""
+    def _begin(self, coming: _Coming) -> list[_Piece]:
+        """Begin a window: what is to be read of it, in pieces of one task at the most."""
         window = coming.window
         self._bytes[window.lane, window.index] = coming.nbytes
         self._stalls.hold(sum(self._bytes.values()))
@@ -262,10 +263,13 @@ class WindowReader:
         table = empty_table(int(ends[-1]))
         sizes = coming.sizes[by_start]
         bounds = cuts(np.cumsum(sizes) // max(1, self._ahead.task))
-        pieces = [_Piece(blocks[first:last], table) for first, last in pairwise(bounds)]
+        pieces = [
+            _Piece(blocks[first:last], table, int(sizes[first:last].sum()))
+            for first, last in pairwise(bounds)
+        ]
         self._pending.append((window, table, order, [piece.read for piece in pieces]))
         self._pending_rows += window.n_rows
-        return list(zip(pieces, np.add.reduceat(sizes, bounds[:-1]).tolist(), strict=True))
+        return pieces
 
     def _fits(self, coming: _Coming) -> bool:
         if self._pending_rows + coming.window.n_rows > self._ahead.rows:
@@ -327,7 +331,7 @@ class WindowReader:
             return held
         read = self._read_rows(starts, stops)
         check_block(read, starts, stops, self._source.narrow)
-        counts, within = stops - starts, _ALL
+        counts, within = stops - starts, ALL_ROWS
         if blocks.kept is not None:
             read, counts, within = _without(read, counts, blocks.kept)
         lay_out(table, offsets, starts, counts, within, read)
@@ -349,7 +353,7 @@ def _without(read: Block, counts: Ints, kept: list[Ints]) -> tuple[Block, Ints, 
     """
     few = [2 * len(rows) < count for rows, count in zip(kept, counts.tolist(), strict=True)]
     if not any(few):
-        return read, counts, _ALL
+        return read, counts, ALL_ROWS
     left = [
         rows if copied else np.arange(count)
         for rows, count, copied in zip(kept, counts.tolist(), few, strict=True)

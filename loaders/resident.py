@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,11 +17,9 @@ from loaders.blocks import Blocks
 from loaders.packed import Block, Compact
 from loaders.reader import check_block, cuts
 from loaders.selection import Ints
-from loaders.shuffle import OpenWindow, empty_table, lay_out
+from loaders.shuffle import ALL_ROWS, OpenWindow, empty_table, lay_out
 from loaders.source import RowSource
 from loaders.windows import Plan, Window
-
-_ALL: Final = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +40,12 @@ class Resident:
 
 
 def read_resident(source: RowSource, blocks: Blocks, threads: int, task: int) -> Resident:
-    """Read the rows of all blocks, by some threads, about ``task`` bytes in one go.
+    """Read the rows of all blocks, which rise, by some threads, about ``task`` bytes in one go.
 
     The source is a :class:`loaders.packed.Compact`.
     """
     assert isinstance(source, Compact)  # the budget has asked
-    order = np.argsort(blocks.starts)
-    starts, stops, segment = blocks.starts[order], blocks.stops[order], blocks.segment[order]
+    starts, stops = blocks.starts, blocks.stops
     upto = 2 * np.cumsum(source.count_values(starts, stops)) // max(1, task)
     table = empty_table(source.n_obs)
 
@@ -56,11 +53,11 @@ def read_resident(source: RowSource, blocks: Blocks, threads: int, task: int) ->
         begin, end = starts[first:last], stops[first:last]
         block = source.read_packed(begin, end)
         check_block(block, begin, end, source.narrow)
-        lay_out(table, begin, begin, end - begin, _ALL, block)
+        lay_out(table, begin, begin, end - begin, ALL_ROWS, block)
         return block
 
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
-        pieces = cuts(segment + upto)  # both rise: none is of two segments
+        pieces = cuts(blocks.segment + upto)  # both rise: none is of two segments
         return Resident(table, list(executor.map(read, pieces[:-1], pieces[1:])))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from loaders.packed import Block, PackedBlock, unpack_row
 from loaders.pool import POOL, ROUNDING
 from loaders.selection import Ints
 from loaders.windows import Course
+
+ALL_ROWS: Final = np.empty(0, np.int64)
+"""In place of which rows of their block are there: they all are."""
 
 # Columns of the table of an open window.
 _ROW, _LENGTH, _INDICES, _DATA, _KIND = range(5)
@@ -90,7 +93,7 @@ def lay_out(
     counts
         Rows that are there of each: int64, (n_blocks,).
     within
-        Which rows of their block they are: int64, (n_rows,); none where they are all.
+        Which rows of their block they are: int64, (n_rows,); or :data:`ALL_ROWS`.
     block
         The rows, one block behind the other.
     """
@@ -179,8 +182,8 @@ class Group:
     n_vars: int
     narrow: bool
 
-    def gather(self) -> list[Minibatch]:
-        """Copy the rows."""
+    def gather(self) -> list[Minibatch | LoaderError]:
+        """Copy the rows. At the end an error may stand in place of the minibatch it concerns."""
         places, indptr, n = self.places, self.indptr, int(self.indptr[-1])
         rows = np.empty(len(places), np.int64)
         indices: npt.NDArray[Any]
@@ -190,14 +193,15 @@ class Group:
         else:
             indices, data = POOL.empty(n, np.int32), POOL.empty(n, np.float32)
         wrong = _copy(places, indptr, self.n_vars, rows, indices, data)
-        if wrong >= 0:
-            self._refuse(rows[wrong], indices[indptr[wrong] : indptr[wrong + 1]])
         obs = {name: codes.take(rows) for name, codes in self.obs_codes.items()}
         pointers = np.empty(len(indptr) + len(self.bounds) - 2, np.int64)
         _own_pointers(indptr, self.bounds, pointers)
-        out = []
+        out: list[Minibatch | LoaderError] = []
         bounds = zip(self.bounds.tolist(), indptr[self.bounds].tolist(), strict=True)
         for i, ((begin, low), (stop, high)) in enumerate(pairwise(bounds)):
+            if begin <= wrong < stop:
+                columns = indices[indptr[wrong] : indptr[wrong + 1]]
+                return [*out, self._refused(rows[wrong], columns)]
             out.append(
                 Minibatch(
                     pointers[begin + i : stop + i + 1],
@@ -210,11 +214,11 @@ class Group:
             )
         return out
 
-    def _refuse(self, row: int, columns: npt.NDArray[Any]) -> NoReturn:
-        """Raise for a row of which a column is out of range."""
+    def _refused(self, row: int, columns: npt.NDArray[Any]) -> LoaderError:
+        """What is wrong with a row of which a column is out of range."""
         unsigned = columns if self.narrow else columns.view(np.uint32)
         found = columns[unsigned >= self.n_vars][:1]
-        raise LoaderError(
+        return LoaderError(
             f"the source gave a column out of range for row {row}",
             found=f"column {found[0]}" if len(found) else f"a column above {2**16 - 1}",
             expected=f"0 to {self.n_vars - 1}",
@@ -319,6 +323,8 @@ def _copy(
         if row[_KIND] == _PACKED:
             nbytes = row[_DATA] - row[_INDICES]
             top = unpack_row(row[_INDICES], nbytes, to_indices, to_data)
+            if top >= 2**16:  # it wraps around in a narrow minibatch
+                top = np.int64(n_vars)
         else:
             if row[_KIND] == _NARROW:
                 columns, values = halves_at(row[_INDICES]), halves_at(row[_DATA])

@@ -112,7 +112,7 @@ class RowSource(Protocol):
     A source may also have ``read_packed(starts, stops)``, both arrays: the rows of
     :meth:`read_rows`, packed (:class:`loaders.packed.PackedBlock`) or not. The loader reads by it
     all rows but those that it holds for the whole time. If it says ``packed_bytes`` too
-    (:class:`loaders.packed.Compact`), and its rows fit in the budget, they are read once.
+    (:class:`loaders.packed.Compact`), and its rows fit in the budget, one rank reads all once.
     """
 
     @property

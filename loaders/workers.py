@@ -23,6 +23,7 @@ class Workers:
     """
 
     def __init__(self, threads: int, name: str) -> None:
+        self.threads = threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._urgent: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
 

@@ -60,7 +60,7 @@ class PackedMatrix:
     def read(self, starts: Ints, stops: Ints) -> PackedBlock:
         """Rows ``starts`` to ``stops`` (exclusive) of some ranges, as they are on disk.
 
-        Whether they are records says :func:`loaders.packed.is_packed`.
+        Whether they can be unpacked says :func:`loaders.packed.is_packed`.
         """
         return PackedBlock(
             row_pointers(self.indptr, starts, stops),

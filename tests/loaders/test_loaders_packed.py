@@ -9,6 +9,7 @@ from scipy.sparse import csr_matrix
 
 from loaders import ArraySource, LoaderError, MinibatchLoader, RowBlock, SequentialLoader
 from loaders.packed import PackedBlock, is_packed, packed
+from loaders.selection import rows_of
 from loaders.source import as_ranges
 
 NUMBERS = st.one_of(st.integers(1, 5), st.integers(250, 260), st.integers(1, 2**16 - 1))
@@ -154,17 +155,25 @@ def test_a_record_that_does_not_follow_the_format_is_told(indptr, record):
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_a_record_with_a_column_that_two_bytes_do_not_hold_is_told_by_the_loader(narrow):
+@pytest.mark.parametrize("n_vars", [30, 2**16 + 10])
+def test_a_column_that_two_bytes_do_not_hold_is_told_with_its_row_and_minibatch(narrow, n_vars):
     class Source(ArraySource):
         def read_packed(self, starts, stops):
-            n = int((stops - starts).sum())
-            record = np.array([*SIX, 255, 1, 0, 0, 1, 2, 0, 0], np.uint8)
-            many = np.arange(n + 1)
-            return PackedBlock(6 * many, len(record) * many, np.tile(record, n))
+            wrong = [255, 1, 0, 0, 1, 2, 0, 0]
+            rows = rows_of(starts, stops)
+            records = [[*SIX, *(wrong if row == 317 else [])] for row in rows.tolist()]
+            ends = np.cumsum([0, *map(len, records)])
+            indptr = 6 * np.arange(len(records) + 1)
+            return PackedBlock(indptr, ends, np.array([n for r in records for n in r], np.uint8))
 
-    loader = MinibatchLoader(Source(np.zeros((10, 30)), {}, narrow=True), 5, narrow=narrow)
-    with pytest.raises(LoaderError, match="column out of range"):
-        next(iter(loader))
+    Source.n_vars = n_vars
+    source = Source(csr_matrix((500, 30), dtype=np.float32), {}, narrow=True)
+    loader = MinibatchLoader(source, 5, narrow=narrow, block_size=32, buffer_size=256)
+    concerned = next(i for i, rows in enumerate(loader.plan.minibatches()) if 317 in rows)
+    with pytest.raises(LoaderError, match=r"(?s)column out of range for row 317\b"):
+        list(loader)
+    assert loader.step == concerned
+    assert concerned > 0
 
 
 def test_records_up_to_the_last_column_are_right():

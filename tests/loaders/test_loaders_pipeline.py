@@ -425,7 +425,11 @@ def test_what_is_urgent_comes_between_two_pieces_of_longer_work():
 
 
 def test_urgent_work_that_fails_says_so_and_what_is_left_is_cancelled():
-    workers, go = Workers(1, "test"), threading.Event()
+    workers, go, begun = Workers(1, "test"), threading.Event(), threading.Event()
+
+    def wait():
+        begun.set()
+        go.wait(10)
 
     def fail():
         raise LoaderError("it failed")
@@ -433,7 +437,8 @@ def test_urgent_work_that_fails_says_so_and_what_is_left_is_cancelled():
     failed = workers.submit_urgent(fail)
     with pytest.raises(LoaderError, match="it failed"):
         failed.result(timeout=10)
-    workers.submit(lambda: go.wait(10))
+    workers.submit(wait)
+    assert begun.wait(10)
     left = workers.submit_urgent(lambda: 0)
     closer = threading.Thread(target=workers.close, args=(True,))
     closer.start()
@@ -441,6 +446,47 @@ def test_urgent_work_that_fails_says_so_and_what_is_left_is_cancelled():
         left.result(timeout=10)
     go.set()
     closer.join()
+
+
+def test_small_windows_are_read_together_and_minibatches_are_made_between_two():
+    data = Recording(counts(500))
+    plan = EpochPlan((0, 500), 10, **SMALL)
+    made = []
+
+    def before(read: int, start: int) -> None:
+        made.append(read)
+        if read == 1:
+            workers.submit_urgent(lambda: made.append("urgent"))
+
+    data.before, workers = before, Workers(1, "test")
+    ahead = Ahead(80, task=2**20)
+    with (
+        closing(workers),
+        WindowReader(data, plan, 0, None, workers, ahead, lambda: False, Stalls()) as reader,
+    ):
+        submitted = []
+        workers.submit = lambda work, submit=workers.submit: submitted.append(submit(work))
+        window, opened = next(iter(reader))
+    first = len(window.blocks)
+    assert len(submitted) == 2  # of more windows: the second when the first was taken
+    assert data.rows_read > 2 * window.n_rows
+    assert made.index("urgent") == first
+    np.testing.assert_array_equal(opened.table[:, 0], window.rows())
+
+
+def test_reading_is_shared_by_the_threads_from_the_beginning():
+    data = Recording(counts(500))
+    plan = EpochPlan((0, 500), 10, **SMALL)
+    workers, submitted = Workers(3, "test"), []
+    submit = workers.submit
+    workers.submit = lambda work: submitted.append(submit(work))
+    ahead = Ahead(80, task=2**20)
+    with (
+        closing(workers),
+        WindowReader(data, plan, 0, None, workers, ahead, lambda: False, Stalls()) as reader,
+    ):
+        next(iter(reader))
+    assert len(submitted) >= 3
 
 
 def test_the_first_minibatches_come_in_small_groups():
