@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from numba.core.compiler_lock import global_compiler_lock
+
 Result = TypeVar("Result")
+
+if hasattr(os, "register_at_fork"):
+    # A thread may be compiling, or loading what was compiled: in a fork nobody would release it.
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
 
 
 class Workers:

@@ -306,6 +306,29 @@ def test_a_fork_does_not_wait_for_threads_that_it_does_not_have():
     ], done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_does_not_wait_for_a_thread_that_compiles():
+    done = run(
+        "import time\n"
+        "from numba import njit\n"
+        "from numba.core.compiler_lock import global_compiler_lock as lock\n"
+        "held = threading.Event()\n"
+        "def hold():\n"
+        "    with lock:\n"
+        "        held.set()\n"
+        "        time.sleep(1)\n"
+        "threading.Thread(target=hold).start()\n"
+        "held.wait()\n"
+        "pid = os.fork()\n"
+        "if pid == 0:\n"
+        "    print(njit(lambda x: x + 1)(1), flush=True)\n"
+        "    print(len(list(MinibatchLoader(source(), 5))), flush=True)\n"
+        "    os._exit(0)\n"
+        "print(os.waitpid(pid, 0)[1], flush=True)\n"
+    )
+    assert done.stdout.splitlines() == ["2", "100", "0"], done.stderr
+
+
 # --- bounds --------------------------------------------------------------------------------------
 
 
@@ -464,13 +487,19 @@ def test_small_windows_are_read_together_and_minibatches_are_made_between_two():
         closing(workers),
         WindowReader(data, plan, 0, None, workers, ahead, lambda: False, Stalls()) as reader,
     ):
-        submitted = []
-        workers.submit = lambda work, submit=workers.submit: submitted.append(submit(work))
-        window, opened = next(iter(reader))
-    first = len(window.blocks)
-    assert len(submitted) == 2  # of more windows: the second when the first was taken
-    assert data.rows_read > 2 * window.n_rows
-    assert made.index("urgent") == first
+        together, submit = [], workers.submit
+
+        def note(work):
+            if "_read_all" in repr(work):
+                together.append(len(work.args[0]))
+            submit(work)
+
+        workers.submit = note
+        windows = iter(reader)
+        window, opened = next(windows)
+        next(windows)
+    assert together[0] > 2
+    assert made.index("urgent") == len(window.blocks)
     np.testing.assert_array_equal(opened.table[:, 0], window.rows())
 
 
