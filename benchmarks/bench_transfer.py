@@ -13,7 +13,7 @@ simulated
 Of the query's labelled cells those of the removed type are *unseen*, the others *known*. Compared
 are scores that should be high for unseen cells,
 
-distance
+distance, misfit
     of ``atlas.transfer_labels``, in an scVI embedding;
 u
     1 - P of its label, Gaussian kernel;
@@ -65,7 +65,7 @@ OWN = 15
 FALSE_UNKNOWN = 0.05
 DATASETS = ("kang", "simulated")
 MODELS = ("scvi", "scanvi")
-SCORES = ("distance", "u", "u, published", "scANVI entropy", "distance, scANVI")
+SCORES = ("distance", "misfit", "u", "u, published", "scANVI entropy", "distance, scANVI")
 FULL: Json = {"n_genes": 2000, "n_hidden": 128, "epochs": 50, "cells": 9000}
 FULL |= {"share": 1.0, "least": 30, "k": K}
 TINY: Json = {"n_genes": 200, "n_hidden": 16, "epochs": 2, "cells": 900}
@@ -173,6 +173,9 @@ def map_on(arguments: Json, phases: Phases) -> Json:
             found["distance"] = made.table["transferred_distance"].to_numpy(np.float64)
         else:
             made = atlas.transfer_labels(store, **options, false_unknown=FALSE_UNKNOWN, sets=0.9)
+            # over all query cells, whose neighbours are pooled
+            whole = atlas.transfer_labels(store, **options | {"query": query}, misfit=True)
+            found["misfit"] = whole.table["transferred_misfit"].to_numpy(np.float64)[rows[query]]
             plain = atlas.transfer_labels(store, **options, kernel="scarches")
             for name, one in (("rule", made), ("published", plain)):
                 found[name] = (one.table["transferred"] == "Unknown").to_numpy(bool)
@@ -225,6 +228,7 @@ def figures(folder: Path, outs: dict[str, str]) -> Json:
             unseen = found["removed"][found["asked"]]
             scores = {
                 "distance": found["distance"],
+                "misfit": found["misfit"],
                 "u": found["u rule"],
                 "u, published": found["u published"],
             }

@@ -57,6 +57,11 @@ def add_command(command: Command) -> None:
         "--calibrate-by", default="study", metavar="COLUMN", help="what to leave out in turn"
     )
     sub.add_argument(
+        "--misfit",
+        action="store_true",
+        help="also tell how unlike the reference cells that they lie among cells are in counts",
+    )
+    sub.add_argument(
         "--hierarchy",
         metavar="FILE",
         help="the parent of each label; JSON, or a table whose first line is child,parent",
@@ -124,4 +129,6 @@ def _print_score(score: Any) -> None:
         if score.distance_auroc is not None:
             said += f"; AUROC {score.distance_auroc:.3f} of the distance"
             said += f", {score.uncertainty_auroc:.3f} of the uncertainty"
+        if score.misfit_auroc is not None:
+            said += f", {score.misfit_auroc:.3f} of the misfit"
         print(said)

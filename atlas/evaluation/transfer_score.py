@@ -36,6 +36,8 @@ class Transferred:
         u at the finest level, and the distance score: float64 (n_cells,).
     sets
         Labels that are in the set of each: bool (n_cells, n_leaves); None without sets.
+    misfit
+        float64 (n_cells,); None where it was not asked for.
     """
 
     truth: Codes
@@ -45,6 +47,7 @@ class Transferred:
     uncertainty: Floats
     distance: Floats
     sets: Mask | None
+    misfit: Floats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,9 @@ class QueryScore:
         Share of the known, and of the unseen cells, called Unknown.
     uncertainty_right, uncertainty_wrong, uncertainty_unseen
         Mean u of known cells whose label is right (Unknown or not) or wrong, and of unseen cells.
-    uncertainty_auroc, distance_auroc
-        How well u and the distance tell unseen cells from known ones: .5 by chance, 1 at best.
+    uncertainty_auroc, distance_auroc, misfit_auroc
+        How well u, the distance and the misfit tell unseen cells from known ones: .5 by chance, 1
+        at best.
     covered, mean_set_size
         Share of the known cells whose set holds their label, and labels in a set.
     confusion
@@ -90,6 +94,7 @@ class QueryScore:
     uncertainty_unseen: float | None
     uncertainty_auroc: float | None
     distance_auroc: float | None
+    misfit_auroc: float | None
     covered: float | None
     mean_set_size: float | None
     confusion: Confusion
@@ -126,6 +131,10 @@ def score_query(given: Transferred, tree: Tree, names: tuple[str, ...]) -> Query
     # a label right below the cell's own counts as that
     said = np.where(unknown, UNLABELED, np.where(right, given.truth, label))
     both = bool(known.any() and unseen.any())
+
+    def told_apart(by: Floats | None) -> float | None:
+        return float(roc_auc_score(unseen, by)) if both and by is not None else None
+
     return QueryScore(
         n_known=int(known.sum()),
         n_unseen=int(unseen.sum()),
@@ -138,8 +147,9 @@ def score_query(given: Transferred, tree: Tree, names: tuple[str, ...]) -> Query
         uncertainty_right=_mean(given.uncertainty[known & right]),
         uncertainty_wrong=_mean(given.uncertainty[known & ~right]),
         uncertainty_unseen=_mean(given.uncertainty[unseen]),
-        uncertainty_auroc=float(roc_auc_score(unseen, given.uncertainty)) if both else None,
-        distance_auroc=float(roc_auc_score(unseen, given.distance)) if both else None,
+        uncertainty_auroc=told_apart(given.uncertainty),
+        distance_auroc=told_apart(given.distance),
+        misfit_auroc=told_apart(given.misfit),
         covered=covered,
         mean_set_size=size,
         confusion=confusion_matrix(

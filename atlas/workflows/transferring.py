@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
 from atlas.workflows.hierarchy import Hierarchy, read_hierarchy
+from atlas.workflows.misfitting import Asked, misfit_of
 from atlas.workflows.rows import RowsOrMask, mask_of
 from atlas.workflows.transfer_result import TransferredLabels
 from atlas.workflows.voting import labels_of, of_package, of_store
@@ -47,6 +48,7 @@ def transfer_labels(
     sets: float | None = None,
     per_label: bool = False,
     calibrate_by: str = "study",
+    misfit: bool = False,
     hierarchy: Hierarchy | None = None,
     label_key: str | None = None,
     seed: int = 0,
@@ -62,7 +64,10 @@ def transfer_labels(
 
     Beside u each cell has a distance score, which tells how far it is from the reference in units
     of the reference's own distances (:class:`atlas.evaluation.novelty.DistanceScale`): cells of a
-    type that the reference lacks are often all the same certain of a label, but lie outside.
+    type that the reference lacks are often all the same certain of a label, but lie outside. Some
+    do not: the model has laid them among cells that it knows. ``misfit`` compares counts
+    (:mod:`atlas.evaluation.misfit`): those of a cell's neighbours with those of the reference cells
+    that they lie among.
 
     A cell is *Unknown* where u > .5 (the paper). With ``false_unknown`` it is so where u or the
     distance is above a line; the lines are drawn by leaving each study out of the reference, so
@@ -88,9 +93,10 @@ def transfer_labels(
         the embedding is searched.
     name
         Keep what is found as these obs columns: ``NAME`` (a label, or ``Unknown``),
-        ``NAME_uncertainty``, ``NAME_distance``, with sets ``NAME_set`` (labels joined by ``"; "``),
-        and with a hierarchy ``NAME_level_0`` (coarsest), ``NAME_level_0_uncertainty`` and so on.
-        None keeps none. Cells that are not of the query keep what they had.
+        ``NAME_uncertainty``, ``NAME_distance``, ``NAME_misfit`` if asked for, with sets
+        ``NAME_set`` (labels joined by ``"; "``), and with a hierarchy ``NAME_level_0`` (coarsest),
+        ``NAME_level_0_uncertainty`` and so on. None keeps none. Cells that are not of the query
+        keep what they had.
     k
         Neighbours that vote. A type with fewer than k / 2 cells in the reference hardly wins.
     kernel
@@ -104,6 +110,9 @@ def transfer_labels(
     calibrate_by
         The obs column whose groups are left out in turn; ``"batch"`` for one study of several
         batches.
+    misfit
+        Also tell how unlike the reference each cell is in what it expresses. Which of the two
+        scores finds a type that is not there depends on the studies (benchmarks/bench_transfer.py).
     hierarchy
         The parent of each label: a mapping, or a file (JSON, or a table of child and parent).
     label_key
@@ -134,6 +143,14 @@ def transfer_labels(
     calibrated = false_unknown is not None or sets is not None
     groups = calibrate_by if calibrated else None
     if isinstance(reference, Package):
+        if misfit:
+            raise ConfigError(
+                "The misfit compares counts, and a package has none",
+                found="misfit with a package as the reference",
+                expected="reference cells that are in the store",
+                do="leave it out",
+                path=reference.folder,
+            )
         asked = np.flatnonzero(mask_of(store, query))
         z = store.embedding(embedding)
         voting = of_package(
@@ -144,6 +161,7 @@ def transfer_labels(
         rows, asked = _cells(store, reference, query)
         z = store.embedding(embedding)
         texts = labels_of(store, label_key)
+        voters = rows[texts[rows] != ""]
         voting = of_store(
             store,
             rows,
@@ -167,6 +185,11 @@ def transfer_labels(
         if sets is not None:
             set_rule = left_out.set_rule(sets, per_label)
     found = _ask(knn, z, asked, unknown_rule, set_rule)
+    if misfit:
+        cells = Asked(asked, found.path[:, -1], voters, voting.search)
+        found = replace(
+            found, misfit=misfit_of(store, embedding, cells, seed=seed, backend=backend)
+        )
     column = name or "transferred"
     table = _table(found, tree, column)
     table.index = store.obs([]).index[asked]
@@ -202,6 +225,7 @@ class Found:
     uncertainty: npt.NDArray[np.float64]
     distance: npt.NDArray[np.float64]
     sets: Mask | None
+    misfit: npt.NDArray[np.float64] | None = None
 
 
 def _ask(
@@ -285,6 +309,8 @@ def _table(found: Found, tree: LabelTree, name: str) -> pd.DataFrame:
         **_labels_at(found, tree, -1, name),
         f"{name}_distance": found.distance,
     }
+    if found.misfit is not None:
+        columns[f"{name}_misfit"] = found.misfit
     if found.sets is not None:
         chosen, which = np.unique(found.sets, axis=0, return_inverse=True)
         classes = np.array(tree.classes, object)
@@ -335,6 +361,7 @@ def _score(
         uncertainty=found.uncertainty[rows, -1],
         distance=found.distance[rows],
         sets=None if found.sets is None else found.sets[rows],
+        misfit=None if found.misfit is None else found.misfit[rows],
     )
     return score_query(given, tree, (*tree.names, *extra))
 

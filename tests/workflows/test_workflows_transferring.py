@@ -229,3 +229,62 @@ def test_the_command(
     error = capsys.readouterr().err
     assert "share cells" in error
     assert "Traceback" not in error
+
+
+@pytest.fixture(scope="module")
+def hidden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference lacks type_5, which the embedding lays into type_1."""
+    path = tmp_path_factory.mktemp("hidden") / "s.atlas"
+    store = atlas.create_store(path)
+    for i, name in enumerate("abc"):
+        cells = study(i + 1, 1600 if name == "c" else 400, range(60))
+        kind = cells.obs["cell_type"].to_numpy(object)
+        if name == "c":
+            kind[kind == "type_2"] = "type_5"
+        keep = np.ones(len(kind), bool) if name == "c" else kind != "type_2"
+        cells.obs["cell_type"] = kind
+        cells = cells[keep & (kind != "Unknown")].copy()
+        store.append(cells, study=name, batch_key="batch", label_key="cell_type")
+    rng = np.random.default_rng(0)
+    names = list(store.labels)
+    centres = 8 * np.eye(len(names), 6)
+    centres[names.index("type_5")] = centres[names.index("type_1")]
+    z = centres[store.obs_codes["label"]] + rng.normal(size=(store.n_obs, 6))
+    z[:, 5] += 2 * (store.obs_codes["label"] == names.index("type_5"))
+    z[:, 5] *= 1 - 0.6 * (store.obs_codes["study"] == 2)  # on the edge of type_1, within it
+    store.write_embedding("z", z.astype(np.float32), {"genes": list(store.var.index)})
+    return path
+
+
+def test_counts_tell_a_type_that_the_embedding_lays_among_others(
+    hidden: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = atlas.open_store(hidden)
+    made = atlas.transfer_labels(store, **ASKED, name=None, k=20, misfit=True)
+    assert made.score.unseen_labels == ("type_5",)
+    assert made.score.misfit_auroc > 0.85
+    assert made.score.misfit_auroc > made.score.distance_auroc + 0.1
+    asked = ["--embedding", "z", "--reference", "study=a,b", "--query", "study=c", "--k", "20"]
+    assert main(["transfer-labels", str(hidden), *asked, "--misfit", "--name", "m"]) in (0, None)
+    assert f"{made.score.misfit_auroc:.3f} of the misfit" in capsys.readouterr().out
+    kept = atlas.open_store(hidden).obs()
+    query = (kept["atlas_study"] == "c").to_numpy()
+    np.testing.assert_allclose(kept["m_misfit"][query], made.table["transferred_misfit"])
+    plain = atlas.transfer_labels(store, **ASKED, name=None, k=20)
+    pd.testing.assert_frame_equal(plain.table, made.table.drop(columns="transferred_misfit"))
+    assert plain.score.misfit_auroc is None
+
+
+def test_the_misfit_does_not_depend_on_the_order_of_studies(hidden: Path) -> None:
+    store = atlas.open_store(hidden)
+    rows = np.asarray(store.obs_codes["study"] == 0)
+    asked = {"embedding": "z", "name": None, "k": 20, "misfit": True}
+    made = atlas.transfer_labels(store, reference=~rows, query=rows, **asked)
+    assert np.isfinite(made.table["transferred_misfit"]).all()
+    assert (made.table["transferred_misfit"] > 0).all()
+
+
+def test_the_misfit_needs_counts_and_genes(path: Path) -> None:
+    store = atlas.open_store(path)
+    with pytest.raises(StoreError, match="which genes"):
+        atlas.transfer_labels(store, **ASKED, name=None, k=20, misfit=True)
