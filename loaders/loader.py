@@ -18,8 +18,8 @@ from loaders.minibatch import Minibatch
 from loaders.pipeline import Pipeline, Work, default_threads
 from loaders.plan import EpochPlan, sizes
 from loaders.pool import POOL
-from loaders.reader import Ahead, read_held
-from loaders.resident import Resident, read_resident
+from loaders.reader import Ahead
+from loaders.resident import Resident, read_held, read_resident
 from loaders.selection import Ints, RowsLike, Selection
 from loaders.source import RowBlock, RowSource, checked_codes, checked_segments
 from loaders.stalls import Stalls

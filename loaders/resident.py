@@ -1,6 +1,7 @@
-"""Rows of a source that fit in memory: read once, and taken from there in every epoch.
+"""Rows that are read once and held: heavy ones, or all of a source that fit in memory.
 
-The order stays as it is; there is nothing to read, to wait for or to lay out any more.
+The order stays as it is; of a source that fits there is nothing to read, to wait for or to lay out
+any more.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import Any, Self
 import numpy as np
 
 from loaders.blocks import Blocks
+from loaders.checks import check_block
 from loaders.packed import Block, Compact
-from loaders.reader import check_block, cuts
+from loaders.reader import cuts
 from loaders.selection import Ints
 from loaders.shuffle import ALL_ROWS, OpenWindow, empty_table, lay_out
-from loaders.source import RowSource
+from loaders.source import RowBlock, RowSource, joined
 from loaders.windows import Plan, Window
+
+_NEAR = 64
+"""Held rows that lie within so many of each other are read together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,21 @@ def read_resident(source: RowSource, blocks: Blocks, threads: int, task: int) ->
     with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
         pieces = cuts(blocks.segment + upto)  # both rise: none is of two segments
         return Resident(table, list(executor.map(read, pieces[:-1], pieces[1:])))
+
+
+def read_held(source: RowSource, rows: Ints, threads: int) -> RowBlock:
+    """Rows that are held for the whole time, in the order given, which rises."""
+    segment = np.searchsorted(source.segments, rows, side="right")
+    groups = np.split(rows, np.flatnonzero(np.diff(rows // _NEAR) | np.diff(segment)) + 1)
+
+    def read(group: Ints) -> RowBlock:
+        start, stop = group[:1], group[-1:] + 1
+        block = source.read_rows(start, stop)
+        check_block(block, start, stop, source.narrow)
+        return block.take(group - start)
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="loaders-read") as executor:
+        return joined(list(executor.map(read, groups)))
 
 
 class ResidentWindows:

@@ -68,7 +68,7 @@ def misfit_of(
     if not genes:
         raise StoreError(
             f"Of the embedding {embedding!r} it is not known which genes it was made of",
-            expected="an embedding by `atlas embed`, `atlas update` or `atlas baseline`",
+            expected="an embedding by `atlas embed` or `atlas baseline`",
             do="leave the misfit out",
             path=store.path,
         )
