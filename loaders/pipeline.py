@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import CancelledError, Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -232,9 +233,9 @@ def _walk(work: Work, handover: Handover, stalls: Stalls, workers: Workers) -> N
 
 def _reader(
     work: Work, handover: Handover, stalls: Stalls, workers: Workers
-) -> WindowReader | ResidentWindows:
+) -> AbstractContextManager[WindowReader | ResidentWindows]:
     if work.resident is not None:
-        return ResidentWindows(work.plan, work.step, work.resident)
+        return nullcontext(ResidentWindows(work.plan, work.step, work.resident))
     return WindowReader(
         work.source,
         work.plan,

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -86,17 +85,6 @@ class ResidentWindows:
 
     def __init__(self, plan: Plan, step: int, resident: Resident) -> None:
         self._plan, self._step, self._resident = plan, step, resident
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        pass
 
     def __iter__(self) -> Iterator[tuple[Window, OpenWindow]]:
         """The windows, in the order of first need."""

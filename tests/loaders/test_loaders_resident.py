@@ -194,9 +194,8 @@ def test_windows_say_the_rows_of_the_plan():
     resident = read_resident(data, blocks, threads=2, task=100)
     assert len(resident.blocks) > 4  # one at least for each segment with rows, and by bytes
     for step in (0, 11):
-        with ResidentWindows(plan, step, resident) as reader:
-            for window, opened in reader:
-                taken = opened.table[opened.order]
-                np.testing.assert_array_equal(taken[:, 0], window.rows()[plan.mix(window)])
-                lengths = np.diff(counts(N).indptr)[taken[:, 0]]
-                np.testing.assert_array_equal(taken[:, 1], lengths)
+        for window, opened in ResidentWindows(plan, step, resident):
+            taken = opened.table[opened.order]
+            np.testing.assert_array_equal(taken[:, 0], window.rows()[plan.mix(window)])
+            lengths = np.diff(counts(N).indptr)[taken[:, 0]]
+            np.testing.assert_array_equal(taken[:, 1], lengths)
