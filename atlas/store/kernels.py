@@ -24,16 +24,30 @@ def select_columns(
 
     What stays moves to the front of ``indices`` and ``data``; returns the new row pointers.
     """
-    new_indptr = np.empty(len(indptr), np.int64)
-    new_indptr[0] = 0
+    new_indptr = indptr.copy()
+    if not (table < 0).any():  # nothing is dropped
+        for j in range(indptr[0], indptr[-1]):
+            indices[j] = np.uint16(table[indices[j]])
+        return new_indptr
+    longest = np.int64(0)
+    for row in range(len(indptr) - 1):
+        longest = max(longest, indptr[row + 1] - indptr[row])
+    places = np.empty(longest, np.uint32)
     at = 0
     for row in range(len(indptr) - 1):
-        for j in range(indptr[row], indptr[row + 1]):
-            column = table[indices[j]]
+        columns = indices[indptr[row] : indptr[row + 1]]
+        values = data[indptr[row] : indptr[row + 1]]
+        # To look for what stays and copy it then is 2.4 times as fast as both at once (LOG.md).
+        n = np.uint64(0)  # unsigned: nothing is asked for whether it counts from the end
+        for j in range(len(columns)):
             # Written in any case, and overwritten where it is dropped: no branch to mispredict.
-            indices[at] = np.uint16(column)
-            data[at] = data[j]
-            at += column >= 0
+            places[n] = j
+            n += np.uint64(table[columns[j]] >= 0)
+        for i in range(np.int64(n)):
+            j = places[i]
+            indices[at + i] = np.uint16(table[columns[j]])
+            data[at + i] = values[j]
+        at += np.int64(n)
         new_indptr[row + 1] = at
     return new_indptr
 

@@ -145,10 +145,10 @@ def transfer_labels(
     if isinstance(reference, Package):
         if misfit:
             raise ConfigError(
-                "The misfit compares counts, and a package has none",
+                "The misfit compares counts of cells that are in the store",
                 found="misfit with a package as the reference",
-                expected="reference cells that are in the store",
-                do="leave it out",
+                expected="reference cells of the store",
+                do="leave it out, or ingest counts that the package has as a study",
                 path=reference.folder,
             )
         asked = np.flatnonzero(mask_of(store, query))
