@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from scipy import sparse
@@ -25,7 +27,7 @@ def test_columns_are_those_that_scipy_selects(kept: int, rows: int, in_order: bo
     indptr = counts.indptr.astype(np.int64)
     places = np.arange(counts.nnz)
     if not in_order:
-        parts = [rng.permutation(places[a:b]) for a, b in zip(indptr[:-1], indptr[1:], strict=True)]
+        parts = [rng.permutation(places[a:b]) for a, b in pairwise(indptr)]
         places = np.concatenate([*parts, np.empty(0, np.int64)]).astype(np.int64)
     indices = counts.indices[places].astype(np.uint16)
     data = counts.data[places].astype(np.uint16)
