@@ -84,8 +84,9 @@ def misfit(
     The counts of a cell's neighbours in its batch are summed, and so are those of the reference
     cells that are nearest to each of these. R is the difference of their :func:`levels`, less what
     the batch adds to every gene: the median over the labels given of the mean over their cells (of
-    labels with 20 cells there, if any has). The misfit is the sum over genes of V² R²: a gene
-    counts by how well it tells the reference's own cells apart.
+    labels with 20 cells there, if any has). Summed over genes is V² R²: a gene counts by how well
+    it tells the reference's own cells apart. The misfit is the mean of that over the cell's
+    neighbours, itself among them: cells of a type lie together.
 
     Parameters
     ----------
@@ -108,10 +109,11 @@ def misfit(
     # twice, as all differences at once may not fit in memory
     for rows, found in _differences(counts, reference, near, among):
         np.add.at(mean, group[rows], found / n[group[rows], None])
-    out = np.empty(len(counts.indptr) - 1)
+    own = np.empty(near.shape[0])
     shared = _shared(mean, n, n_labels)
     for rows, found in _differences(counts, reference, near, among):
-        out[rows] = (found - shared[batches[rows]]) ** 2 @ variance**2
+        own[rows] = (found - shared[batches[rows]]) ** 2 @ variance**2
+    out: Floats = near @ own / np.diff(near.indptr)
     return out
 
 

@@ -45,7 +45,7 @@ def brute() -> np.ndarray:
         out[own] = [
             (VARIANCE**2 * (row - np.median(means, axis=0)) ** 2).sum() for row in found[own]
         ]
-    return out
+    return np.array([np.mean([out[j] for j in NEAR[i]]) for i in range(90)])
 
 
 @pytest.mark.parametrize("values", [2**22, 100])
