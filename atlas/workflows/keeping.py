@@ -72,7 +72,11 @@ def keep(
     after = store.models.get(name)
     parent = None if after is None else _parent(store, name, trained, run)
     covered: set[str] = set()
-    if parent is not None and _unmoved(trained, stored_model(store, name, parent)):
+    if (
+        parent is not None
+        and _unmoved(trained, stored_model(store, name, parent))
+        and embedded_by(store, name, parent)
+    ):
         part = f"embedding:{name}"
         covered = {study.name for study in store.manifest.studies if part in study.parts}
     rows = {
@@ -111,6 +115,14 @@ def _index(
         write_index(store, name, new, old, folder)
     else:
         write_index(store, name, np.concatenate(pieces), None, folder)
+
+
+def embedded_by(store: CountStore, name: str, version: int) -> bool:
+    """Whether the embedding of this name is by this version of the model."""
+    if name not in store.embeddings:
+        return False
+    weights: str = store.model_record(name, version)["weights"]
+    return store.embedding_details(name).get("weights") == weights
 
 
 def record_of(trained: TrainedModel, parent: int | None, **further: Any) -> dict[str, Any]:

@@ -32,9 +32,10 @@ from atlas.store.options import check_name
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
 from atlas.workflows.indexing import write_index
-from atlas.workflows.keeping import record_of, stored_model
+from atlas.workflows.keeping import embedded_by, record_of, stored_model
 from atlas.workflows.newcomers import labels_by_classifier, labels_by_neighbours
 from atlas.workflows.surgery import extend_reference
+from atlas.workflows.transferring import check_free
 from atlas.workflows.unseen import UnseenGroup, group_unseen
 
 FALSE_UNKNOWN = 0.05
@@ -151,7 +152,8 @@ def update(
             {**options, "device": device, "false_unknown": false_unknown},
         )
         notes = []
-        if _recorded(work) == {**asked, "manifest": newest.number - 1} and study in store.studies:
+        whole = _recorded(work) == {**asked, "manifest": newest.number - 1}
+        if whole and newest.action.startswith(_action(study, model)):
             notes.append("the update was whole already")  # killed after the last step
             state, version = newest, newest.models[model].version
         else:
@@ -160,14 +162,14 @@ def update(
                 notes += _begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
                 forked = open_store(work / "store")
                 notes += _ingest(forked, source, appending, progress)
+                check_free(forked, f"{model}_label")
                 before = newest.models[model].version
                 if forked.models[model] == before:
                     asking = {**options, "device": device, "progress": progress}
                     _extend(forked, root, work, model, study, false_unknown, asking)
                 version = forked.models[model]
-            state = publish(
-                root, newest, work / "store", f"update {study}: model {model} {version}"
-            )
+            action = f"{_action(study, model)}{version}"
+            state = publish(root, newest, work / "store", action)
         shutil.rmtree(work, ignore_errors=True)
     store = CountStore(root, state)
     record = store.model_record(model, version)
@@ -183,6 +185,11 @@ def update(
         notes=tuple(notes),
         seconds=time.monotonic() - started,
     )
+
+
+def _action(study: str, model: str) -> str:
+    """What the history says of an update, but for the version."""
+    return f"update {study}: model {model} "
 
 
 def _check(store: CountStore, study: str, name: str) -> None:
@@ -212,6 +219,14 @@ def _check(store: CountStore, study: str, name: str) -> None:
             expected="an embedding of every study before another one is added",
             do=f"atlas extend {store.model_folder(name)} {store.path} --out RUN, then "
             f"atlas keep {store.path} RUN --name {name}",
+            path=store.path,
+        )
+    if not embedded_by(store, name, store.models[name]):
+        raise ModelError(
+            f"The embedding {name!r} is not of the model {name!r} that is kept",
+            found="rows by a model with other weights, embedded under its name since",
+            expected="rows by the kept model, among which those of the new cells can lie",
+            do=f"atlas embed {store.model_folder(name)} {store.path} --name {name}",
             path=store.path,
         )
 
@@ -299,7 +314,7 @@ def _extend(
     """Surgery, embedding, labels, drift; the model is in the fork at the end."""
     before, run = forked.models[name], work / "run"
     if not (run / "model.json").is_file():  # written last
-        extended = extend_reference(
+        extend_reference(
             forked.model_folder(name),
             forked,
             [study],
@@ -307,11 +322,13 @@ def _extend(
             resume=True,
             **options,
         )
+    trained, device = load_model(run), options["device"]
+    if trained.training["store"] != str(root):
         # a run in the fork is one in the store, at the state that is to come
         number = manifests.numbers(root)[-1] + 1
-        training = {**extended.training, "store": str(root), "manifest": number}
-        replace(extended, training=training).save(run)
-    trained, device = load_model(run), options["device"]
+        training = {**trained.training, "store": str(root), "manifest": number}
+        trained = replace(trained, training=training)
+        trained.save(run)
     if f"embedding:{name}" not in forked.study(study).entry.parts:
         z = embed_study(trained, forked, study, device=device, progress=options["progress"])
         covered = [one for one in forked.manifest.studies if one.name != study]

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.models import TrainedModel
-from atlas.store import CountStore
+from atlas.store import CountStore, obs_part
 from atlas.workflows.labelling import label
 from atlas.workflows.transferring import transfer_labels
 
@@ -25,7 +25,7 @@ def labels_by_neighbours(
         return {}
     k = min(K, n_labelled - 1)
     by = None if false_unknown is None else _calibrate_by(forked, ~new, k)
-    if f"{column}_distance" not in forked.study(study).obs():
+    if not _written(forked, study, f"{column}_distance"):
         transfer_labels(
             forked,
             embedding=name,
@@ -34,7 +34,7 @@ def labels_by_neighbours(
             name=column,
             k=k,
             false_unknown=None if by is None else false_unknown,
-            calibrate_by=by or "study",
+            calibrate_by=by or "atlas_study",
         )
     return _counted(forked, study, column)
 
@@ -46,13 +46,13 @@ def _calibrate_by(forked: CountStore, reference: npt.NDArray[np.bool_], k: int) 
     """
     labels = forked.obs_codes["label"]
     voting = reference & (labels >= 0)
-    for column in ("study", "batch"):
+    for column in ("study", "batch"):  # the store's own, not an obs column of the input
         codes = forked.obs_codes[column][voting]
         groups, sizes = np.unique(codes, return_counts=True)
         pairs = np.unique(np.stack([codes, labels[voting]]), axis=1)
         shared = len(np.unique(pairs[1])) < pairs.shape[1]
         if len(groups) > 1 and shared and len(codes) - sizes.max() > k:
-            return column
+            return f"atlas_{column}"
     return None
 
 
@@ -63,10 +63,16 @@ def labels_by_classifier(
     if trained.labels is None:
         return {}
     column = f"{name}_class"
-    if f"{column}_entropy" not in forked.study(study).obs():
+    if not _written(forked, study, f"{column}_entropy"):
         new = forked.obs_codes["study"] == forked.studies.index(study)
         label(trained, forked, name=column, rows=new, device=device)
     return _counted(forked, study, column)
+
+
+def _written(forked: CountStore, study: str, column: str) -> bool:
+    """Whether an obs column was written since the study was ingested, in which it may have been."""
+    part = forked.study(study).entry.parts.get("obs")
+    return part is not None and column in obs_part.read(forked.path, part)
 
 
 def _counted(forked: CountStore, study: str, column: str) -> dict[str, int]:

@@ -139,7 +139,7 @@ def transfer_labels(
     if name is not None:
         check_name(name, "label column")
         check_writable(store, f"name={name!r}")
-        _check_free(store, name)
+        check_free(store, name)
     calibrated = false_unknown is not None or sets is not None
     groups = calibrate_by if calibrated else None
     if isinstance(reference, Package):
@@ -366,7 +366,7 @@ def _score(
     return score_query(given, tree, (*tree.names, *extra))
 
 
-def _check_free(store: CountStore, name: str) -> None:
+def check_free(store: CountStore, name: str) -> None:
     """Refuse to write over a column that did not come from here."""
     there = set(store.obs().columns)
     if name in there and f"{name}_distance" not in there:
@@ -374,6 +374,6 @@ def _check_free(store: CountStore, name: str) -> None:
             f"There is an obs column {name!r} already, and it holds no transferred labels",
             found=name,
             expected="a name of its own for these labels",
-            do="give another --name",
+            do="give another name, or rename that column in the input",
             path=store.path,
         )
