@@ -26,6 +26,58 @@ from atlas.files import replace_bytes
 
 
 @dataclass(frozen=True, slots=True)
+class AddedLabel:
+    """Cells of a study that was added, by the label that they got.
+
+    Attributes
+    ----------
+    name
+        The label, or ``Unknown``.
+    cells
+        How many got it.
+    uncertainty, distance
+        Their mean uncertainty and mean distance score.
+    """
+
+    name: str
+    cells: int
+    uncertainty: float
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class AddedStudy:
+    """A study that an update added to the model of the embedding.
+
+    Attributes
+    ----------
+    name, version, cells
+        Of the study, of the model that knows it, and its cells.
+    unknown_share, entropy, entropy_ceiling, bound_before, bound_after, advice
+        Its drift, see :class:`atlas.workflows.drift.Drift`.
+    groups
+        Groups of its Unknown cells: name, cells and markers.
+    labels
+        What its cells were labelled; empty where nothing was transferred.
+    confusion
+        Of its own labels and these; None where it has none.
+    """
+
+    name: str
+    version: int
+    cells: int
+    unknown_share: float | None
+    entropy: float
+    entropy_ceiling: float
+    bound_before: float
+    bound_after: float
+    advice: tuple[str, ...] = ()
+    groups: tuple[tuple[str, int, tuple[str, ...]], ...] = ()
+    labels: tuple[AddedLabel, ...] = ()
+    confusion: Confusion | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ReportInputs:
     """All that a report tells.
 
@@ -50,6 +102,8 @@ class ReportInputs:
         To other embeddings of the same cells, this one first.
     scores
         scib-metrics' aggregate scores of this embedding and of those beside it; None for none.
+    added
+        Studies that updates added to the model of the embedding, in their order.
     history
         Losses by epoch; empty where no training is known.
     commands
@@ -74,6 +128,7 @@ class ReportInputs:
     before_name: str | None = None
     differences: tuple[Difference, ...] = ()
     scores: ScibTable | None = None
+    added: tuple[AddedStudy, ...] = ()
     history: tuple[LossRecord, ...] = ()
     commands: tuple[str, ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -163,7 +218,9 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(count=_count, figure=_figure, percent=_percent, by=told.by)
+    environment.filters.update(
+        count=_count, figure=_figure, percent=_percent, by=told.by, confusion_rows=_confusion_rows
+    )
     labels = inputs.labels
     return environment.get_template("report.html.j2").render(
         inputs=inputs,
@@ -181,8 +238,6 @@ def render_report(inputs: ReportInputs, *, max_cells: int = 100_000, seed: int =
         skipped=told.skipped(inputs.metrics.measures),
         exactness=told.exactness(inputs.metrics.measures),
         groups=_group_tables(inputs.metrics.groups),
-        confusion=_confusion_rows(inputs.metrics.confusion),
-        predicted=() if inputs.metrics.confusion is None else inputs.metrics.confusion.predicted,
         scores=None if inputs.scores is None else Markup(inline_scores(inputs.scores)),
         losses=Markup(draw_losses(inputs.history)) if inputs.history else None,
     )
@@ -283,9 +338,7 @@ def _group_tables(groups: Sequence[Measure]) -> list[_GroupTable]:
     return tables
 
 
-def _confusion_rows(confusion: Confusion | None) -> list[_ConfusionRow]:
-    if confusion is None:
-        return []
+def _confusion_rows(confusion: Confusion) -> list[_ConfusionRow]:
     return [
         _ConfusionRow(
             name=name,

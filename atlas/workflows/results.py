@@ -19,6 +19,7 @@ from atlas.provenance import command, versions
 from atlas.store import CountStore
 from atlas.store.manifest import history, now
 from atlas.workflows import measuring
+from atlas.workflows.added import added_studies
 from atlas.workflows.measuring import Searcher
 from atlas.workflows.output import check_file, check_suffix, write_bytes, write_text
 from atlas.workflows.proteins import proteins_of
@@ -280,6 +281,7 @@ def report(
         before_name=before,
         differences=differences,
         scores=scib_table(measured) if metrics["nmi_kmeans"].value is not None else None,
+        added=added_studies(store, embedding),
         history=tuple(
             LossRecord(r["epoch"], r["train_loss"], r["validation_bound"])
             for r in training.get("history", [])

@@ -17,10 +17,17 @@ from atlas import files
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.figures import LossRecord, draw_losses, draw_map
+from atlas.evaluation.labels import Confusion
 from atlas.evaluation.measures import evaluate_embedding
 from atlas.evaluation.palette import UNLABELED_COLOUR, palette
 from atlas.evaluation.projection import project
-from atlas.evaluation.report import ReportInputs, render_report, write_report
+from atlas.evaluation.report import (
+    AddedLabel,
+    AddedStudy,
+    ReportInputs,
+    render_report,
+    write_report,
+)
 
 HOSTILE = "<script>alert('T & \"B\"')</script>"
 N = 40  # too few for UMAP, which takes seconds to import
@@ -275,3 +282,31 @@ def test_umap_is_seeded_sampled_and_keeps_groups_together() -> None:
     closest = np.linalg.norm(drawn.xy[:, None] - centres, axis=2).argmin(axis=1)
     assert (closest == own).mean() > 0.95
     np.testing.assert_array_equal(drawn.xy, project(z, max_cells=150, seed=5).xy)
+
+
+def test_says_what_was_added() -> None:
+    confusion = Confusion(("B", HOSTILE), ("B", "Unknown"), np.array([[31, 4], [7, 52]]))
+    study = AddedStudy(
+        name=HOSTILE, version=3, cells=94_321, unknown_share=0.595, entropy=0.5,
+        entropy_ceiling=0.625, bound_before=-812.125, bound_after=-799.5,
+        advice=(f"look at {HOSTILE}",), groups=((HOSTILE, 41, ("MS4A1", HOSTILE)),),
+        labels=(AddedLabel(HOSTILE, 38, 0.125, 0.875),), confusion=confusion,
+    )  # fmt: skip
+    plain = dataclasses.replace(
+        study,
+        name="late_study",
+        unknown_share=None,
+        advice=(),
+        groups=(),
+        labels=(),
+        confusion=None,
+    )
+    assert "Studies that were added" not in Page(render_report(made_inputs())).text
+    html = render_report(dataclasses.replace(made_inputs(), added=(study, plain)))
+    assert "<script" not in html.lower()
+    text = re.sub(r"\s+", " ", Page(html).text)
+    for told in ("94,321", "59.5%", "80.0%", "-812.125", "-799.500", "0.125", "0.875", "MS4A1"):
+        assert told in text
+    for count in (31, 4, 7, 52):
+        assert f">{count}</td>" in html
+    assert text.count("late_study") == 2
