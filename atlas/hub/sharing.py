@@ -150,7 +150,8 @@ class Shared:
 
 def public_training(training: Mapping[str, Any]) -> dict[str, Any]:
     """What a model's training says, without paths and commands, which tell of the machine."""
-    kept = {k: training[k] for k in ("config", "history", "manifest", "versions") if k in training}
+    told = ("config", "history", "manifest", "reference_weights", "versions")
+    kept = {name: training[name] for name in told if name in training}
     if isinstance(imported := training.get("imported"), dict):
         kept["imported"] = {k: v for k, v in imported.items() if k != "from"}
     if isinstance(reference := training.get("reference"), dict):

@@ -132,6 +132,25 @@ def test_a_package_votes_as_its_owners_cells_would(
     assert [fold.name for fold in found.folds] == list(package.studies.names)
 
 
+def test_a_package_votes_where_its_extended_model_was_extended_again(
+    reference: Path, stranger: Path, tmp_path: Path
+) -> None:
+    mapped = atlas.load_model(stranger / "mapped")
+    atlas.share(atlas.open_store(stranger / "query.atlas"), mapped, tmp_path / "second")
+    second = atlas.load_package(tmp_path / "second")
+    store = atlas.create_store(tmp_path / "late.atlas")
+    late = anndata.read_h5ad(reference / "study_3.h5ad")
+    store.append(late, study="late", batch_key="batch", label_key="cell_type")
+    training = {**_TRAINING, "max_epochs": 3}
+    again = atlas.extend_reference(second.model, store, out=tmp_path / "again", **training)
+    atlas.embed(again, store, device="cpu")
+    first = atlas.load_package(stranger / "package")
+    found = atlas.transfer_labels(store, embedding="scvi", reference=first, k=20, name=None)
+    assert found.score is not None
+    assert found.score.accuracy is not None
+    assert found.score.accuracy.accuracy > 0.8
+
+
 def test_a_package_in_the_command(
     stranger: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
