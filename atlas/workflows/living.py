@@ -35,7 +35,7 @@ from atlas.workflows.indexing import write_index
 from atlas.workflows.keeping import embedded_by, record_of, stored_model
 from atlas.workflows.newcomers import labels_by_classifier, labels_by_neighbours
 from atlas.workflows.surgery import extend_reference
-from atlas.workflows.transferring import check_free
+from atlas.workflows.transferring import check_free, check_share
 from atlas.workflows.unseen import UnseenGroup, group_unseen
 
 FALSE_UNKNOWN = 0.05
@@ -133,6 +133,7 @@ def update(
     """
     started = time.monotonic()
     check_name(study, "study")
+    check_share("false_unknown", false_unknown)
     if "strategy" in options:
         raise ConfigError(
             "An update leaves the reference where it is",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -133,9 +135,8 @@ def transfer_labels(
         The store has no such embedding, or it holds values that are not finite; its index is not
         its own; or the cells of the package do not lie in it.
     """
-    for option, share in (("false_unknown", false_unknown), ("sets", sets)):
-        if share is not None and not 0 < share < 1:
-            raise ConfigError(f"{option} is out of range", found=share, expected="within 0 and 1")
+    check_share("false_unknown", false_unknown)
+    check_share("sets", sets)
     if name is not None:
         check_name(name, "label column")
         check_writable(store, f"name={name!r}")
@@ -182,6 +183,12 @@ def transfer_labels(
         left_out = leave_out(voting.z, nodes, voting.groups, tree, **options)  # type: ignore[arg-type]
         if false_unknown is not None:
             unknown_rule = left_out.unknown_rule(false_unknown)
+            if math.isinf(unknown_rule.uncertainty_above):
+                warnings.warn(
+                    f"no cell is called Unknown: of {int(left_out.known.sum()):,} left-out cells "
+                    f"of known types no line can be drawn that {false_unknown:g} of them are beyond",
+                    stacklevel=2,
+                )
         if sets is not None:
             set_rule = left_out.set_rule(sets, per_label)
     found = _ask(knn, z, asked, unknown_rule, set_rule)
@@ -364,6 +371,12 @@ def _score(
         misfit=None if found.misfit is None else found.misfit[rows],
     )
     return score_query(given, tree, (*tree.names, *extra))
+
+
+def check_share(option: str, share: float | None) -> None:
+    """Refuse a share that is none, such as 5 for 5 %."""
+    if share is not None and not 0 < share < 1:
+        raise ConfigError(f"{option} is out of range", found=share, expected="within 0 and 1")
 
 
 def check_free(store: CountStore, name: str) -> None:

@@ -62,6 +62,8 @@ def test_bad_input_leaves_everything_as_it_was(
         update(living_store, query, epochs=3)
     with pytest.raises(ConfigError, match="cannot have this name"):
         update(living_store, query, study="../kang")
+    with pytest.raises(ConfigError, match="false_unknown is out of range"):
+        update(living_store, query, false_unknown=1.5)
     assert files_of(living_store) == before
 
 

@@ -288,3 +288,10 @@ def test_the_misfit_needs_counts_and_genes(path: Path) -> None:
     store = atlas.open_store(path)
     with pytest.raises(StoreError, match="which genes"):
         atlas.transfer_labels(store, **ASKED, name=None, k=20, misfit=True)
+
+
+def test_too_few_left_out_cells_for_a_line_are_told_of(path: Path) -> None:
+    store = atlas.open_store(path)
+    with pytest.warns(UserWarning, match=r"no cell is called Unknown: of [\d,]+ left-out cells"):
+        made = atlas.transfer_labels(store, **ASKED, name=None, k=20, false_unknown=1e-6)
+    assert "Unknown" not in made.counts or made.counts["Unknown"] == 0
