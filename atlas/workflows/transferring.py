@@ -186,7 +186,7 @@ def transfer_labels(
             if math.isinf(unknown_rule.uncertainty_above):
                 warnings.warn(
                     f"no cell is called Unknown: of {int(left_out.known.sum()):,} left-out cells "
-                    f"of known types no line can be drawn that {false_unknown:g} of them are beyond",
+                    f"of known types no line can be drawn with {false_unknown:g} of them beyond",
                     stacklevel=2,
                 )
         if sets is not None:
