@@ -140,6 +140,8 @@ def drop(options: argparse.Namespace) -> None:
             f"older states hold it still ({kept}), so {report.kept_bytes / 1e6:,.1f} MB of its "
             "files stay; --purge removes both"
         )
+    if report.removed_models:
+        print(f"versions of models gone with these states: {', '.join(report.removed_models)}")
     if report.models:
         print(f"models that know it, and stay as they are: {', '.join(report.models)}")
     if report.embeddings:

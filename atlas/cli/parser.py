@@ -127,7 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("store")
     sub.add_argument("study")
     sub.add_argument(
-        "--purge", action="store_true", help="remove the older states that hold it, and its files"
+        "--purge",
+        action="store_true",
+        help="remove the older states that hold it, versions of models that only these have, and "
+        "its files",
     )
 
     sub = command("genes", commands.genes, "choose and record the genes to model")

@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 from jsonschema import Draft202012Validator
@@ -34,6 +35,8 @@ MAX_JSON: Final = 64 * 2**20
 MAX_NAMES: Final = 10_000
 """Labels, which a model holds a table of by pairs."""
 _MAX_COUNTS: Final = 10_000
+_MAX_ERRORS: Final = 100
+"""Looked at for the one to tell: a hostile file may have one in each of millions of values."""
 _COUNTS: Final = r"counts/[0-9]{6}\.safetensors"
 FETCH_AGAIN: Final = "fetch it again; if that does not help, tell whoever shares it"
 
@@ -60,7 +63,7 @@ _SCHEMA: Final[dict[str, Any]] = {
                 "columns": {
                     "type": "object",
                     "maxProperties": 1000,
-                    "additionalProperties": {"oneOf": [{"type": "null"}, _NAMES]},
+                    "additionalProperties": {**_NAMES, "type": ["array", "null"]},
                 },
             },
             "required": [
@@ -224,7 +227,8 @@ class PackageManifest:
                 do="update Atlas",
                 path=str(path),
             )
-        if (error := best_match(_VALIDATOR.iter_errors(values))) is not None:
+        some = islice(_VALIDATOR.iter_errors(values), _MAX_ERRORS)
+        if (error := best_match(some)) is not None:
             raise _damaged(f"{error.json_path}: {error.message:.300}", path)
         reference = values["reference"]
         columns = {

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
+from jsonschema import Draft202012Validator, validators
+from jsonschema.exceptions import ValidationError, best_match
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -37,7 +40,7 @@ VERSION = 3
 
 _STATE_PREFIX = "module."
 _PRESENCE = "presence"
-_NAMES = {"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 1}
+_NAMES = {"type": "array", "differentTexts": True, "minItems": 1}
 _SCHEMA = {
     "type": "object",
     "properties": {
@@ -46,27 +49,17 @@ _SCHEMA = {
         "model": {"enum": list(ARCHITECTURES)},
         "config": {"type": "object"},
         "genes": _NAMES,
-        "gene_ids": {
-            "oneOf": [
-                {"type": "null"},
-                {"type": "array", "items": {"type": ["string", "null"]}},
-            ]
-        },
+        "gene_ids": {"type": ["array", "null"], "items": {"type": ["string", "null"]}},
         "batches": _NAMES,
         "studies": _NAMES,
         "labels": {
-            "oneOf": [
-                {"type": "null"},
-                {
-                    "type": "object",
-                    "properties": {
-                        "names": _NAMES,
-                        "parents": {"type": "array", "items": {"type": "integer"}},
-                    },
-                    "required": ["names", "parents"],
-                    "additionalProperties": False,
-                },
-            ]
+            "type": ["object", "null"],
+            "properties": {
+                "names": _NAMES,
+                "parents": {"type": "array", "items": {"type": "integer"}},
+            },
+            "required": ["names", "parents"],
+            "additionalProperties": False,
         },
         "columns": {
             "type": "object",
@@ -98,6 +91,27 @@ _SCHEMA = {
     ],
     "additionalProperties": False,
 }
+_MAX_ERRORS = 100
+"""Looked at for the one to tell: a hostile file may have one in each of millions of values."""
+
+
+def _different_texts(_: Any, __: Any, value: Any, ___: Any) -> Iterator[ValidationError]:
+    """Items are texts, no two alike; of mixed types ``uniqueItems`` would compare all pairs."""
+    if not isinstance(value, list):
+        return
+    for i, item in enumerate(value):
+        if not isinstance(item, str):
+            yield ValidationError(f"{item!r} is not of type 'string'", path=[i])
+            return
+    if len(set(value)) < len(value):
+        twice = next(name for name, n in Counter(value).items() if n > 1)
+        yield ValidationError(f"{twice!r} comes twice")
+
+
+_Validator = validators.extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, {"differentTexts": _different_texts}
+)
+_VALIDATOR = _Validator(_SCHEMA)
 
 
 def write(
@@ -221,10 +235,9 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         )
     if version in (1, 2):
         metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), "surgery": [], **metadata}
-    try:
-        jsonschema.validate(metadata, _SCHEMA)
-    except jsonschema.ValidationError as error:
-        raise _damaged(path, f"{error.json_path}: {error.message}") from error
+    wrong = best_match(islice(_VALIDATOR.iter_errors(metadata), _MAX_ERRORS))
+    if wrong is not None:
+        raise _damaged(path, f"{wrong.json_path}: {wrong.message}")
     values: dict[str, Any] = metadata
     return values
 

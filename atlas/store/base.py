@@ -342,8 +342,9 @@ class CountStore(StoreState):
         study
             Its name.
         purge
-            Remove the older states that hold the study, and its files. These states cannot be
-            opened afterwards; a study that was dropped before can be purged too.
+            Remove the older states that hold the study, its files, and versions of models that no
+            other state names. These states cannot be opened afterwards; a study that was dropped
+            before can be purged too.
 
         Raises
         ------

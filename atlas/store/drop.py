@@ -12,7 +12,7 @@ from atlas.errors import StoreError
 from atlas.store import manifest as manifests
 from atlas.store import models
 from atlas.store.arrays import read_array
-from atlas.store.schema import Manifest
+from atlas.store.schema import Manifest, ModelEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class DropReport:
     models, embeddings
         Versions of kept models that know the study, such as ``scvi 2``, and embeddings that had its
         cells. They stay, the embeddings without these cells.
+    removed_models
+        Versions that only the removed states named, and so went with them.
     """
 
     study: str
@@ -50,6 +52,7 @@ class DropReport:
     genes_without_study: int
     models: tuple[str, ...] = ()
     embeddings: tuple[str, ...] = ()
+    removed_models: tuple[str, ...] = ()
 
 
 def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropReport]:
@@ -71,12 +74,12 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
                 do=f"states {holding} hold it still: --purge removes them" if holding else None,
                 path=root,
             )
-        knowing = tuple(
-            f"{name} {version}"
-            for name in newest.models
-            for version, entry in models.versions(root, newest, name).items()
+        kept = _versions(root, newest)
+        knowing = [
+            name
+            for name, entry in kept.items()
             if study in models.record(root, entry).get("studies", ())
-        )
+        ]
         folders = {
             folder
             for state in history
@@ -109,6 +112,9 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
                     do="mend the disk, then run the command again",
                     path=root,
                 ) from error
+        left_models = _versions(root, state)
+        gone = {name: entry for name, entry in kept.items() if name not in left_models}
+        size += sum(_size(root / entry.part.path) for entry in gone.values())
     return state, DropReport(
         study=study,
         n_obs=sum(entry.n_obs for entry in dropped),
@@ -118,13 +124,23 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
         kept_bytes=0 if purge else size,
         freed_bytes=size if purge else 0,
         genes_without_study=_without_study(root, state),
-        models=knowing,
+        models=tuple(name for name in knowing if name not in gone),
         embeddings=tuple(
             name
             for name in newest.embeddings
             if any(f"embedding:{name}" in entry.parts for entry in dropped)
         ),
+        removed_models=tuple(gone),
     )
+
+
+def _versions(root: Path, state: Manifest) -> dict[str, ModelEntry]:
+    """Versions of all models up to a state, by names such as ``scvi 2``."""
+    return {
+        f"{name} {version}": entry
+        for name in state.models
+        for version, entry in models.versions(root, state, name).items()
+    }
 
 
 def _size(folder: Path) -> int:

@@ -41,8 +41,8 @@ def keep(
     The embedding has the model's name; the index is of the nearest neighbours in it.
 
     Under a name that is there, the model has to come after the newest version: extended from it, or
-    trained anew on all studies that it knows. Rows of an embedding that a surgery left as they were
-    stay, byte for byte.
+    trained anew on all studies that it knows and the store still has. Rows of an embedding that a
+    surgery left as they were stay, byte for byte.
 
     Parameters
     ----------
@@ -158,7 +158,8 @@ def _parent(
         if training.get("reference_weights") == known["weights"]:
             return newest
         training = training.get("reference")
-    missing = [study for study in known["studies"] if study not in trained.studies]
+    left = [study for study in known["studies"] if study in store.studies]
+    missing = [study for study in left if study not in trained.studies]
     if not kept and not trained.surgery and not missing:
         return None
     raise ModelError(
@@ -167,7 +168,7 @@ def _parent(
         if kept
         else (f"a model without {', '.join(missing)}" if missing else "another model extended"),
         expected=f"{name} {newest} extended, or a model trained anew on "
-        + ", ".join(known["studies"]),
+        + ", ".join(left or store.studies),
         do=f"extend the model of the atlas: `atlas update`, or `atlas extend "
         f"{store.path / 'models' / name / str(newest)} …`; or give another --name",
         path=run,

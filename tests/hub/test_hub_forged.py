@@ -100,6 +100,19 @@ def _config(**values: Any) -> Edit:
     return edit
 
 
+def _labels(names: list[Any]) -> Edit:
+    return _json("model/model.json", labels={"names": names, "parents": [-1] * len(names)})
+
+
+def _covariate(categories: list[Any]) -> Edit:
+    def edit(package: Path) -> None:
+        columns = json.loads((package / "model" / "model.json").read_bytes())["columns"]
+        columns = {**columns, "categorical": {"donor": categories}}
+        _json("model/model.json", columns=columns)(package)
+
+    return edit
+
+
 def _of_reference(**values: Any) -> Edit:
     def edit(package: Path) -> None:
         reference = json.loads((package / "package.json").read_bytes())["reference"]
@@ -125,6 +138,8 @@ def _text(name: str, content: str) -> Edit:
 
 
 _DEEP = "[" * 200_000 + "]" * 200_000
+_MIXED = [i if i % 2 else str(i) for i in range(200_000)]
+"""No two alike, and not to be sorted: comparing all pairs would take hours."""
 
 
 @pytest.mark.parametrize(
@@ -148,6 +163,7 @@ _DEEP = "[" * 200_000 + "]" * 200_000
         (_of_reference(studies=["study_1", "x"]), "studies that the model does not know"),
         (_of_reference(labels=["a"]), "codes do not fit"),
         (_of_reference(columns={"age": None}), "not those of package.json"),
+        (_of_reference(columns={"age": [1] * 200_000}), "1 is not of type 'string'"),
         (_of_reference(labels=[str(i) for i in range(10_001)]), "$.reference.labels"),
         (_tensors(study=lambda v: v - 1), "no study or batch"),
         (_tensors(batch=lambda v: v + 10**6), "codes do not fit"),
@@ -160,6 +176,11 @@ _DEEP = "[" * 200_000 + "]" * 200_000
         (_json("model/model.json", version=99), "later version of Atlas"),
         (_json("model/model.json", model="pickle"), "damaged"),
         (_text("model/model.json", "3"), "damaged"),
+        (_json("model/model.json", genes=_MIXED), "$.genes[1]: 1 is not of type 'string'"),
+        (_json("model/model.json", genes=["a", "b", "a"]), "$.genes: 'a' comes twice"),
+        (_json("model/model.json", studies=_MIXED), "$.studies[1]: 1 is not of type 'string'"),
+        (_labels(_MIXED[:9_000]), "$.labels.names[1]: 1 is not of type 'string'"),
+        (_covariate(_MIXED), "$.columns.categorical.donor[1]: 1 is not of type 'string'"),
         (_config(n_hidden=10**9), "shapes of the model"),
         (_config(n_hidden=10**30), "damaged"),
         (_config(n_latent=10**7), "shapes of the model"),
