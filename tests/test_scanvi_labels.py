@@ -14,7 +14,7 @@ from anndata import AnnData
 
 import atlas
 from atlas.cli import main
-from atlas.errors import ConfigError
+from atlas.errors import ConfigError, MissingColumnError
 from atlas.workflows import modelling, surgery
 
 OPTIONS: dict[str, Any] = {
@@ -99,6 +99,63 @@ def test_surgery_names_them_too(
             validation_share=0.5,
         )  # fmt: skip
     assert extended.labels.names == ("B", "NK", "T", "rare")
+
+
+def _query(**obs: Any) -> AnnData:
+    """A study of a stranger, of the same genes."""
+    adata = AnnData(np.random.default_rng(1).poisson(1.0, (80, 20)).astype(np.float32))
+    adata.obs_names = [f"q{i}" for i in range(80)]
+    adata.var_names = [f"g{i}" for i in range(20)]
+    adata.obs = adata.obs.assign(lane="new", **obs)
+    return adata
+
+
+def _extend(reference: Path, store: atlas.CountStore, **options: Any) -> atlas.TrainedModel:
+    given = {"max_epochs": 1, "threads": 1, "device": "cpu", **options}
+    return atlas.extend_reference(reference, store, **given)
+
+
+def test_a_store_without_the_models_column_has_no_labels(
+    first: atlas.CountStore, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    before = train(first, tmp_path / "reference")
+    alone = atlas.create_store(tmp_path / "a.atlas")
+    alone.append(_query(), study="mine", batch_key="lane")
+    made = _extend(tmp_path / "reference", alone, out=tmp_path / "run")
+    assert made.labels == before.labels
+    assert made.surgery[0].labels == ()
+    assert made.columns == before.columns
+    assert not [one for one in recwarn if "label" in str(one.message)]
+    assert atlas.embed(made, alone, name=None, device="cpu").shape == (80, 2)
+    found = atlas.label(made, alone, name=None, device="cpu").table["scanvi"]
+    assert found.isin(["B", "NK", "T"]).all()
+    for named in ("typo", "kind"):  # which was asked for
+        with pytest.raises(MissingColumnError, match=rf"no such obs column[\s\S]*'{named}'"):
+            _extend(tmp_path / "reference", alone, out=tmp_path / named, label_key=named)
+        assert not (tmp_path / named).exists()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_labels_that_are_passed_over_are_told_of(
+    first: atlas.CountStore, tmp_path: Path, kept: bool
+) -> None:
+    """Whether the store has the model's column, or not; what is taken is the store's own."""
+    train(first, tmp_path / "reference")
+    alone = atlas.create_store(tmp_path / "a.atlas")
+    own = np.array(["B", "none", "Mono", "Unknown"] * 20, object)
+    # A column of the name that the store's labels have, as in a file that a store was exported to.
+    query = _query(ct=own, atlas_label="other", **({"kind": "none"} if kept else {}))
+    alone.append(query, study="mine", batch_key="lane", label_key="ct")
+    with pytest.warns(UserWarning, match=r"'kind'[\s\S]* 60 cells [\s\S]*'atlas_label'"):
+        made = _extend(tmp_path / "reference", alone, out=tmp_path / "run")
+    assert made.surgery[0].labels == ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = _extend(
+            tmp_path / "reference", alone, out=tmp_path / "again", label_key="atlas_label"
+        )
+    assert made.surgery[0].labels == ("Mono",)  # "none" stands for no label
+    assert made.columns.label is None
 
 
 def test_the_value_for_no_label_is_named_and_remembered(

@@ -11,11 +11,15 @@ import numpy.typing as npt
 
 from atlas.errors import ConfigError, MissingColumnError, ModelError
 from atlas.models import LabelTree, ObsColumns, TrainedModel
+from atlas.models.columns import UNLABELED
 from atlas.store import CountStore
 from atlas.workflows.columns import label_codes, label_names
 from atlas.workflows.rows import batches_within, texts_of
 
 Codes = npt.NDArray[np.int32]
+
+INGESTED = "atlas_label"
+"""Instead of an obs column: the labels that the studies were ingested or annotated with."""
 
 
 def new_studies(
@@ -106,31 +110,65 @@ def grown_columns(
             do="leave it out, or train a scanvi as reference",
         )
     label = model.columns.label if label_key is None else label_key
+    if label_key == INGESTED and _ingested(store, chosen):
+        label = None  # the store's own, even where an input brought a column so named
     return dataclasses.replace(model.columns, categorical=tuple(grown), label=label)
 
 
 def grown_labels(
-    model: TrainedModel, store: CountStore, columns: ObsColumns, chosen: npt.NDArray[np.bool_]
-) -> LabelTree | None:
-    """The model's labels, with those that only the new studies have after them, at the root."""
+    model: TrainedModel,
+    store: CountStore,
+    columns: ObsColumns,
+    chosen: npt.NDArray[np.bool_],
+    *,
+    asked: bool,
+) -> tuple[LabelTree | None, Codes | None]:
+    """The model's labels with those that only the new studies have, and each cell's.
+
+    The new ones come after the model's, at the root; -1 stands for no label, and for cells that
+    are not chosen. A column that was asked for has to be there; without the model's own column the
+    studies have no labels. Warns of labels that they were ingested with and that are passed over.
+    """
     tree = model.labels
     if tree is None:
-        return None
+        return None, None
+    none = np.full(store.n_obs, -1, np.int32)
     try:
         names = label_names(store, columns.label, columns.unlabeled)
     except MissingColumnError:
-        return tree  # none of the studies has labels
-    every = LabelTree(tuple(names), (-1,) * len(names)) if names else None
-    if every is None:
-        return tree
-    met = np.unique(label_codes(store, columns.label, every)[chosen])
-    met = met[met >= 0]
+        if asked:
+            raise
+        names = []  # none of the studies has labels
+    if columns.unlabeled != UNLABELED:  # which holds for labels of the store's own too
+        names = [name for name in names if name != columns.unlabeled]
+    met = np.empty(0, np.int64)
+    if names:
+        every = LabelTree(tuple(names), (-1,) * len(names))
+        met = np.unique(label_codes(store, columns.label, every)[chosen])
+        met = met[met >= 0]
+    if not len(met):
+        if not asked and columns.label is not None and (n := _ingested(store, chosen)):
+            warnings.warn(
+                f"The studies are taken as unlabelled: the model's labels are in obs column "
+                f"{columns.label!r}, where none of their cells has one. {n:,} cells were ingested "
+                f"with a label; to take these, say label_key={INGESTED!r} "
+                f"(atlas extend --label-key {INGESTED})",
+                UserWarning,
+                stacklevel=3,
+            )
+        return tree, none
     new = [names[i] for i in met if names[i] not in tree.names]
-    if len(met) and len(new) == len(met):
+    if len(new) == len(met):
         warnings.warn(
             "None of the studies' labels is a class of the model, so all become new classes: "
             f"{', '.join(new[:5])}; the model's are {', '.join(tree.names[:5])}",
             UserWarning,
             stacklevel=3,
         )
-    return LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
+    grown = LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
+    return grown, np.where(chosen, label_codes(store, columns.label, grown), none)
+
+
+def _ingested(store: CountStore, chosen: npt.NDArray[np.bool_]) -> int:
+    """How many of the chosen cells have a label of the store's own."""
+    return int((store.obs_codes["label"][chosen] >= 0).sum())

@@ -108,9 +108,10 @@ def extend_reference(
     initialisation
         Of the new rows; see :func:`atlas.models.surgery.graft`.
     label_key
-        For scANVI: the obs column of the studies' labels; the reference's when None. Labels that
-        the reference does not have become classes at the root, in none of the groups of its
-        hierarchy.
+        For scANVI: the obs column of the studies' labels; the reference's when None, and then they
+        have none in a store without it. ``"atlas_label"`` takes the labels that they were ingested
+        with. Labels that the reference does not have become classes at the root, in none of the
+        groups of its hierarchy.
     orthologs
         Of a store of another species: a CSV or TSV of its genes and the model's, by name or Ensembl
         id. One-to-one pairs are used, other genes are taken as not measured
@@ -182,12 +183,11 @@ def extend_reference(
 
     batches, codes = new_batches(trained, store, chosen)
     columns = grown_columns(trained, store, chosen, label_key)
-    labels = grown_labels(trained, store, columns, chosen)
+    asked = label_key is not None
+    labels, own_labels = grown_labels(trained, store, columns, chosen, asked=asked)
     old = () if trained.labels is None else trained.labels.names
-    values = cell_columns(store, columns, labels, chosen)
-    values = dataclasses.replace(values, batch=codes)
-    if values.label is not None:
-        values.label[~chosen] = -1
+    values = cell_columns(store, columns, None, chosen)
+    values = dataclasses.replace(values, batch=codes, label=own_labels)
     growth = Growth(
         batches=batches,
         categories=tuple(
