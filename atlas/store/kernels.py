@@ -29,9 +29,9 @@ def select_columns(
         for j in range(indptr[0], indptr[-1]):
             indices[j] = np.uint16(table[indices[j]])
         return new_indptr
-    longest = np.int64(0)
+    longest = 0
     for row in range(len(indptr) - 1):
-        longest = max(longest, indptr[row + 1] - indptr[row])
+        longest = max(longest, int(indptr[row + 1] - indptr[row]))
     places = np.empty(longest, np.uint32)
     at = 0
     for row in range(len(indptr) - 1):
