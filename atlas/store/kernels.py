@@ -33,7 +33,7 @@ def select_columns(
     for row in range(len(indptr) - 1):
         longest = max(longest, int(indptr[row + 1] - indptr[row]))
     places = np.empty(longest, np.uint32)
-    at = 0
+    at = np.int64(0)
     for row in range(len(indptr) - 1):
         columns = indices[indptr[row] : indptr[row + 1]]
         values = data[indptr[row] : indptr[row + 1]]
