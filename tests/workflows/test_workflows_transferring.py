@@ -262,7 +262,7 @@ def test_counts_tell_a_type_that_the_embedding_lays_among_others(
     store = atlas.open_store(hidden)
     made = atlas.transfer_labels(store, **ASKED, name=None, k=20, misfit=True)
     assert made.score.unseen_labels == ("type_5",)
-    assert made.score.misfit_auroc > 0.85
+    assert made.score.misfit_auroc > 0.8
     assert made.score.misfit_auroc > made.score.distance_auroc + 0.1
     asked = ["--embedding", "z", "--reference", "study=a,b", "--query", "study=c", "--k", "20"]
     assert main(["transfer-labels", str(hidden), *asked, "--misfit", "--name", "m"]) in (0, None)
