@@ -138,23 +138,10 @@ def keep(options: argparse.Namespace) -> None:
 
 
 def update(options: argparse.Namespace) -> None:
-    from atlas import open_store, workflows
-    from atlas.workflows.growing import INGESTED
+    from atlas import workflows
 
     values = vars(options)
     keys = options.batch_key.split(",") if options.batch_key else None
-    surgery = {name: values[name] for name in _SURGERY}
-    notes = []
-    if options.label_key is not None:
-        trained = workflows.stored_model(open_store(options.store), options.model)
-        own = trained.columns.label
-        if trained.labels is not None and own != options.label_key:
-            surgery["label_key"] = INGESTED
-            if own is not None:
-                notes.append(
-                    f"labels of {options.study} are taken from {options.label_key!r}: from now on "
-                    f"the model {options.model} takes the store's own, not obs column {own!r}"
-                )
     made = workflows.update(
         options.store,
         options.source,
@@ -164,9 +151,9 @@ def update(options: argparse.Namespace) -> None:
         fresh=options.fresh,
         false_unknown=options.false_unknown if options.false_unknown > 0 else None,
         progress=True,
-        **surgery,
+        **{name: values[name] for name in _SURGERY},
     )
-    for note in (*made.notes, *notes):
+    for note in made.notes:
         print(note)
     if made.labels:
         print(f"labels by neighbours ({options.model}_label):")

@@ -12,13 +12,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, Final
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
 
 from atlas.errors import PackageError
+from atlas.models.folder import first_wrong
 
 SCHEMA_NAME: Final = "atlas-package"
 VERSION: Final = 1
@@ -35,8 +34,6 @@ MAX_JSON: Final = 64 * 2**20
 MAX_NAMES: Final = 10_000
 """Labels, which a model holds a table of by pairs."""
 _MAX_COUNTS: Final = 10_000
-_MAX_ERRORS: Final = 100
-"""Looked at for the one to tell: a hostile file may have one in each of millions of values."""
 _COUNTS: Final = r"counts/[0-9]{6}\.safetensors"
 FETCH_AGAIN: Final = "fetch it again; if that does not help, tell whoever shares it"
 
@@ -227,8 +224,7 @@ class PackageManifest:
                 do="update Atlas",
                 path=str(path),
             )
-        some = islice(_VALIDATOR.iter_errors(values), _MAX_ERRORS)
-        if (error := best_match(some)) is not None:
+        if (error := first_wrong(_VALIDATOR, values)) is not None:
             raise _damaged(f"{error.json_path}: {error.message:.300}", path)
         reference = values["reference"]
         columns = {

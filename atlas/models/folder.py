@@ -92,7 +92,15 @@ _SCHEMA = {
     "additionalProperties": False,
 }
 _MAX_ERRORS = 100
-"""Looked at for the one to tell: a hostile file may have one in each of millions of values."""
+
+
+def first_wrong(validator: Any, values: Any) -> ValidationError | None:
+    """The error to tell of values that a schema refuses, of the first 100; None if there is none.
+
+    A hostile file may have an error in each of millions of values.
+    """
+    found: ValidationError | None = best_match(islice(validator.iter_errors(values), _MAX_ERRORS))
+    return found
 
 
 def _different_texts(_: Any, __: Any, value: Any, ___: Any) -> Iterator[ValidationError]:
@@ -235,8 +243,7 @@ def _read_metadata(folder: Path) -> dict[str, Any]:
         )
     if version in (1, 2):
         metadata = {"labels": None, "columns": NO_COLUMNS.to_json(), "surgery": [], **metadata}
-    wrong = best_match(islice(_VALIDATOR.iter_errors(metadata), _MAX_ERRORS))
-    if wrong is not None:
+    if (wrong := first_wrong(_VALIDATOR, metadata)) is not None:
         raise _damaged(path, f"{wrong.json_path}: {wrong.message}")
     values: dict[str, Any] = metadata
     return values

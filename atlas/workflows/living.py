@@ -31,6 +31,7 @@ from atlas.store.fork import fork, publish
 from atlas.store.options import check_name
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
+from atlas.workflows.growing import INGESTED
 from atlas.workflows.indexing import write_index
 from atlas.workflows.keeping import embedded_by, record_of, stored_model
 from atlas.workflows.newcomers import labels_by_classifier, labels_by_neighbours
@@ -167,6 +168,7 @@ def update(
                 before = newest.models[model].version
                 if forked.models[model] == before:
                     asking = {**options, "device": device, "progress": progress}
+                    notes += _take_labels(forked, model, appending, asking)
                     _extend(forked, root, work, model, study, false_unknown, asking)
                 version = forked.models[model]
             action = f"{_action(study, model)}{version}"
@@ -301,6 +303,29 @@ def _ingest(
     if appending["study"] in forked.studies:
         return ()
     return forked.append(source, **appending, progress=progress).notes
+
+
+def _take_labels(
+    forked: CountStore, name: str, appending: Mapping[str, Any], asking: dict[str, Any]
+) -> list[str]:
+    """Have surgery take the labels that the study is ingested with; returns what to say.
+
+    A model that was trained by another obs column would pass them over.
+    """
+    key = appending.get("label_key")
+    if key is None or "label_key" in asking:
+        return []
+    trained = stored_model(forked, name)
+    own = trained.columns.label
+    if trained.labels is None or own == key:
+        return []
+    asking["label_key"] = INGESTED
+    if own is None:
+        return []
+    return [
+        f"labels of {appending['study']} are taken from {key!r}: from now on the model {name} "
+        f"takes the store's own, not obs column {own!r}"
+    ]
 
 
 def _extend(

@@ -162,7 +162,6 @@ def transfer_labels(
         rows, asked = _cells(store, reference, query)
         z = store.embedding(embedding)
         texts = labels_of(store, label_key)
-        voters = rows[texts[rows] != ""]
         voting = of_store(
             store,
             rows,
@@ -192,8 +191,8 @@ def transfer_labels(
         if sets is not None:
             set_rule = left_out.set_rule(sets, per_label)
     found = _ask(knn, z, asked, unknown_rule, set_rule)
-    if misfit:
-        cells = Asked(asked, found.path[:, -1], voters, voting.search)
+    if misfit and voting.rows is not None:  # a package was refused
+        cells = Asked(asked, found.path[:, -1], voting.rows, voting.search)
         found = replace(
             found, misfit=misfit_of(store, embedding, cells, seed=seed, backend=backend)
         )

@@ -38,12 +38,15 @@ class Voting:
         What is left out in turn to calibrate; None where that is not asked for.
     search
         What finds neighbours among them; None for exact search.
+    rows
+        Where they are in the store: int64 (n_cells,); None for those of a package.
     """
 
     z: Embedding
     texts: npt.NDArray[np.object_]
     groups: Categories | None
     search: Search | None
+    rows: Codes | None = None
 
 
 def of_store(
@@ -83,6 +86,7 @@ def of_store(
         texts=texts[rows],
         groups=None if groups is None else _groups(store, groups)[rows],
         search=None if index is None else Among(index, rows).search,
+        rows=rows,
     )
 
 

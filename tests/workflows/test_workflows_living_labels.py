@@ -105,12 +105,14 @@ def test_killed_when_it_was_whole_the_same_command_says_so(
     assert "the update was whole already" in capsys.readouterr().out
 
 
-def test_from_python_labels_that_are_passed_over_are_told_of(folder: Path, store: Path) -> None:
+def test_from_python_they_reach_it_too(folder: Path, store: Path) -> None:
     keys = {"batch_key": "batch", "label_key": "ct"}
     chosen: dict[str, Any] = {"study": "q", "model": "by_name", "ingest": keys, "max_epochs": 1}
     other = Path(shutil.copytree(store, store.parent / "other.atlas"))
-    with pytest.warns(UserWarning, match=r"'cell_type'[\s\S]*label_key='atlas_label'"):
-        update(store, folder / "q.h5ad", **chosen)
+    report = update(store, folder / "q.h5ad", **chosen)
+    assert any(note.startswith(TOLD) for note in report.notes)
     update(other, folder / "q.h5ad", label_key="atlas_label", **chosen)
-    made = atlas.stored_model(atlas.open_store(other), "by_name")
-    assert set(made.surgery[-1].labels) == {"type_5", "none"}
+    for path in (store, other):
+        made = atlas.stored_model(atlas.open_store(path), "by_name")
+        assert set(made.surgery[-1].labels) == {"type_5", "none"}
+        assert made.columns.label is None
