@@ -91,6 +91,11 @@ class LabelTree:
         parents = (number[parent_of[n]] if n in parent_of else -1 for n in names)
         return cls(tuple(names), tuple(parents))
 
+    def with_roots(self, names: Iterable[str]) -> LabelTree:
+        """The tree with further leaves at the root, after its own nodes."""
+        new = tuple(names)
+        return LabelTree((*self.names, *new), (*self.parents, *(-1 for _ in new)))
+
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """Depth of each node; 0 for a root."""

@@ -29,6 +29,8 @@ class Surgery:
     orthologs
         Of studies of another species: the gene that the store has, and the model's gene that it is
         taken for.
+    categories
+        New categories of each categorical covariate.
     """
 
     studies: tuple[str, ...]
@@ -41,10 +43,13 @@ class Surgery:
     n_trained: int
     apart_from: tuple[str, ...] = ()
     orthologs: tuple[tuple[str, str], ...] = ()
+    categories: tuple[tuple[str, ...], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = dataclasses.asdict(self) | {"orthologs": [list(one) for one in self.orthologs]}
+        values = dataclasses.asdict(self)
+        for name in _NESTED:
+            values[name] = [list(one) for one in values[name]]
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
@@ -53,9 +58,10 @@ class Surgery:
         listed: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        return cls(**listed | {"orthologs": tuple(map(tuple, values.get("orthologs", ())))})
+        return cls(**listed | {name: tuple(map(tuple, values.get(name, ()))) for name in _NESTED})
 
 
+_NESTED = ("orthologs", "categories")
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 
 SCHEMA: dict[str, Any] = {
@@ -73,6 +79,7 @@ SCHEMA: dict[str, Any] = {
                 "type": "array",
                 "items": {**_TEXTS, "minItems": 2, "maxItems": 2},
             },
+            "categories": {"type": "array", "items": _TEXTS},
         },
         "required": [
             field.name

@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -31,58 +30,12 @@ from atlas.config import (
     Strategy,
 )
 from atlas.errors import ConfigError, ModelError
-from atlas.models.base import CovariateSizes, Model
-from atlas.models.build import build_model
+from atlas.models.base import Model
 from atlas.models.davae import DAVAE
-from atlas.models.labels import LabelTree
-from atlas.models.layers import NO_COVARIATES, ConditionalLinear, Encoder, HiddenStack, TaperedStack
+from atlas.models.layers import ConditionalLinear, Encoder, HiddenStack, TaperedStack
+from atlas.models.parts import Growth, Reference, Table, build_grown
 
 _DISPERSION = "log_inverse_dispersion"
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What a reference grows by.
-
-    Attributes
-    ----------
-    batches
-        New batches.
-    categories
-        New categories of each categorical covariate.
-    labels
-        The tree of labels, with the new ones after the reference's; None for a model without.
-    library_prior
-        Mean and variance of the log library size in each new batch, (n_new_batches, 2); for, and
-        only for, a latent library.
-    """
-
-    batches: tuple[str, ...]
-    categories: tuple[tuple[str, ...], ...] = ()
-    labels: LabelTree | None = None
-    library_prior: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The model that grows, and how many of its conditions it was trained with at first.
-
-    Attributes
-    ----------
-    module
-        The trained model.
-    n_batch, covariates, labels
-        Of the model as it is.
-    n_original
-        Batches that it had before any surgery: initial values look at these alone, so that studies
-        mapped one after another get the same ones in any order.
-    """
-
-    module: Model
-    n_batch: int
-    covariates: CovariateSizes
-    labels: LabelTree | None
-    n_original: int
 
 
 def check_reference(module: Model) -> None:
@@ -143,7 +96,7 @@ def graft(
     _check_choice("initialisation", initialisation, get_args(Initialisation))
     if not growth.batches:
         raise ConfigError("No new batch is given", do="name studies that the model does not know")
-    grown = _built(reference, growth, _tuning_config(module.config))
+    grown = build_grown(reference, growth, _tuning_config(module.config))
     trained = dict(module.state_dict())
     rows = _Rows(reference, growth, initialisation, nearest, seed)
     state = {}
@@ -166,7 +119,7 @@ def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 def merged(tuned: Model, reference: Reference, growth: Growth) -> Model:
     """A tuned model as a plain one: the tables whole, all parameters as in any trained model."""
-    plain = _built(reference, growth, reference.module.config)
+    plain = build_grown(reference, growth, reference.module.config)
     plain.load_state_dict({name: _value_of(tuned, name) for name in plain.state_dict()})
     return plain.eval()
 
@@ -174,6 +127,24 @@ def merged(tuned: Model, reference: Reference, growth: Growth) -> Model:
 def n_trainable(module: Model) -> int:
     """Number of parameters that are trained."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def remarks(module: Model, strategy: Strategy) -> list[str]:
+    """What surgery does to a model beside the weights of its layers, in words."""
+    out = []
+    if any(isinstance(part, nn.BatchNorm1d) for part in module.modules()):
+        moves = strategy == "all"
+        out.append(
+            "BatchNorm: its running statistics go with the new cells, as all of the model does"
+            if moves
+            else "BatchNorm: its running statistics stay the reference's, or its cells would move"
+        )
+    if isinstance(module, DAVAE):
+        out.append(
+            "DAVAE: the domain classifier gets an output for each new batch and is not trained; "
+            "without cells of the reference it has nothing to tell the new ones from"
+        )
+    return out
 
 
 def _tuning_config(config: Architecture) -> Architecture:
@@ -188,27 +159,6 @@ def _tuning_config(config: Architecture) -> Architecture:
     if isinstance(config, DavaeConfig):
         return dataclasses.replace(config, adversary_weight=0.0)
     return config
-
-
-def _built(reference: Reference, growth: Growth, config: Architecture) -> Model:
-    """A model of the size of the reference and what it grows by, with any weights."""
-    own = reference.covariates
-    added = growth.categories or ((),) * len(own.n_categories)
-    covariates = NO_COVARIATES
-    if own != NO_COVARIATES:
-        sizes = tuple(n + len(new) for n, new in zip(own.n_categories, added, strict=True))
-        covariates = CovariateSizes(sizes, own.n_continuous)
-    prior = None
-    if growth.library_prior is not None:
-        trained = _library_prior(reference.module)
-        prior = torch.cat([trained, growth.library_prior.to(trained)])
-    n_batch = reference.n_batch + len(growth.batches)
-    module = reference.module
-    return build_model(config, module.n_genes, n_batch, 0, prior, covariates, growth.labels)
-
-
-def _library_prior(module: Model) -> Tensor:
-    return next(value for name, value in module.named_buffers() if name.endswith("library_prior"))
 
 
 class _Rows:
@@ -233,48 +183,36 @@ class _Rows:
             return self._growth.library_prior.to(trained)
         if name.startswith("domain_classifier."):
             return torch.zeros_like(built)  # the adversary has no part in surgery
-        of_classes = name.startswith(("u_encoder.", "z_decoder.", "classifier."))
-        of_categories = ".category_weights." in f".{name}"
-        of_batches = not (of_classes or of_categories)
-        names = self._names(name, leaf, of_classes, of_categories, len(built))
-        original = trained[: self._reference.n_original] if of_batches else trained
-        mean = original.mean(dim=0, keepdim=True).expand_as(built)
-        if self._initialisation == "nearest" and of_batches:
+        table = Table.named(name)
+        if self._initialisation == "nearest" and table.kind == "batch":
             assert self._nearest is not None
             return trained[list(self._nearest)]
         if leaf == _DISPERSION or self._initialisation == "mean":
-            return mean
+            return trained.mean(dim=0, keepdim=True).expand_as(built)
         if self._initialisation == "zero":
             return torch.zeros_like(built)
-        bound = self._bound(name, original)
-        drawn = [self._drawn(f"{name}/{row}", built.shape[1:], bound) for row in names]
+        bound = self._bound(name, len(trained))
+        drawn = [self._drawn(f"{name}/{row}", built.shape[1:], bound) for row in self._names(table)]
         return torch.stack(drawn).to(trained)
 
-    def _names(
-        self, name: str, leaf: str, of_classes: bool, of_categories: bool, n: int
-    ) -> tuple[str, ...]:
+    def _names(self, table: Table) -> tuple[str, ...]:
         """Names of the conditions that the new rows are of."""
-        if of_categories:
-            return self._growth.categories[int(leaf)]
-        if not of_classes:
-            return self._growth.batches
-        labels = self._growth.labels
-        assert labels is not None
-        if name.startswith("classifier."):
-            level = int(name.split(".")[2])
-            at = [i for i, depth in enumerate(labels.depths) if depth == level]
-            return tuple(labels.names[i] for i in at[-n:])
-        return labels.classes[-n:]
+        if table.kind == "category":
+            return self._growth.categories[table.number]
+        return self._growth.batches if table.kind == "batch" else self._growth.labels
 
-    def _bound(self, name: str, original: Tensor) -> float:
+    def _bound(self, name: str, n_rows: int) -> float:
         """Limit of the uniform distribution that the reference's own rows were drawn from."""
         owner = name.removesuffix(".batch_weight").split(".category_weights.")[0]
         owner = owner.removesuffix(".bias").removesuffix(".weight")
         layer = self._reference.module.get_submodule(owner)
         if isinstance(layer, ConditionalLinear):
             own = self._reference.covariates
-            covariates = sum(own.n_categories) + own.n_continuous
-            return 1 / math.sqrt(layer.weight.shape[1] + len(original) + covariates)
+            n = n_rows
+            if len(layer.category_weights) or layer.sees_continuous:
+                batches = self._reference.n_batch if layer.sees_batch else 0
+                n = batches + sum(own.n_categories) + own.n_continuous
+            return 1 / math.sqrt(layer.weight.shape[1] + n)
         assert isinstance(layer, nn.Linear)
         return 1 / math.sqrt(layer.in_features)
 

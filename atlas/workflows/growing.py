@@ -12,7 +12,9 @@ import numpy.typing as npt
 from atlas.errors import ConfigError, MissingColumnError, ModelError
 from atlas.models import LabelTree, ObsColumns, TrainedModel
 from atlas.models.columns import UNLABELED
+from atlas.models.parts import Part, renumbered
 from atlas.store import CountStore
+from atlas.training.inputs import CellColumns
 from atlas.workflows.columns import label_codes, label_names
 from atlas.workflows.rows import batches_within, texts_of
 
@@ -165,8 +167,61 @@ def grown_labels(
             UserWarning,
             stacklevel=3,
         )
-    grown = LabelTree((*tree.names, *new), (*tree.parents, *(-1 for _ in new)))
+    grown = tree.with_roots(new)
     return grown, np.where(chosen, label_codes(store, columns.label, grown), none)
+
+
+def part_for(model: TrainedModel, values: CellColumns, chosen: npt.NDArray[np.bool_]) -> Part:
+    """The conditions that take part when studies are added.
+
+    Those that the model had before any surgery, and of later ones the categories and labels that
+    the studies' own cells have. Of models whose surgeries did not record categories, all of them.
+
+    Parameters
+    ----------
+    model
+        The model that grows.
+    values
+        Codes of categories and labels, the model's and new ones.
+    chosen
+        The studies' cells: bool (n_obs,).
+    """
+    n_new = [
+        sum(len(one.categories[i]) for one in model.surgery if one.categories)
+        for i in range(len(model.columns.categorical))
+    ]
+    categories = []
+    for i, n in enumerate(model.columns.sizes.n_categories):
+        assert values.categories is not None
+        categories.append(_first_and(values.categories[chosen, i], n - n_new[i], n))
+    nodes = np.empty(0, np.int64)
+    if model.labels is not None:
+        assert values.label is not None
+        n = len(model.labels.names)
+        n_original = n - sum(len(one.labels) for one in model.surgery)
+        nodes = _first_and(values.label[chosen], n_original, n)
+    n_batches = len(model.batches) - sum(len(one.batches) for one in model.surgery)
+    return Part(np.arange(n_batches), tuple(categories), nodes, model.labels)
+
+
+def _first_and(codes: Codes, n_original: int, n: int) -> npt.NDArray[np.int64]:
+    """The first numbers, and of others below n those that are among codes."""
+    used = np.unique(codes[(codes >= n_original) & (codes < n)])
+    return np.concatenate([np.arange(n_original), used.astype(np.int64)])
+
+
+def values_in_part(model: TrainedModel, part: Part, values: CellColumns) -> CellColumns:
+    """Codes of batches, categories and labels by their numbers in a part of the model."""
+    assert values.batch is not None
+    categories, label = values.categories, values.label
+    if categories is not None:
+        sizes = model.columns.sizes.n_categories
+        found = zip(categories.T, part.categories, sizes, strict=True)
+        categories = np.stack([renumbered(*one) for one in found], axis=1)
+    if label is not None and model.labels is not None:
+        label = renumbered(label, part.nodes, len(model.labels.names))
+    batch = renumbered(values.batch, part.batches, len(model.batches))
+    return dataclasses.replace(values, batch=batch, label=label, categories=categories)
 
 
 def _ingested(store: CountStore, chosen: npt.NDArray[np.bool_]) -> int:

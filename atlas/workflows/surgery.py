@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from itertools import chain
 from os import PathLike
@@ -21,14 +22,8 @@ from atlas.models.apart import Companions, KeepApart, principal_components
 from atlas.models.base import evaluating
 from atlas.models.expression import log_normalized
 from atlas.models.lineage import Surgery
-from atlas.models.surgery import (
-    Growth,
-    Reference,
-    check_reference,
-    graft,
-    merged,
-    n_trainable,
-)
+from atlas.models.parts import Growth, Reference, part_of, put_back
+from atlas.models.surgery import check_reference, graft, merged, n_trainable, remarks
 from atlas.provenance import command, versions
 from atlas.store import CountStore, CountView
 from atlas.training.environment import resolve_device
@@ -44,6 +39,8 @@ from atlas.workflows.growing import (
     known_studies,
     new_batches,
     new_studies,
+    part_for,
+    values_in_part,
 )
 from atlas.workflows.rows import split_within
 from atlas.workflows.starting import library_prior, weights_digest
@@ -90,7 +87,9 @@ def extend_reference(
     Each batch of the studies gets a row of weights of its own in every layer that sees the batch,
     and only these rows are trained, on the studies' cells alone (scArches, Lotfollahi et al. 2022,
     Methods). With the default strategy the embedding of the reference's cells by the new model is
-    what it was, bit for bit on the same processor.
+    what it was, bit for bit on the same processor. Studies that were added before take no part, but
+    for categories and labels that came with them and that the new ones have too; so the order of
+    studies that are mapped one by one makes no difference.
 
     Parameters
     ----------
@@ -137,7 +136,7 @@ def extend_reference(
     resume
         Go on with the run in ``out``; start it where there is none.
     progress
-        Show loss, cells/s and the time left on stderr.
+        Show loss, cells/s and the time left on stderr, and what stays as it is beside the weights.
     **options
         Fields of :class:`atlas.config.TrainConfig`; by default the learning rate is 0.01 here, and
         weight decay 0.
@@ -186,6 +185,7 @@ def extend_reference(
     asked = label_key is not None
     labels, own_labels = grown_labels(trained, store, columns, chosen, asked=asked)
     old = () if trained.labels is None else trained.labels.names
+    new_labels = () if labels is None else labels.names[len(old) :]
     values = cell_columns(store, columns, None, chosen)
     values = dataclasses.replace(values, batch=codes, label=own_labels)
     growth = Growth(
@@ -196,23 +196,19 @@ def extend_reference(
                 trained.columns.categorical, columns.categorical, strict=True
             )
         ),
-        labels=labels,
+        labels=new_labels,
         library_prior=_new_prior(trained, view, codes, chosen, len(batches)),
     )
-    added = sum(len(one.batches) for one in trained.surgery)
-    reference = Reference(
-        trained.module,
-        len(trained.batches),
-        trained.columns.sizes,
-        trained.labels,
-        len(trained.batches) - added,
-    )
+    whole = Reference(trained.module, len(trained.batches), trained.columns.sizes, trained.labels)
+    part = part_for(trained, values, chosen)
+    reference = part_of(whole, part)
+    values = values_in_part(trained, part, values)
     to_inputs = InputsBuilder(
         resolve_device(config.device), None if presence.all() else presence, values
     )
     nearest = None
     if initialisation == "nearest":
-        nearest = _nearest(trained, reference, view, values, to_inputs, chosen, len(batches))
+        nearest = _nearest(reference, view, values, to_inputs, chosen, len(batches))
     tuned = graft(
         reference,
         growth,
@@ -222,6 +218,9 @@ def extend_reference(
         seed=seed,
     )
     n_trained = n_trainable(tuned)
+    if progress:
+        for line in remarks(trained.module, strategy):
+            print(line, file=sys.stderr)
     penalty = None
     if keep_apart > 0 and (len(batches) > 1 or beside):
         cells = (to_inputs(minibatch) for minibatch in SequentialLoader(view, 4096, rows=chosen))
@@ -229,7 +228,7 @@ def extend_reference(
         found = principal_components(chain(cells, inputs), _COMPONENTS)
         penalty = KeepApart(*found, keep_apart, companions)
     split = split_within(store.split(config.validation_share), chosen)
-    warn_of_unseen(labels, values.label, split.train, new=len(old))
+    warn_of_unseen(labels, own_labels, split.train, new=len(old))
     record = fit(
         tuned,
         view,
@@ -259,7 +258,7 @@ def extend_reference(
     surgery = Surgery(
         studies=names,
         batches=batches,
-        labels=() if labels is None else labels.names[len(old) :],
+        labels=new_labels,
         strategy=strategy,
         initialisation=initialisation,
         keep_apart=keep_apart,
@@ -267,9 +266,10 @@ def extend_reference(
         zero_filled=missing == "zero",
         n_trained=n_trained,
         orthologs=genes.orthologs,
+        categories=growth.categories,
     )
     extended = TrainedModel(
-        module=merged(tuned.cpu(), reference, growth),
+        module=put_back(merged(tuned.cpu(), reference, growth), whole, part, growth),
         genes=trained.genes,
         batches=(*trained.batches, *batches),
         studies=(*trained.studies, *names),
@@ -338,12 +338,11 @@ def _companions(
     return inputs, Companions(
         expression=torch.cat([log_normalized(one) for one in inputs]),
         z=torch.cat(z),
-        batch=torch.cat([one.batch for one in inputs]),
+        batch=-1 - torch.cat([one.batch for one in inputs]),  # not a code of the new cells
     )
 
 
 def _nearest(
-    model: TrainedModel,
     reference: Reference,
     view: CountView,
     values: CellColumns,
@@ -358,21 +357,21 @@ def _nearest(
     """
     sizes = torch.tensor(reference.covariates.n_categories)
     assert values.batch is not None
-    first = len(model.batches)
+    first = reference.n_batch
     best = []
     device = resolve_device("cpu")
-    module = model.module.to(device)
+    module = reference.module.to(device)
     for code in range(first, first + n_batches):
         rows = np.flatnonzero(chosen & (values.batch == code))
         mask = np.zeros(len(chosen), bool)
         mask[rows[:: max(1, len(rows) // _TRIED)]] = True
-        sums = np.zeros(reference.n_original)
+        sums = np.zeros(first)
         for minibatch in SequentialLoader(view, 512, rows=mask):
             inputs = dataclasses.replace(to_inputs(minibatch).to(device), label=None)
             if (categories := inputs.categories) is not None:
                 known = categories.where(categories < sizes, 0)
                 inputs = dataclasses.replace(inputs, categories=known)
-            for candidate in range(reference.n_original):
+            for candidate in range(first):
                 batch = torch.full_like(inputs.batch, candidate)
                 with evaluating(module):
                     losses = module.loss(dataclasses.replace(inputs, batch=batch))

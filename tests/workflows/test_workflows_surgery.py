@@ -50,9 +50,9 @@ Stores = tuple[Path, Path]
 
 def _query(seed: int, genes: range = range(60), n: int = 300) -> AnnData:
     query = make_study(seed, n, genes)
-    query.obs["lane"] = ["new" if i % 3 == 0 else "x" for i in range(n)]
+    query.obs["lane"] = [f"new {seed}" if i % 3 == 0 else "x" for i in range(n)]
     label = query.obs["cell_type"].to_numpy(object)
-    query.obs["cell_type"] = np.where(label == "type_4", "type_5", label)
+    query.obs["cell_type"] = np.where(label == "type_4", f"type_{seed + 2}", label)
     return query
 
 
@@ -178,22 +178,99 @@ def test_only_the_new_rows_are_trained(
     assert made.surgery[0].n_trained == n_new
 
 
-@pytest.mark.parametrize("initialisation", ["random", "zero", "mean", "nearest"])
+@pytest.mark.parametrize(
+    ("name", "initialisation"),
+    [
+        *(("scvi", how) for how in ("random", "zero", "mean", "nearest")),
+        *(("scvi covariates", how) for how in ("random", "mean", "nearest")),
+        *(("scanvi", how) for how in ("random", "mean", "nearest")),
+        *((name, "random") for name in ("scvi latent", "scanvi hierarchy", "trvae", "davae")),
+    ],
+)
 def test_the_order_of_studies_mapped_alone_does_not_matter(
-    initialisation: str, references: dict[str, Path], store: Path, tmp_path: Path
+    name: str, initialisation: str, references: dict[str, Path], store: Path, tmp_path: Path
 ) -> None:
-    def rows(first: str, second: str) -> dict[str, np.ndarray]:
+    """Each study has a category and a label of its own; no bit depends on which came first."""
+
+    def mapped(first: str, second: str) -> atlas.TrainedModel:
         folder = tmp_path / first
         options = {"initialisation": initialisation}
-        _extend(references["scvi"], store, folder / "1", [first], **options)
-        both = _extend(folder / "1", store, folder / "2", [second], **options)
-        weight = both.module.state_dict()["encoder.hidden.linears.0.batch_weight"].numpy()
-        return dict(zip(both.batches, weight, strict=True))
+        _extend(references[name], store, folder / "1", [first], **options)
+        _extend(folder / "1", store, folder / "2", [second], **options)
+        return atlas.load_model(folder / "2")
 
-    one, other = rows("query_1", "query_2"), rows("query_2", "query_1")
-    assert set(one) == set(other)
-    for batch, row in one.items():
-        np.testing.assert_array_equal(row, other[batch])
+    one, other = mapped("query_1", "query_2"), mapped("query_2", "query_1")
+    assert one.batches != other.batches
+    assert set(one.batches) == set(other.batches)
+    opened = atlas.open_store(store)
+    z = [atlas.latent_posterior(model, opened, device="cpu") for model in (one, other)]
+    np.testing.assert_array_equal(z[0].mean, z[1].mean)
+    np.testing.assert_array_equal(z[0].variance, z[1].variance)
+    rho = [_expected(model, z[0].mean[:64]) for model in (one, other)]
+    for batch in one.batches:
+        np.testing.assert_array_equal(rho[0][batch], rho[1][batch])
+    if one.labels is not None:
+        assert other.labels is not None
+        assert {"type_5", "type_6"} <= set(one.labels.names) == set(other.labels.names)
+        logits = [_logits(model, z[0].mean) for model in (one, other)]
+        for label in one.labels.names:
+            np.testing.assert_array_equal(logits[0][label], logits[1][label])
+
+
+def _expected(model: atlas.TrainedModel, z: np.ndarray) -> dict[str, np.ndarray]:
+    """What a model decodes from z in each batch, in the first category of a covariate."""
+    categories = torch.zeros(len(z), 1, dtype=torch.int64) if model.columns.categorical else None
+    found = {}
+    for code, batch in enumerate(model.batches):
+        where = Conditions(torch.full((len(z),), code), categories)
+        found[batch] = model.decode(torch.from_numpy(z), where).numpy()
+    return found
+
+
+def _logits(model: atlas.TrainedModel, z: np.ndarray) -> dict[str, np.ndarray]:
+    """Logits of each label at its level."""
+    assert isinstance(model.module, SCANVI)
+    assert model.labels is not None
+    levels = model.module.classifier.level_logits(torch.from_numpy(z))
+    depths = model.labels.depths
+    found = {}
+    for level, values in enumerate(levels):
+        names = [n for n, depth in zip(model.labels.names, depths, strict=True) if depth == level]
+        found |= dict(zip(names, values.detach().numpy().T, strict=True))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "said"),
+    [
+        ("scvi BatchNorm", "conditions", "BatchNorm: its running statistics stay"),
+        ("scvi BatchNorm", "all", "BatchNorm: its running statistics go with"),
+        ("davae", "conditions", "DAVAE: the domain classifier gets an output"),
+        ("scvi", "conditions", ""),
+    ],
+)
+def test_what_surgery_says_of_batchnorm_and_the_domain_classifier(
+    name: str,
+    strategy: str,
+    said: str,
+    references: dict[str, Path],
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"strategy": strategy, "progress": True, "max_epochs": 1}
+    made = _extend(references[name], store, tmp_path / "new", ["query_1"], **options)
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("BatchNorm" in err, "DAVAE" in err) == ("BatchNorm" in said, "DAVAE" in said)
+    if "BatchNorm" in name:
+        before = atlas.load_model(references[name]).module.state_dict()
+        moved = [
+            key
+            for key, value in made.module.state_dict().items()
+            if "running_mean" in key and not torch.equal(value, before[key])
+        ]
+        assert bool(moved) == (strategy == "all")
 
 
 def test_initial_rows(references: dict[str, Path], store: Path, tmp_path: Path) -> None:
