@@ -20,8 +20,6 @@ _TOTAL = 1e4
 _PSEUDO = 2.0
 _LEAST_CELLS = 20
 """Cells of a label in a batch from which its mean has a say in what the batch's labels share."""
-_ALIKE = 15
-"""Cells over which the misfit is averaged: more of them blur a type that lies at another's edge."""
 _BLOCK_VALUES = 2**22
 
 
@@ -87,8 +85,9 @@ def misfit(
     cells that are nearest to each of these. R is the difference of their :func:`levels`, less what
     the batch adds to every gene: the median over the labels given of the mean over their cells (of
     labels with 20 cells there, if any has). Summed over genes is V² R²: a gene counts by how well
-    it tells the reference's own cells apart. The misfit is the mean of that over the cell's 15
-    nearest neighbours, itself among them: cells of a type lie together.
+    it tells the reference's own cells apart. The misfit is the root mean square of that over the
+    cell's neighbours, itself among them: cells of a type lie together, and at its edge those that
+    do not fit count for more than those that do.
 
     Parameters
     ----------
@@ -96,7 +95,7 @@ def misfit(
         Counts of the query, and of cells of the reference: (n_query, n_genes) and (n_reference,
         n_genes).
     near
-        What sums a query cell's neighbours (:func:`pooled`), the nearest first: (n_query, n_query).
+        What sums a query cell's neighbours (:func:`pooled`): (n_query, n_query).
     among
         What sums the reference cells nearest to a query cell: (n_query, n_reference).
     batches, labels
@@ -115,17 +114,8 @@ def misfit(
     shared = _shared(mean, n, n_labels)
     for rows, found in _differences(counts, reference, near, among):
         own[rows] = (found - shared[batches[rows]]) ** 2 @ variance**2
-    alike = _first(near, _ALIKE)
-    out: Floats = alike @ own / np.diff(alike.indptr)
+    out: Floats = np.sqrt(near @ own**2 / np.diff(near.indptr))
     return out
-
-
-def _first(rows: csr_matrix, k: int) -> csr_matrix:
-    """The first k entries of each row, as they are stored."""
-    lengths = np.diff(rows.indptr)
-    place = np.arange(rows.nnz) - np.repeat(rows.indptr[:-1], lengths)
-    indptr = np.concatenate([[0], np.cumsum(np.minimum(lengths, k))])
-    return csr_matrix((rows.data[place < k], rows.indices[place < k], indptr), shape=rows.shape)
 
 
 def _shared(mean: Floats, n: Codes, n_labels: int) -> Floats:
