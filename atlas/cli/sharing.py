@@ -40,6 +40,13 @@ def add_commands(command: Command) -> None:
     sub.add_argument(
         "--counts", action="store_true", help="give the counts of the model's genes away too"
     )
+    sub.add_argument(
+        "--batch-names",
+        choices=("no-donors", "all", "none"),
+        default="no-donors",
+        help="which names of batches leave, the others become STUDY/batch 1 …; by default all but "
+        "those that look like donors, whose column is not in --obs-columns",
+    )
     sub.add_argument("--title", help="one line; made of the studies' names if not given")
     sub.add_argument("--description", metavar="FILE", help="Markdown for the model card")
     sub.add_argument("--licence", help="such as CC-BY-4.0")
@@ -76,6 +83,7 @@ def share(options: argparse.Namespace) -> int:
         label_key=options.label_key,
         obs_columns=options.obs_columns.split(",") if options.obs_columns else (),
         counts=options.counts,
+        batch_names=options.batch_names,
         title=options.title,
         description=description,
         licence=options.licence,
@@ -131,6 +139,9 @@ def fetch(options: argparse.Namespace) -> None:
         f"{package.n_obs:,} cells, "
         + ("no labels" if labels is None else f"{len(labels.names):,} labels")
     )
+    index = package.manifest.index
+    how = f"{index.n_lists:,} lists" if index.has_lists else f"none, search is exact: {index.why}"
+    print(f"index: {printable(how)}")
     print(f"licence: {printable(about.licence or 'none was given')}")
     print(f"citation: {printable(about.citation or 'none was given')}")
     print(f"{options.to}: every digest is as declared; card.md tells more, model/ is the model")

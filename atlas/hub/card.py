@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from atlas.evaluation.codes import Categories
-from atlas.hub.manifest import About
+from atlas.hub.manifest import About, IndexAbout
 from atlas.models import TrainedModel
 
 _MOST = 50
@@ -25,6 +25,7 @@ def model_card(
     labels: Categories | None,
     columns: list[str],
     counts: bool,
+    index: IndexAbout,
 ) -> str:
     """What a stranger should know before mapping cells with it.
 
@@ -38,6 +39,8 @@ def model_card(
         Names of the further obs columns in it.
     counts
         Whether the counts are in it.
+    index
+        Of the embedding.
     """
     config = model.config.to_json()
     epochs, versions = _training(model)
@@ -59,6 +62,7 @@ def model_card(
         f"- Versions: {made_by or 'not recorded'}",
         f"- Licence: {_text(about.licence) if about.licence else 'none was given'}",
         f"- Citation: {about.citation or 'none was given'}",
+        f"- Index: {_index(index)}",
     ]
     if covariates := [name for name, _ in model.columns.categorical]:
         lines.append(f"- Covariates: {', '.join(map(_text, covariates))}")
@@ -68,6 +72,7 @@ def model_card(
         "",
         f"{len(studies):,} cells. In the package: their embedding, study, batch"
         + (", label" if labels is not None else "")
+        + (", list of the index" if index.has_lists else "")
         + "".join(f", {_text(name)}" for name in columns)
         + (", counts." if counts else "; not their counts, names, or other columns."),
         "",
@@ -91,6 +96,14 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _index(index: IndexAbout) -> str:
+    if not index.has_lists:
+        return f"none in the package, search is exact: {_text(index.why)}"
+    recall = "" if index.recall is None else f", {index.recall.value:.2%} of the true neighbours"
+    recall += "" if index.recall is None else f" at k {index.recall.k}"
+    return f"{index.n_lists:,} inverted lists, {index.breadth:,} looked at{recall}"
 
 
 def _training(model: TrainedModel) -> tuple[list[dict[str, Any]], dict[str, Any]]:

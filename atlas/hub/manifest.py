@@ -17,17 +17,22 @@ from typing import Any, Final
 from jsonschema import Draft202012Validator
 
 from atlas.errors import PackageError
+from atlas.evaluation.index.arrays import MAX_LISTS
+from atlas.evaluation.index.choice import KINDS
 from atlas.models.folder import first_wrong
 
 SCHEMA_NAME: Final = "atlas-package"
-VERSION: Final = 1
+VERSION: Final = 2
+"""2 since there is an index in it; packages of version 1 are read as they are."""
 PACKAGE: Final = "package.json"
 MODEL_FOLDER: Final = "model"
 MODEL: Final = "model/model.json"
 WEIGHTS: Final = "model/weights.safetensors"
 REFERENCE: Final = "reference.safetensors"
+INDEX: Final = "index.safetensors"
 CARD: Final = "card.md"
 REQUIRED: Final = (MODEL, WEIGHTS, REFERENCE, CARD)
+_NAMED: Final = (*REQUIRED, INDEX)
 
 MAX_JSON: Final = 64 * 2**20
 """Bytes of one JSON file or card: a million names fit."""
@@ -39,11 +44,12 @@ FETCH_AGAIN: Final = "fetch it again; if that does not help, tell whoever shares
 
 _TEXT: Final = {"type": ["string", "null"], "maxLength": 100_000}
 _NAMES: Final = {"type": "array", "items": {"type": "string"}, "maxItems": 2_000_000}
+_LISTS: Final = {"type": "integer", "minimum": 0, "maximum": MAX_LISTS}
 _SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
         "schema": {"const": SCHEMA_NAME},
-        "version": {"const": VERSION},
+        "version": {"enum": [1, VERSION]},
         "created": {"type": "string", "maxLength": 100},
         "written_by": {"type": "string", "maxLength": 100},
         "title": {"type": "string", "maxLength": 1000},
@@ -74,11 +80,36 @@ _SCHEMA: Final[dict[str, Any]] = {
             ],
             "additionalProperties": False,
         },
+        "index": {
+            "type": "object",
+            "properties": {
+                "kind": {"enum": ["none", *KINDS]},
+                "why": {"type": "string", "maxLength": 1000},
+                **dict.fromkeys(("n_lists", "breadth"), _LISTS),
+                "seed": {"type": "integer", "minimum": 0, "maximum": 2**63 - 1},
+                "recall_target": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+                "recall": {
+                    "type": ["object", "null"],
+                    "properties": {
+                        "k": {"type": "integer", "minimum": 1, "maximum": 2**31},
+                        "value": {"type": "number", "minimum": 0, "maximum": 1},
+                        "standard_error": {"type": "number", "minimum": 0, "maximum": 1},
+                        "n_queries": {"type": "integer", "minimum": 0, "maximum": 2**31},
+                    },
+                    "required": ["k", "value", "standard_error", "n_queries"],
+                    "additionalProperties": False,
+                },
+            },
+            "required": [
+                *("kind", "why", "n_lists", "breadth", "seed", "recall_target", "recall"),
+            ],
+            "additionalProperties": False,
+        },
         "parts": {
             "type": "object",
             "required": list(REQUIRED),
-            "maxProperties": len(REQUIRED) + _MAX_COUNTS,
-            "propertyNames": {"pattern": rf"^({'|'.join(map(re.escape, REQUIRED))}|{_COUNTS})\Z"},
+            "maxProperties": len(_NAMED) + _MAX_COUNTS,
+            "propertyNames": {"pattern": rf"^({'|'.join(map(re.escape, _NAMED))}|{_COUNTS})\Z"},
             "additionalProperties": {
                 "type": "object",
                 "properties": {
@@ -163,13 +194,55 @@ class ReferenceNames:
 
 
 @dataclass(frozen=True, slots=True)
+class RecallAbout:
+    """What share of the ``k`` true neighbours the sharer's index found of some of its rows."""
+
+    k: int
+    value: float
+    standard_error: float
+    n_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexAbout:
+    """The index of the embedding that the sharer has, and what of it is in the package.
+
+    Attributes
+    ----------
+    kind
+        ``"none"``, or one of :data:`atlas.evaluation.index.Kind`. Lists are in the package for
+        ``"ivf"`` and ``"disk"``; an exact index is the embedding itself; of ``"hnsw"`` there is
+        nothing but FAISS's own file, which is read by code that trusts it.
+    why
+        In words.
+    n_lists, breadth, seed, recall_target
+        As in :class:`atlas.evaluation.index.arrays.ListArrays`; 0, and 1, without lists.
+    recall
+        What the sharer measured, which is measured again where it is used.
+    """
+
+    kind: str = "none"
+    why: str = "the package is of a version that had no index"
+    n_lists: int = 0
+    breadth: int = 0
+    seed: int = 0
+    recall_target: float = 1.0
+    recall: RecallAbout | None = None
+
+    @property
+    def has_lists(self) -> bool:
+        """Whether lists are in the package."""
+        return self.kind in ("ivf", "disk")
+
+
+@dataclass(frozen=True, slots=True)
 class PackageManifest:
     """All that ``package.json`` says.
 
     Attributes
     ----------
-    about, reference
-        For people, and for the codes of the cells.
+    about, reference, index
+        For people, for the codes of the cells, and for the search of neighbours.
     parts
         Every other file, by its name.
     created, written_by
@@ -181,6 +254,7 @@ class PackageManifest:
     parts: Mapping[str, Part]
     created: str
     written_by: str
+    index: IndexAbout = IndexAbout()
 
     @property
     def n_bytes(self) -> int:
@@ -190,7 +264,7 @@ class PackageManifest:
     @property
     def counts(self) -> tuple[str, ...]:
         """Names of the parts with counts, in the order of their cells."""
-        return tuple(sorted(name for name in self.parts if name not in REQUIRED))
+        return tuple(sorted(name for name in self.parts if name not in _NAMED))
 
     def to_bytes(self) -> bytes:
         """As JSON."""
@@ -201,6 +275,7 @@ class PackageManifest:
             "written_by": self.written_by,
             **dataclasses.asdict(self.about),
             "reference": dataclasses.asdict(self.reference),
+            "index": dataclasses.asdict(self.index),
             "parts": {name: dataclasses.asdict(part) for name, part in self.parts.items()},
         }
         return json.dumps(values, indent=1, allow_nan=False).encode()
@@ -251,7 +326,33 @@ class PackageManifest:
             parts,
             values["created"],
             values["written_by"],
+            _index_of(values, path),
         )
+
+
+def _index_of(values: dict[str, Any], path: object) -> IndexAbout:
+    """What is said of the index, which the parts and the version do not contradict."""
+    said = values.get("index")
+    if (said is None) != (values["version"] == 1):
+        has = "no index" if said is None else "an index"
+        raise _damaged(f"{has} in version {values['version']}", path)
+    index = IndexAbout()
+    if said is not None:
+        whole = {name: int(said[name]) for name in ("n_lists", "breadth", "seed")}
+        recall = said["recall"]
+        if recall is not None:
+            recall |= {name: int(recall[name]) for name in ("k", "n_queries")}
+            recall = RecallAbout(**recall)
+        index = IndexAbout(**{**said, **whole, "recall": recall})
+    if index.has_lists != (INDEX in values["parts"]):
+        has = "with" if INDEX in values["parts"] else "without"
+        raise _damaged(f"an index of kind {index.kind!r} {has} {INDEX}", path)
+    if index.has_lists != (index.n_lists > 0) or not (
+        min(1, index.n_lists) <= index.breadth <= index.n_lists
+    ):
+        found = f"{index.n_lists} lists and a breadth of {index.breadth}"
+        raise _damaged(f"an index of kind {index.kind!r} with {found}", path)
+    return index
 
 
 def parse_json(data: bytes, path: str) -> Any:

@@ -2,8 +2,9 @@
 
 A folder holds ``package.json`` (:mod:`atlas.hub.manifest`), the model's folder, embedding and codes
 of the cells (``reference.safetensors``), ``card.md`` and, where they were asked for, counts. Files
-of safetensors and JSON cannot run anything. There is no index of neighbours in it: FAISS's files
-are read by code that trusts them, and an exact index is the embedding itself.
+of safetensors and JSON cannot run anything. FAISS's files are read by code that trusts them, so of
+an index of inverted lists there are centroids and the list of each cell (``index.safetensors``);
+an exact index is the embedding itself.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,14 @@ from safetensors import SafetensorError, safe_open
 from atlas import files
 from atlas.errors import AtlasError, ConfigError, PackageError
 from atlas.evaluation.codes import Categories
+from atlas.evaluation.exact import Device, import_faiss
+from atlas.evaluation.index import NeighborIndex
+from atlas.evaluation.index.arrays import ListArrays
+from atlas.hub.lists import read_lists
 from atlas.hub.manifest import (
     CARD,
     FETCH_AGAIN,
+    INDEX,
     MAX_JSON,
     MAX_NAMES,
     MODEL,
@@ -73,6 +79,8 @@ class Package:
         The model card, Markdown.
     manifest
         All that ``package.json`` says.
+    lists
+        Of the index that its owner searches; None where that is exact, or none of lists.
     """
 
     folder: Path
@@ -85,6 +93,17 @@ class Package:
     obs: pd.DataFrame
     card: str
     manifest: PackageManifest
+    lists: ListArrays | None = None
+
+    def index(self, *, device: Device | Literal["auto"] = "auto") -> NeighborIndex | None:
+        """The index of the embedding that its owner has, made again of its lists.
+
+        None where search is exact: the owner's is, or is of a kind that is not shared
+        (``manifest.index`` says which and why), or FAISS is not installed.
+        """
+        if self.lists is None or import_faiss() is None:
+            return None
+        return self.lists.index(self.embedding, device=device)
 
     @property
     def n_obs(self) -> int:
@@ -138,7 +157,7 @@ def load_package(folder: str | PathLike[str]) -> Package:
         _check_size(folder, name, part)
     card = _bytes_of(folder, CARD, manifest.parts[CARD])
     _check_model(_bytes_of(folder, MODEL, manifest.parts[MODEL]), folder)
-    for name in REQUIRED:
+    for name in (name for name in (*REQUIRED, INDEX) if name in manifest.parts):
         _check_digest(folder, name, manifest.parts[name])
     try:
         text = card.decode()
@@ -146,7 +165,11 @@ def load_package(folder: str | PathLike[str]) -> Package:
         if model.presence.dtype != np.bool_:
             raise TypeError(f"presence of type {model.presence.dtype}")
         tensors = _tensors(folder / REFERENCE)
-        return _assembled(folder, manifest, model, tensors, text)
+        package = _assembled(folder, manifest, model, tensors, text)
+        if not manifest.index.has_lists:
+            return package
+        lists = read_lists(folder / INDEX, manifest.index, package.embedding)
+        return replace(package, lists=lists)
     except AtlasError as error:
         raise PackageError(
             "The parts of the package do not fit each other",

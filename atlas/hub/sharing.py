@@ -16,10 +16,13 @@ import scipy.sparse as sp
 from atlas import files
 from atlas.errors import ConfigError
 from atlas.evaluation.codes import Categories
+from atlas.evaluation.index.arrays import ListArrays
 from atlas.hub.archive import write_tar, write_zip
 from atlas.hub.card import model_card
+from atlas.hub.lists import tensors_of_lists
 from atlas.hub.manifest import (
     CARD,
+    INDEX,
     MAX_NAMES,
     MODEL,
     MODEL_FOLDER,
@@ -27,6 +30,7 @@ from atlas.hub.manifest import (
     REFERENCE,
     WEIGHTS,
     About,
+    IndexAbout,
     PackageManifest,
     Part,
     ReferenceNames,
@@ -43,6 +47,7 @@ COUNT_ROWS: Final = 50_000
 _ARCHIVES: Final = {".tar.gz": write_tar, ".tgz": write_tar, ".zip": write_zip}
 _OTHERS: Final = (".tar", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _SHOWN: Final = 20
+_NO_INDEX: Final = IndexAbout(why="the embedding has none")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +70,10 @@ class Shipment:
         Further obs columns that were named: categories, or numbers (n_obs,).
     counts
         Source and rows of the counts, where they were asked for: the model's genes.
+    index, lists
+        Of the embedding as its owner has it, and what of it leaves.
+    said
+        What more is to be said of a line of the listing, by its name.
     """
 
     about: About
@@ -76,6 +85,9 @@ class Shipment:
     label_key: str | None = None
     columns: Mapping[str, Categories | npt.NDArray[Any]] = field(default_factory=dict)
     counts: tuple[RowSource, npt.NDArray[np.bool_]] | None = None
+    index: IndexAbout = _NO_INDEX
+    lists: ListArrays | None = None
+    said: Mapping[str, str] = field(default_factory=dict)
 
     def listing(self) -> list[tuple[str, str]]:
         """What leaves the machine, in words: a name and what it is, for each thing."""
@@ -103,8 +115,10 @@ class Shipment:
             ("embedding", shape),
             ("of each cell", "study, batch" + (", label" if self.labels is not None else "")),
         ]
+        labels = "none"
         if self.labels is not None:
-            lines.append(("labels", f"{self._label_source}: {_listed(self.labels.names)}"))
+            labels = f"{self._label_source}: {_listed(self.labels.names)}"
+        lines += [("labels", labels), ("index", self._index)]
         for name, column in self.columns.items():
             known_as = _listed(column.names) if isinstance(column, Categories) else "numbers"
             lines.append((f"obs column {name}", f"of each cell, as named: {known_as}"))
@@ -115,11 +129,18 @@ class Shipment:
             ("licence", self.about.licence or "none: others may not use it without one"),
             ("citation", self.about.citation or "none"),
         ]
-        return lines
+        more = {name: f"; {what}" for name, what in self.said.items()}
+        return [(name, what + more.get(name, "")) for name, what in lines]
 
     def write(self, to: str | PathLike[str]) -> Shared:
         """Write the package; see :func:`write_package`."""
         return write_package(self, Path(to))
+
+    @property
+    def _index(self) -> str:
+        if self.lists is None:
+            return f"none: {self.index.why}"
+        return f"{self.index.n_lists:,} lists, their centroids and the list of each cell"
 
     @property
     def _label_source(self) -> str:
@@ -253,9 +274,14 @@ def _write_parts(shipment: Shipment, folder: Path) -> PackageManifest:
         shipment.labels,
         list(shipment.columns),
         shipment.counts is not None,
+        shipment.index,
     )
     files.write_bytes(folder / CARD, card.encode())
     parts = [MODEL, WEIGHTS, REFERENCE, CARD]
+    if shipment.lists is not None:
+        parts.append(INDEX)
+        lists = safetensors.numpy.save(tensors_of_lists(shipment.lists))
+        files.write_bytes(folder / INDEX, lists)
     if shipment.counts is not None:
         (folder / "counts").mkdir()
         for i, counts in enumerate(_chunks(*shipment.counts)):
@@ -270,6 +296,7 @@ def _write_parts(shipment: Shipment, folder: Path) -> PackageManifest:
         },
         created=now(),
         written_by=f"atlas-trainer {versions()['atlas-trainer']}",
+        index=shipment.index,
     )
     files.write_bytes(folder / PACKAGE, manifest.to_bytes())
     return manifest

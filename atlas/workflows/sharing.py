@@ -11,16 +11,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from atlas.errors import ModelError
+from atlas.errors import MissingColumnError, ModelError
 from atlas.evaluation.codes import Categories
-from atlas.hub.manifest import About
+from atlas.evaluation.exact import import_faiss
+from atlas.evaluation.index import NeighborIndex
+from atlas.evaluation.index.arrays import ListArrays
+from atlas.hub.donors import BatchNames
+from atlas.hub.manifest import About, IndexAbout, RecallAbout
 from atlas.hub.sharing import Shared, Shipment, archive_kind, write_package
 from atlas.hub.staging import check_free
 from atlas.models import TrainedModel, load_model
 from atlas.models.columns import UNLABELED
 from atlas.store import CountStore
 from atlas.store.tables import kind_of
+from atlas.workflows.donors import disguise
 from atlas.workflows.genes import GenesInStore
+from atlas.workflows.indexing import stored_index
 from atlas.workflows.keeping import stored_model
 from atlas.workflows.rows import texts_of
 from atlas.workflows.streaming import CellStream
@@ -29,6 +35,8 @@ _TRIED = 256
 """Cells that are embedded again, to see whose embedding it is."""
 _FAR = 0.05
 """Standard deviations of an embedding that no other processor or library moves a cell."""
+_RECALL_K = 50
+"""Neighbours for which the recall of an index is told: as many as vote on a label."""
 
 Mask = npt.NDArray[np.bool_]
 
@@ -42,6 +50,7 @@ def share(
     label_key: str | None = None,
     obs_columns: Sequence[str] = (),
     counts: bool = False,
+    batch_names: BatchNames = "no-donors",
     title: str | None = None,
     description: str | None = None,
     licence: str | None = None,
@@ -49,9 +58,11 @@ def share(
 ) -> Shared:
     """Write a trained model and its reference so that a stranger maps cells and labels them.
 
-    Of each cell go its embedding, study, batch and label; not its counts, its name, or any other
-    obs column, unless named here. Names of batches, studies and the model's covariates go with the
-    model. :func:`prepare_share` says what would go, and writes nothing.
+    Of each cell go its embedding, study, batch and label, and its list where the embedding has an
+    index of inverted lists; not its counts, its name, or any other obs column, unless named here.
+    Names of batches, studies and the model's covariates go with the model, but those of donors are
+    replaced by others unless the column of donors is named. :func:`prepare_share` says what would
+    go, and writes nothing.
 
     Parameters
     ----------
@@ -65,11 +76,17 @@ def share(
         Its name in the store; the model's when None. A sample of cells is embedded again to see
         that it is this model's.
     label_key
-        The obs column of the labels; the model's when None, and where it has none, the store's.
+        The obs column of the labels; the model's when None, and where it has none, or the store
+        does not have it, the store's own.
     obs_columns
         Further obs columns to give away, such as ``["donor"]``.
     counts
         Give the counts of the model's genes away.
+    batch_names
+        Which names of batches leave: all but those of donors who are in no column of
+        ``obs_columns`` (``"no-donors"``), ``"all"``, or ``"none"``. The others become
+        ``STUDY/batch 1`` and so on. Donors are told by their columns (``donor_id``, ``patient``,
+        ``subject``, ``individual`` …), or by such a word in the name itself.
     title, description, licence, citation
         For people; the description is Markdown.
 
@@ -95,6 +112,7 @@ def share(
         label_key=label_key,
         obs_columns=obs_columns,
         counts=counts,
+        batch_names=batch_names,
         title=title,
         description=description,
         licence=licence,
@@ -123,6 +141,7 @@ def prepare_share(
     label_key: str | None = None,
     obs_columns: Sequence[str] = (),
     counts: bool = False,
+    batch_names: BatchNames = "no-donors",
     title: str | None = None,
     description: str | None = None,
     licence: str | None = None,
@@ -137,24 +156,29 @@ def prepare_share(
     name = trained.name if embedding is None else embedding
     z = _embedding(store, name, rows)
     _check_embedding(store, trained, name, z, rows)
-    unlabeled = UNLABELED
-    if label_key is None:
-        label_key, unlabeled = trained.columns.label, trained.columns.unlabeled
-    labels = _labels(store, label_key, rows, unlabeled)
+    labels, label_key, said = _labels_of(store, trained, label_key, rows)
     studies = _occurring(store.obs_codes["study"][rows], store.studies)
     if title is None:
         title = f"{trained.name} of {', '.join(studies.names)}"[:1000]
     view = GenesInStore.of(trained, store).select(store) if counts else None
+    index, lists = _index(store, name, z, rows)
+    leaving = disguise(store, trained, rows, named=obs_columns, batch_names=batch_names)
+    batches = _occurring(store.obs_codes["batch"][rows], store.batches)
     return Shipment(
         about=About(title, description, licence, citation),
-        model=trained,
+        model=leaving.model,
         embedding=z,
         studies=studies,
-        batches=_occurring(store.obs_codes["batch"][rows], store.batches),
+        batches=Categories(
+            batches.codes, [leaving.batches.get(name, name) for name in batches.names]
+        ),
         labels=labels,
         label_key=label_key,
         columns={column: _column(store, column, rows) for column in obs_columns},
         counts=None if view is None else (view, rows),
+        index=index,
+        lists=lists,
+        said={**leaving.said, **said},
     )
 
 
@@ -224,11 +248,65 @@ def _of_another(store: CountStore, name: str, found: str, expected: object) -> M
     )
 
 
+def _index(
+    store: CountStore, name: str, z: npt.NDArray[np.float32], rows: Mask
+) -> tuple[IndexAbout, ListArrays | None]:
+    """What is said of the index that is kept with an embedding, and what of it can leave."""
+    if store.index_folder(name) is None:
+        return IndexAbout(why="no index is kept with the embedding"), None
+    if import_faiss() is None:
+        return IndexAbout(why="FAISS, which reads the one that is kept, is not installed"), None
+    part, bounds = f"embedding:{name}", [*store.segments, store.n_obs]
+    covered = np.zeros(store.n_obs, bool)  # an index is of the studies that had been embedded
+    for i, study in enumerate(store.manifest.studies):
+        covered[bounds[i] : bounds[i + 1]] = part in study.parts
+    same = bool((rows == covered).all())
+    index = stored_index(store, name, z if same else _embedding(store, name, covered))
+    assert index is not None
+    if not same:
+        # its lists are of cells that stay too, and centroids are means of them
+        index = NeighborIndex.build(z, seed=index.seed)
+    kind = index.choice.kind  # why it was taken tells of the machine
+    if kind == "hnsw":
+        why = "of a graph (HNSW) there is FAISS's own file alone, which code that trusts it reads"
+        return IndexAbout(kind, why), None
+    if (lists := ListArrays.of(index)) is None:
+        return IndexAbout(kind, "the owner's search is exact, and needs the embedding alone"), None
+    k = max(1, min(_RECALL_K, len(z) - 1))
+    recall = lists.index(z, device="cpu").recall(k)
+    about = IndexAbout(
+        kind,
+        "inverted lists are kept with the embedding",
+        len(lists.centroids),
+        lists.breadth,
+        lists.seed,
+        lists.recall_target,
+        RecallAbout(k, recall.value, recall.standard_error, recall.n_queries),
+    )
+    return about, lists
+
+
+def _labels_of(
+    store: CountStore, model: TrainedModel, label_key: str | None, rows: Mask
+) -> tuple[Categories | None, str | None, dict[str, str]]:
+    """Labels of the chosen cells, the column they are from, and what is to be said of it."""
+    if label_key is not None:
+        return _labels(store, label_key, rows, UNLABELED), label_key, {}
+    label_key, unlabeled = model.columns.label, model.columns.unlabeled
+    try:
+        return _labels(store, label_key, rows, unlabeled), label_key, {}
+    except MissingColumnError:
+        said = f"the model's are of obs column {label_key}, which the store does not have"
+        return _labels(store, None, rows, unlabeled), None, {"labels": said}
+
+
 def _labels(
     store: CountStore, label_key: str | None, rows: Mask, unlabeled: str
 ) -> Categories | None:
     if label_key is None:
-        labels = _occurring(store.obs_codes["label"][rows], store.labels)
+        labeled = np.array([name != unlabeled for name in store.labels] + [False])
+        codes = store.obs_codes["label"][rows]
+        labels = _occurring(np.where(labeled[codes], codes, np.int32(-1)), store.labels)
     else:
         texts = texts_of(store, label_key)[rows]
         labels = _categories(texts.where(~texts.isin(["", unlabeled])))

@@ -92,7 +92,7 @@ def transfer_labels(
         a label do not vote. Without a query all cells outside the reference are labelled. Or the
         reference is a package that was fetched (:func:`atlas.load_package`), whose cells need not
         be in the store: the embedding is then one by its model extended. An index that is kept with
-        the embedding is searched.
+        the embedding, or came with the package, is searched.
     name
         Keep what is found as these obs columns: ``NAME`` (a label, or ``Unknown``),
         ``NAME_uncertainty``, ``NAME_distance``, ``NAME_misfit`` if asked for, with sets
@@ -155,7 +155,13 @@ def transfer_labels(
         asked = np.flatnonzero(mask_of(store, query))
         z = store.embedding(embedding)
         voting = of_package(
-            reference, store, z, embedding=embedding, label_key=label_key, groups=groups
+            reference,
+            store,
+            z,
+            embedding=embedding,
+            label_key=label_key,
+            groups=groups,
+            backend=backend,
         )
         texts = labels_of(store, None)
     else:

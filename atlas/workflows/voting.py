@@ -98,8 +98,11 @@ def of_package(
     embedding: str,
     label_key: str | None,
     groups: str | None,
+    backend: Backend,
 ) -> Voting:
     """Cells of a package: their embedding and labels, without their counts.
+
+    They are searched through the index that came with them, as those of a store are through its.
 
     Raises
     ------
@@ -140,7 +143,9 @@ def of_package(
         column = package.obs[groups].astype("category").cat
         chosen = Categories(column.codes.to_numpy(), list(column.categories))[rows]
     names = np.array(labels.names, object)
-    return Voting(package.embedding[rows], names[labels.codes[rows]], chosen, None)
+    index = package.index() if backend == "auto" else None
+    search = None if index is None else Among(index, rows).search
+    return Voting(package.embedding[rows], names[labels.codes[rows]], chosen, search)
 
 
 def labels_of(store: CountStore, label_key: str | None) -> npt.NDArray[np.object_]:

@@ -68,6 +68,11 @@ _TAR: dict[str, tuple[Callable[[list[Any]], bytes], str]] = {
         "a header of pax",
     ),
     "undeclared": (lambda own: tar([*own, ("model/pickle.pt", b"x")]), "pickle.pt, undeclared"),
+    "index": (
+        lambda own: tar([*own, ("index.safetensors", b"x")]),
+        "index.safetensors, undeclared",
+    ),
+    "index of faiss": (lambda own: tar([*own, ("index.faiss", b"x")]), "index.faiss, undeclared"),
     "twice": (lambda own: tar([*own, own[-1]]), "a second time"),
     "manifest twice": (lambda own: tar([*own, own[0]]), "package.json a second time"),
     "missing": (lambda own: tar(own[:-1]), "no card.md"),

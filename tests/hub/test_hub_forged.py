@@ -145,7 +145,7 @@ _MIXED = [i if i % 2 else str(i) for i in range(200_000)]
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (_json("package.json", version=2, novelty=1), "by a newer version of Atlas"),
+        (_json("package.json", version=3, novelty=1), "by a newer version of Atlas"),
         (_json("package.json", version=0), "$.version"),
         (_json("package.json", schema="other"), "$.schema"),
         (_json("package.json", novelty=1), "novelty"),

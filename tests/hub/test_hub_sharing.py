@@ -189,10 +189,11 @@ def test_the_listing_names_what_the_model_knows(reference: Path, tmp_path: Path)
     )
     atlas.embed(model, store, name="donors", device="cpu")
     listing = dict(prepare_share(store, model, embedding="donors").listing())
-    assert "John-Roe-2" in listing["covariate donor"]
+    assert "donor 1 of the reference, donor 2 of the reference" in listing["covariate donor"]
     assert listing["covariate age"] == "of the model, the name alone"
     assert listing["batches"] == ", ".join(model.batches)
     assert listing["counts"] == "none"
+    assert listing["index"] == "none: no index is kept with the embedding"
     assert listing["licence"].startswith("none: others may not")
     assert not any(name.startswith("obs column") for name in listing)
 
