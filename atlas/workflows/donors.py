@@ -121,14 +121,14 @@ def _notes(
     if not told:
         return [f"{len(new):,} names are replaced"] if new else []
     source = f", from obs column {', '.join(columns)}," if columns else ""
-    notes = [f"{len(told):,} of the names{source} look like donors"]
+    look = f"{len(told):,} of the names{source} look like donors"
     if batch_names == "all":
-        return [f"{notes[0]}, and leave by --batch-names all"]
-    notes[0] += ": these are replaced, so none leaves"
+        return [f"{look}, and leave by --batch-names all"]
+    look += ": these are replaced, so none leaves"
     if batch_names == "no-donors":
         column = f"--obs-columns {columns[0]}, or " if columns else ""
-        notes.append(f"{column}--batch-names all gives them away")
-    return notes
+        look += f" (to give them away: {column}--batch-names all)"
+    return [look]
 
 
 def _donors(store: CountStore, rows: Mask, named: Sequence[str]) -> Donors:

@@ -125,7 +125,7 @@ def test_donors_leave_by_no_name_of_a_batch(clinic: Path, tmp_path: Path) -> Non
     line = dict(shipment.listing())["batches"]
     assert line.startswith("study_1/batch 1, study_1/batch 2, study_1/batch 3, study_2/batch 1, ")
     assert "6 of the names, from obs column donor, look like donors: these are replaced" in line
-    assert "--obs-columns donor, or --batch-names all" in line
+    assert "(to give them away: --obs-columns donor, or --batch-names all)" in line
     shipment.write(tmp_path / "p")
     assert _names(tmp_path / "p") == []
     package = atlas.load_package(tmp_path / "p")
