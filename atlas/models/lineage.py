@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
+
+from atlas.errors import ModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,8 @@ class Surgery:
     orthologs
         Of studies of another species: the gene that the store has, and the model's gene that it is
         taken for.
-    categories
-        New categories of each categorical covariate.
+    n_categories
+        Number of new categories of each categorical covariate.
     """
 
     studies: tuple[str, ...]
@@ -43,13 +45,11 @@ class Surgery:
     n_trained: int
     apart_from: tuple[str, ...] = ()
     orthologs: tuple[tuple[str, str], ...] = ()
-    categories: tuple[tuple[str, ...], ...] = ()
+    n_categories: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        values = dataclasses.asdict(self)
-        for name in _NESTED:
-            values[name] = [list(one) for one in values[name]]
+        values = dataclasses.asdict(self) | {"orthologs": [list(one) for one in self.orthologs]}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     @classmethod
@@ -58,10 +58,44 @@ class Surgery:
         listed: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
-        return cls(**listed | {name: tuple(map(tuple, values.get(name, ()))) for name in _NESTED})
+        return cls(**listed | {"orthologs": tuple(map(tuple, values.get("orthologs", ())))})
 
 
-_NESTED = ("orthologs", "categories")
+def check_lineage(
+    surgery: Sequence[Surgery],
+    batches: Sequence[str],
+    labels: Sequence[str],
+    n_categories: Sequence[int],
+) -> None:
+    """Refuse surgeries that did not make a model of these batches, labels and categories.
+
+    Raises
+    ------
+    ModelError
+        What they added does not come last in it, in their order, or is all that it has.
+    """
+    for what, names, new in (
+        ("batches", batches, [name for one in surgery for name in one.batches]),
+        ("labels", labels, [name for one in surgery for name in one.labels]),
+    ):
+        if new and list(names[1:])[-len(new) :] != new:
+            raise ModelError(
+                f"what surgery added are not the last {what} of the model",
+                found=f"{', '.join(new[:5])} of {len(names):,}",
+                expected=f"… {', '.join(names[-5:])}",
+            )
+    told = [one.n_categories for one in surgery if one.n_categories]
+    added = [sum(own) for own in zip(*told, strict=False)]
+    fit = all(len(own) == len(n_categories) for own in told)
+    if not fit or any(n >= whole for n, whole in zip(added, n_categories, strict=False)):
+        raise ModelError(
+            "the categories that surgery added are not those of the model",
+            found=told,
+            expected=f"for each of {len(n_categories)} covariates fewer than it has: "
+            f"{list(n_categories)}",
+        )
+
+
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 
 SCHEMA: dict[str, Any] = {
@@ -79,7 +113,7 @@ SCHEMA: dict[str, Any] = {
                 "type": "array",
                 "items": {**_TEXTS, "minItems": 2, "maxItems": 2},
             },
-            "categories": {"type": "array", "items": _TEXTS},
+            "n_categories": {"type": "array", "items": {"type": "integer", "minimum": 0}},
         },
         "required": [
             field.name

@@ -18,7 +18,7 @@ from atlas.models.base import Conditions, Inputs, Model
 from atlas.models.columns import NO_COLUMNS, ObsColumns
 from atlas.models.folder import VERSION, WEIGHTS_NAME, read, restored, write
 from atlas.models.labels import LabelTree
-from atlas.models.lineage import Surgery
+from atlas.models.lineage import Surgery, check_lineage
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class TrainedModel:
                 found=found,
                 expected=expected,
             )
+        names = () if self.labels is None else self.labels.names
+        check_lineage(self.surgery, self.batches, names, self.columns.sizes.n_categories)
 
     @property
     def config(self) -> Architecture:

@@ -186,14 +186,11 @@ def part_for(model: TrainedModel, values: CellColumns, chosen: npt.NDArray[np.bo
     chosen
         The studies' cells: bool (n_obs,).
     """
-    n_new = [
-        sum(len(one.categories[i]) for one in model.surgery if one.categories)
-        for i in range(len(model.columns.categorical))
-    ]
     categories = []
     for i, n in enumerate(model.columns.sizes.n_categories):
         assert values.categories is not None
-        categories.append(_first_and(values.categories[chosen, i], n - n_new[i], n))
+        n_new = sum(one.n_categories[i] for one in model.surgery if one.n_categories)
+        categories.append(_first_and(values.categories[chosen, i], n - n_new, n))
     nodes = np.empty(0, np.int64)
     if model.labels is not None:
         assert values.label is not None

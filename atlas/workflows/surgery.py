@@ -266,7 +266,7 @@ def extend_reference(
         zero_filled=missing == "zero",
         n_trained=n_trained,
         orthologs=genes.orthologs,
-        categories=growth.categories,
+        n_categories=tuple(map(len, growth.categories)),
     )
     extended = TrainedModel(
         module=put_back(merged(tuned.cpu(), reference, growth), whole, part, growth),

@@ -125,6 +125,23 @@ def test_a_later_version_is_not_guessed_at(folder: Path) -> None:
         load_model(folder)
 
 
+SURGERY = {
+    "studies": ["b"],
+    "batches": ["b/1"],
+    "labels": [],
+    "strategy": "conditions",
+    "initialisation": "nearest",
+    "keep_apart": 0.0,
+    "zero_filled": False,
+    "n_trained": 1,
+}
+
+
+def test_surgery_that_fits_is_read(folder: Path) -> None:
+    _edit(folder, surgery=[SURGERY])
+    assert load_model(folder).surgery[0].batches == ("b/1",)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -137,6 +154,11 @@ def test_a_later_version_is_not_guessed_at(folder: Path) -> None:
         ({"studies": ["a"]}, "do not make a model"),
         ({"gene_ids": ["ENSG1"]}, "do not make a model"),
         ({"config": {}}, "do not make a model"),
+        ({"surgery": [{**SURGERY, "batches": ["b/2"]}]}, "not the last batches"),
+        ({"surgery": [{**SURGERY, "batches": ["a/1", "b/1"]}]}, "not the last batches"),
+        ({"surgery": [{**SURGERY, "labels": ["T"]}]}, "not the last labels"),
+        ({"surgery": [{**SURGERY, "n_categories": [1]}]}, "categories that surgery added"),
+        ({"surgery": [{**SURGERY, "n_categories": [-1]}]}, r"damaged[\s\S]*n_categories"),
     ],
 )
 def test_metadata_that_do_not_fit(folder: Path, values: dict[str, object], message: str) -> None:
