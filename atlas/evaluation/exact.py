@@ -4,7 +4,8 @@ The database is read in tiles, from memory or from a mapped file, and each query
 candidates so far (running top-k). A few more candidates than are wanted are proposed in float32;
 their distances are computed again in float64 from the embedding as it was given. A bound on the
 float32 error decides for each query whether a neighbour can have been left out, and where it can,
-every row within the bound is looked at in float64. So the answer is the same whichever kernel ran.
+every row within the bound is looked at in float64. So the answer is the same whichever kernel ran,
+and in whatever unit the embedding is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from atlas.evaluation.vectors import Embedding, centred, tiles
+from atlas.evaluation.frame import Frame
+from atlas.evaluation.vectors import Embedding, tiles
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -29,6 +31,7 @@ Device = Literal["cpu", "cuda"]
 FAISS_GPU_MAX_K = 2048
 SPARE_CANDIDATES = 16
 _FLOAT32_ROUNDOFF = 2.0**-24
+_FLOAT32_UNDERFLOW = 2.0**-120  # 64 times what a number loses that becomes 0
 _TILE_BYTES = 64 * 2**20
 _QUERY_BLOCK = 65536
 _TILE_ROWS: dict[tuple[Kernel, Device], int] = {
@@ -53,7 +56,7 @@ def search_exactly(
     k: int,
     ids: Indices | None,
     *,
-    centre: Floats,
+    frame: Frame,
     kernel: Kernel,
     device: Device,
 ) -> tuple[Indices, Floats]:
@@ -67,10 +70,8 @@ def search_exactly(
         Neighbours of each query, at most N, or N - 1 where ids are left out.
     ids
         Row that each query is and that is left out, int64 (Q,), -1 for none.
-    centre
-        Origin for the float32 distances: float64 (d,). Distances do not change when the origin
-        does, but their rounding errors grow with the distance from it: 1,000 off the centre,
-        float32 products lose nine neighbours in ten.
+    frame
+        Origin and unit of the float32 distances; that of the database.
     kernel, device
         What computes the float32 distances; on CUDA all GPUs do.
 
@@ -82,11 +83,11 @@ def search_exactly(
     squared = np.empty((len(queries), k), dtype=np.float64)
     wanted = min(k + int(ids is not None) + SPARE_CANDIDATES, len(database))
     for block in tiles(len(queries), _QUERY_BLOCK):
-        points = centred(queries[block], centre)
-        candidates = _propose(kernel, device, database, centre, points, wanted)
+        around = frame.reaching(queries[block])
+        candidates = _propose(kernel, device, database, around, queries[block], wanted)
         own = None if ids is None else ids[block]
         indices[block], squared[block], certain = refine(
-            database, queries[block], candidates, k, own, centre
+            database, queries[block], candidates, k, own, around
         )
         unsure = np.flatnonzero(~certain)
         if len(unsure):
@@ -96,7 +97,7 @@ def search_exactly(
                 queries[where],
                 k,
                 None if ids is None else ids[where],
-                centre,
+                around,
                 squared[where, -1],
             )
     return indices, squared
@@ -108,7 +109,7 @@ def refine(
     candidates: Indices,
     k: int,
     ids: Indices | None,
-    centre: Floats,
+    frame: Frame,
 ) -> tuple[Indices, Floats, npt.NDArray[np.bool_]]:
     """The k nearest candidates in float64, and whether they are certainly the k nearest of all.
 
@@ -137,19 +138,21 @@ def refine(
         indices[rows] = np.take_along_axis(candidates[rows], order, axis=1)
         squared[rows] = np.take_along_axis(distance, order, axis=1)
         if wanted < len(database):
-            error = _error(queries[rows], centre, farthest)
+            error = _error(queries[rows], frame, farthest)
             certain[rows] = squared[rows, -1] < farthest - 2 * error
     return indices, squared, certain
 
 
-def _error(queries: Embedding, centre: Floats, squared: Floats) -> Floats:
+def _error(queries: Embedding, frame: Frame, squared: Floats) -> Floats:
     """Bound on the error of a float32 squared distance, for rows as near as ``squared``.
 
     For sums of d products in any order it is (d + 8) u (|q| + |x|)², rounding of the centred
-    values included; and rows at a distance r have |x| ≤ |q| + r.
+    values included; and rows at a distance r have |x| ≤ |q| + r. To it comes what underflows, of
+    products and of values, which is less than (d + 8) 2^-120 (1 + |q| + |x|) in the frame's unit.
     """
-    norms = np.linalg.norm(queries - centre, axis=1)
-    bound: Floats = (queries.shape[1] + 8) * _FLOAT32_ROUNDOFF * (2 * norms + np.sqrt(squared)) ** 2
+    sums = 2 * np.linalg.norm(queries - frame.centre, axis=1) + np.sqrt(squared)
+    lost = _FLOAT32_UNDERFLOW * frame.unit * (frame.unit + sums)
+    bound: Floats = (queries.shape[1] + 8) * (_FLOAT32_ROUNDOFF * sums**2 + lost)
     return bound
 
 
@@ -158,21 +161,22 @@ def _search_within(
     queries: Embedding,
     k: int,
     ids: Indices | None,
-    centre: Floats,
+    frame: Frame,
     limit: Floats,
 ) -> tuple[Indices, Floats]:
     """The k nearest rows in float64, of all whose float32 distance allows that they are.
 
     ``limit`` is a squared distance within which k rows are known to lie: float64 (Q,).
     """
-    points = centred(queries, centre)
+    points = frame.points(queries)
     squares = np.einsum("qd,qd->q", points, points)
     # Rounded up, as the comparison is one of float32.
-    reach = np.nextafter((limit + 2 * _error(queries, centre, limit)).astype(np.float32), np.inf)
+    reach = (limit + 2 * _error(queries, frame, limit)) / frame.unit**2
+    reach = np.nextafter(reach.astype(np.float32), np.float32(np.inf))
     best = np.full((len(queries), k), np.inf)
     rows = np.full((len(queries), k), len(database), dtype=np.int64)
     for part in tiles(len(database), max(1, _TILE_BYTES // (4 * len(queries)))):
-        tile = centred(database[part], centre)
+        tile = frame.points(database[part])
         score = np.einsum("nd,nd->n", tile, tile) - 2 * (points @ tile.T) + squares[:, None]
         for query in np.flatnonzero((score <= reach[:, None]).any(axis=1)):
             near = part.start + np.flatnonzero(score[query] <= reach[query])
@@ -189,18 +193,19 @@ def _search_within(
 
 
 def _propose(
-    kernel: Kernel, device: Device, database: Embedding, centre: Floats, queries: Embedding, k: int
+    kernel: Kernel, device: Device, database: Embedding, frame: Frame, queries: Embedding, k: int
 ) -> Indices:
     """The k rows that are nearest by float32 distances, in no particular order: int64 (Q, k).
 
     With several GPUs each searches some of the tiles, and the best of all are kept.
     """
     search = _search_faiss if kernel == "faiss" else _search_torch
+    points = frame.points(queries)
     parts = list(tiles(len(database), _TILE_ROWS[kernel, device]))
     devices = _devices(kernel, device)[: len(parts)]
 
     def run(i: int) -> tuple[npt.NDArray[np.float32], Indices]:
-        return search(database, centre, queries, k, devices[i], parts[i :: len(devices)])
+        return search(database, frame, points, k, devices[i], parts[i :: len(devices)])
 
     with full_precision(), ThreadPoolExecutor(len(devices)) as pool:
         found = list(pool.map(run, range(len(devices))))
@@ -227,7 +232,7 @@ def _best(
 
 
 def _search_faiss(
-    database: Embedding, centre: Floats, queries: Embedding, k: int, device: str, parts: list[slice]
+    database: Embedding, frame: Frame, queries: Embedding, k: int, device: str, parts: list[slice]
 ) -> tuple[npt.NDArray[np.float32], Indices]:
     """Some tiles, by FAISS: scores and rows, (Q, at most k)."""
     faiss = import_faiss()
@@ -236,7 +241,7 @@ def _search_faiss(
     best = np.empty((len(queries), 0), dtype=np.float32)
     rows = np.empty((len(queries), 0), dtype=np.int64)
     for part in parts:
-        tile = centred(database[part], centre)
+        tile = frame.points(database[part])
         fewer = min(k, len(tile))
         if resources is None:
             score, column = faiss.knn(queries, tile, fewer)
@@ -252,7 +257,7 @@ def _search_faiss(
 
 
 def _search_torch(
-    database: Embedding, centre: Floats, queries: Embedding, k: int, device: str, parts: list[slice]
+    database: Embedding, frame: Frame, queries: Embedding, k: int, device: str, parts: list[slice]
 ) -> tuple[npt.NDArray[np.float32], Indices]:
     """Some tiles, by torch: scores less |q|² and rows, (Q, at most k)."""
     points = torch.from_numpy(queries).to(device)
@@ -260,7 +265,7 @@ def _search_torch(
     best = [torch.empty((len(block), 0), device=device) for block in blocks]
     rows = [torch.empty((len(block), 0), dtype=torch.int64, device=device) for block in blocks]
     for part in parts:
-        tile = torch.from_numpy(centred(database[part], centre)).to(device)
+        tile = torch.from_numpy(frame.points(database[part])).to(device)
         squares = tile.square().sum(dim=1)
         for i, block in enumerate(blocks):
             # |x|² - 2 q·x: |q|² is the same for every candidate of a query.

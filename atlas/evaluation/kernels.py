@@ -6,10 +6,11 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas.config import VoteKernel
+from atlas.evaluation.vectors import Distances
 
 
 def kernel_weights(
-    distances: npt.NDArray[np.float32], kernel: VoteKernel = "gaussian"
+    distances: Distances, kernel: VoteKernel = "gaussian"
 ) -> npt.NDArray[np.float64]:
     """Weights of each query's neighbours by their distances; those of a query sum to 1.
 
@@ -32,7 +33,7 @@ def kernel_weights(
     Parameters
     ----------
     distances
-        Of each query to its neighbours: float32, (n_queries, k).
+        Of each query to its neighbours: (n_queries, k).
     kernel
         Which.
 

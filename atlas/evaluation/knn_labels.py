@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from atlas.config import VoteKernel
 from atlas.errors import ConfigError
+from atlas.evaluation.frame import check_apart
 from atlas.evaluation.kernels import kernel_weights
 from atlas.evaluation.neighbours import Backend, Embedding, Search, nearest
 from atlas.evaluation.novelty import DistanceScale
@@ -98,7 +100,9 @@ class KnnLabels:
     Raises
     ------
     ConfigError
-        k is not within 1 to the number of cells.
+        k is not within 1 to the number of cells, or not each of them has a node of the tree.
+    ModelError
+        The embedding has values that are not finite, or does not tell cells apart.
     """
 
     def __init__(
@@ -122,6 +126,15 @@ class KnnLabels:
                 expected="at least 1, and fewer than the labelled cells of the reference",
                 do="ask for fewer neighbours, or choose a larger reference",
             )
+        n_nodes = len(tree.parents)
+        if nodes.shape != (len(z),) or nodes.min() < 0 or nodes.max() >= n_nodes:
+            raise ConfigError(
+                "the labels of the reference do not fit it",
+                found=f"{nodes.size:,} labels, nodes {nodes.min()} to {nodes.max()}",
+                expected=f"a node of each of {len(z):,} cells, from 0 to {n_nodes - 1}",
+                do="leave cells without a label out of the reference",
+            )
+        check_apart(z, "the embedding of the reference")
         self.z, self.nodes, self.tree, self.k = z, nodes, tree, k
         self.backend = ""
         self._kernel = kernel
@@ -137,8 +150,18 @@ class KnnLabels:
         )
 
     def ask(self, queries: Embedding) -> Answer:
-        """Label cells that are not in the reference: float32 (n_queries, d)."""
+        """Label cells that are not in the reference: float32 (n_queries, d).
+
+        Where a cell lies at one place with more than k of the reference, the first of these by row
+        vote, of which is warned.
+        """
         near = self._search(queries, self.k, None)
+        if crowded := int((near.distances[:, -1] == 0).sum()):
+            warnings.warn(
+                f"{crowded:,} of {len(queries):,} cells lie at one place with {self.k} cells of "
+                "the reference or more, of which the first by row vote",
+                stacklevel=2,
+            )
         self.backend = near.backend
         votes = self.nodes[near.indices]
         weights = kernel_weights(near.distances, self._kernel)

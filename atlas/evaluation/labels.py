@@ -17,7 +17,7 @@ from atlas.evaluation.codes import UNLABELED, Categories
 from atlas.evaluation.estimates import Sample, draw
 from atlas.evaluation.kernels import kernel_weights
 from atlas.evaluation.neighbours import Backend, Embedding, Neighbours, nearest
-from atlas.evaluation.vectors import rows_of
+from atlas.evaluation.vectors import Distances, rows_of
 
 Codes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -55,7 +55,7 @@ def majority_vote(labels: Codes, n_labels: int) -> Vote:
     return _vote(labels, weights, n_labels)
 
 
-def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: int) -> Vote:
+def weighted_vote(labels: Codes, distances: Distances, n_labels: int) -> Vote:
     """scArches' vote: neighbours weighted by a kernel of their distance, Unknown where unsure.
 
     P of a label is the sum of the weights (:func:`atlas.evaluation.kernels.kernel_weights`,
@@ -67,7 +67,7 @@ def weighted_vote(labels: Codes, distances: npt.NDArray[np.float32], n_labels: i
     labels
         Labels of each query's neighbours, nearest first: int64, (n_queries, k).
     distances
-        Their Euclidean distances: float32, (n_queries, k).
+        Their Euclidean distances: (n_queries, k).
     n_labels
         Number of labels.
     """

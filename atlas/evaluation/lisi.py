@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from atlas.evaluation.vectors import tiles
+from atlas.evaluation.vectors import Distances, tiles
 
 Floats = npt.NDArray[np.float64]
 
@@ -17,7 +17,7 @@ _TILE = 8192
 
 
 def lisi(
-    distances: npt.NDArray[np.float32],
+    distances: Distances,
     codes: npt.NDArray[np.int64],
     n_codes: int,
     perplexity: float | None = None,
@@ -30,7 +30,7 @@ def lisi(
     Parameters
     ----------
     distances
-        Euclidean distances to the neighbours, the cell itself left out: float32, (n, k).
+        Euclidean distances to the neighbours, the cell itself left out: (n, k).
     codes
         Category of each neighbour: int64, (n, k).
     n_codes

@@ -79,7 +79,7 @@ def misfit(
     labels: Codes,
     variance: Floats,
 ) -> Floats:
-    """The misfit of each query cell: float64 (n_query,), above 0, higher for what fits less.
+    """The misfit of each query cell: float64 (n_query,), at least 0, higher for what fits less.
 
     The counts of a cell's neighbours in its batch are summed, and so are those of the reference
     cells that are nearest to each of these. R is the difference of their :func:`levels`, less what
@@ -88,6 +88,9 @@ def misfit(
     it tells the reference's own cells apart. The misfit is the root mean square of that over the
     cell's neighbours, itself among them: cells of a type lie together, and at its edge those that
     do not fit count for more than those that do.
+
+    In a batch with no more cells than are summed all cells have one sum, which the batch's own
+    share takes away whatever it is: their misfit is not known, NaN.
 
     Parameters
     ----------
@@ -114,7 +117,9 @@ def misfit(
     shared = _shared(mean, n, n_labels)
     for rows, found in _differences(counts, reference, near, among):
         own[rows] = (found - shared[batches[rows]]) ** 2 @ variance**2
-    out: Floats = np.sqrt(near @ own**2 / np.diff(near.indptr))
+    summed = np.diff(near.indptr)
+    out: Floats = np.sqrt(near @ own**2 / summed)
+    out[summed >= np.bincount(batches)[batches]] = np.nan
     return out
 
 

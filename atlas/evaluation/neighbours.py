@@ -21,7 +21,8 @@ from atlas.evaluation.exact import (
     import_faiss,
     search_exactly,
 )
-from atlas.evaluation.vectors import Embedding, check_values, column_means
+from atlas.evaluation.frame import Frame
+from atlas.evaluation.vectors import LARGEST_FLOAT, Embedding, check_values
 
 __all__ = ["Backend", "Embedding", "Indices", "Neighbours", "Recall", "Search", "nearest"]
 
@@ -59,7 +60,8 @@ class Neighbours:
     indices
         Rows of the database: int64, (n_queries, k).
     distances
-        Euclidean distances: float32, (n_queries, k).
+        Euclidean distances: float64, (n_queries, k), of as many digits as float32 has
+        (:func:`distances_of`).
     backend
         What searched, in words: ``"faiss flat, CPU"``, ``"faiss flat, GPU"``, ``"torch, cuda"``, …
     recall
@@ -72,7 +74,7 @@ class Neighbours:
     """
 
     indices: Indices
-    distances: npt.NDArray[np.float32]
+    distances: npt.NDArray[np.float64]
     backend: str
     recall: Recall | None = EXACT
     query_ids: Indices | None = None
@@ -120,7 +122,8 @@ def nearest(
     Parameters
     ----------
     database
-        float32, (N, d); read by tiles, so a memory-mapped array will do.
+        float32, (N, d); read by tiles, so a memory-mapped array will do. Any finite values: their
+        scale has no say (:mod:`atlas.evaluation.frame`).
     queries
         float32, (Q, d).
     k
@@ -136,13 +139,13 @@ def nearest(
     ConfigError
         Shapes that do not fit, k out of range, or FAISS asked for and not installed.
     ModelError
-        Values that are not finite, or above 1e18.
+        Values that are not finite.
     """
     database = np.ascontiguousarray(database, dtype=np.float32)
     queries = np.ascontiguousarray(queries, dtype=np.float32)
     check_space(database, queries)
-    check_values(database, "the database")
-    check_values(queries, "the array of queries")
+    check_values(database, "the database", LARGEST_FLOAT)
+    check_values(queries, "the array of queries", LARGEST_FLOAT)
     ids = check_query_ids(query_ids, len(queries), len(database))
     check_k(k, len(database), ids)
     kernel, device, name = kernel_for(backend, k)
@@ -151,12 +154,21 @@ def nearest(
         queries,
         k,
         ids,
-        centre=column_means(database),
+        frame=Frame.of(database),
         kernel=kernel,
         device=device,
     )
-    distances = np.sqrt(squared).astype(np.float32)
-    return Neighbours(indices, distances, name, query_ids=ids, n=len(database))
+    return Neighbours(indices, distances_of(squared), name, query_ids=ids, n=len(database))
+
+
+def distances_of(squared: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Square roots with the digits of float32 and the range of float64.
+
+    The digits, as distances that are the same may differ in the last ones of float64, being summed
+    in another order; the range, as float32 would round small distances to a few places or to 0.
+    """
+    digits, exponent = np.frexp(np.sqrt(squared))
+    return np.ldexp(digits.astype(np.float32).astype(np.float64), exponent)
 
 
 def kernel_for(backend: Backend, k: int) -> tuple[Kernel, Device, str]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from atlas.evaluation.codes import Categories, sample_rows
 from atlas.evaluation.neighbours import Backend, Embedding, Search, nearest
-from atlas.evaluation.vectors import rows_of
+from atlas.evaluation.vectors import Distances, rows_of
 
 Codes = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -100,7 +100,7 @@ class DistanceScale:
     @classmethod
     def from_sample(
         cls,
-        distances: npt.NDArray[np.float32],
+        distances: Distances,
         nodes: Codes,
         weight: Floats,
         parents: Codes,
@@ -110,7 +110,7 @@ class DistanceScale:
         Parameters
         ----------
         distances
-            Of each cell to the k nearest others of the reference: float32 (n, k).
+            Of each cell to the k nearest others of the reference: (n, k).
         nodes
             Its label: int64 (n,).
         weight
@@ -138,13 +138,13 @@ class DistanceScale:
         spread = np.sqrt(np.average((logs - location[nodes]) ** 2, weights=weight))
         return cls(location, max(float(spread), _LEAST_SPREAD), floor)
 
-    def score(self, distances: npt.NDArray[np.float32], labels: Codes) -> Floats:
+    def score(self, distances: Distances, labels: Codes) -> Floats:
         """Scores of cells: float64 (n_cells,).
 
         Parameters
         ----------
         distances
-            To the k nearest reference cells: float32 (n_cells, k).
+            To the k nearest reference cells: (n_cells, k).
         labels
             The node that each cell gets: int64 (n_cells,).
         """

@@ -74,7 +74,7 @@ def _umap(values: Embedding, seed: int) -> npt.NDArray[np.float32]:
     found = nearest(values, values, _NEIGHBOURS - 1, own)
     # UMAP counts a cell as its own first neighbour.
     indices = np.column_stack([own, found.indices]).astype(np.int32)
-    distances = np.column_stack([np.zeros(len(values), dtype=np.float32), found.distances])
+    distances = np.column_stack([np.zeros(len(values)), found.distances]).astype(np.float32)
     layout = umap.UMAP(
         n_neighbors=_NEIGHBOURS,
         n_epochs=_EPOCHS,

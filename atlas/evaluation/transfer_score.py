@@ -37,7 +37,7 @@ class Transferred:
     sets
         Labels that are in the set of each: bool (n_cells, n_leaves); None without sets.
     misfit
-        float64 (n_cells,); None where it was not asked for.
+        float64 (n_cells,), NaN where it is not known; None where it was not asked for.
     """
 
     truth: Codes
@@ -73,8 +73,8 @@ class QueryScore:
     uncertainty_right, uncertainty_wrong, uncertainty_unseen
         Mean u of known cells whose label is right (Unknown or not) or wrong, and of unseen cells.
     uncertainty_auroc, distance_auroc, misfit_auroc
-        How well u, the distance and the misfit tell unseen cells from known ones: .5 by chance, 1
-        at best.
+        How well u, the distance and the misfit (of cells that have one) tell unseen cells from
+        known ones: .5 by chance, 1 at best.
     covered, mean_set_size
         Share of the known cells whose set holds their label, and labels in a set.
     confusion
@@ -130,10 +130,13 @@ def score_query(given: Transferred, tree: Tree, names: tuple[str, ...]) -> Query
         covered, size = _mean(given.sets[leaf, own]), _mean(given.sets[leaf].sum(axis=1))
     # a label right below the cell's own counts as that
     said = np.where(unknown, UNLABELED, np.where(right, given.truth, label))
-    both = bool(known.any() and unseen.any())
 
     def told_apart(by: Floats | None) -> float | None:
-        return float(roc_auc_score(unseen, by)) if both and by is not None else None
+        if by is None:
+            return None
+        rows = ~np.isnan(by)
+        both = known[rows].any() and unseen[rows].any()
+        return float(roc_auc_score(unseen[rows], by[rows])) if both else None
 
     return QueryScore(
         n_known=int(known.sum()),

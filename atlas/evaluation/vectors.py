@@ -14,7 +14,11 @@ from atlas.errors import ConfigError, ModelError
 Embedding = npt.NDArray[np.float32]
 """float32 (N, d); a memory-mapped array will do, as it is read by tiles."""
 
+Distances = npt.NDArray[np.float32] | npt.NDArray[np.float64]
+"""Of neighbours, (n, k): float64 as they are found here, float32 as others may have them."""
+
 LARGEST_VALUE = 1e18  # its square still fits float32
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 IN_MEMORY = 256 * 2**20
 _TILE_ROWS = 65536
 
@@ -38,8 +42,8 @@ def rows_of(values: Embedding, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool
     return out
 
 
-def check_values(values: Embedding, what: str) -> None:
-    """Refuse values that are not finite, or whose squares overflow float32.
+def check_values(values: Embedding, what: str, largest: float = LARGEST_VALUE) -> None:
+    """Refuse values that are not finite, or too large: whose squares overflow float32.
 
     Parameters
     ----------
@@ -47,6 +51,8 @@ def check_values(values: Embedding, what: str) -> None:
         float32, (N, d).
     what
         Whose they are, as the error says it: ``"the embedding 'scvi'"``.
+    largest
+        From which on they are too large; :data:`LARGEST_FLOAT` where no float32 is.
 
     Raises
     ------
@@ -56,7 +62,7 @@ def check_values(values: Embedding, what: str) -> None:
     bad, first = 0, -1
     for rows in tiles(len(values)):
         # "not <=" is true for NaN too
-        wrong = ~(np.abs(values[rows]) <= LARGEST_VALUE)
+        wrong = ~(np.abs(values[rows]) <= largest)
         if wrong.any():
             bad += int(np.count_nonzero(wrong))
             first = first if first >= 0 else rows.start + int(wrong.any(axis=1).argmax())
@@ -64,7 +70,7 @@ def check_values(values: Embedding, what: str) -> None:
         raise ModelError(
             f"{what} has values that are not finite, or are too large",
             found=f"{bad:,} of {values.size:,} values, the first in row {first:,}",
-            expected=f"finite values up to {LARGEST_VALUE:g}",
+            expected=f"finite values up to {largest:g}",
             do="make it again; of a model whose loss diverged, look at the training log first",
         )
 

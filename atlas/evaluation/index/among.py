@@ -59,7 +59,7 @@ class Among:
         if query_ids is not None:
             own = np.where(query_ids >= 0, self._rows[query_ids], -1)
         indices = np.empty((len(queries), k), np.int64)
-        distances = np.empty((len(queries), k), np.float32)
+        distances = np.empty((len(queries), k))
         left = np.arange(len(queries))
         recall = index.recall(k)
         for times in _MORE:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from atlas.errors import ConfigError
 from atlas.evaluation.exact import Device, Floats, Indices, import_faiss
+from atlas.evaluation.frame import Frame
 from atlas.evaluation.index.choice import Choice, choose
 from atlas.evaluation.index.lists import Approximate
 from atlas.evaluation.index.neighbor_index import NeighborIndex
 from atlas.evaluation.index.spool import Spool
-from atlas.evaluation.vectors import LARGEST_VALUE, Embedding, centred, check_values, tiles
+from atlas.evaluation.vectors import LARGEST_FLOAT, LARGEST_VALUE, Embedding, check_values, tiles
 
 MAX_LISTS: Final = 65536
 """As many as are ever made (:func:`atlas.evaluation.index.lists.n_lists`)."""
@@ -38,7 +39,8 @@ class ListArrays:
     centre
         Origin of rows and centroids: float64 (d,).
     centroids
-        Of the lists: float32 (n_lists, d), less the centre.
+        Of the lists, as points in the frame of the rows around the centre
+        (:class:`atlas.evaluation.frame.Frame`): float32 (n_lists, d).
     assigned
         The list of each row: int32 (N,).
     breadth
@@ -77,7 +79,7 @@ class ListArrays:
                 do="build the index again",
             )
         return cls(
-            index._centre.copy(),
+            index._frame.centre.copy(),
             np.ascontiguousarray(centroids, np.float32),
             assigned,
             lists.breadth,
@@ -108,21 +110,25 @@ class ListArrays:
             raise _wrong(f"{lists:,} lists of {n:,} rows", f"1 to {min(MAX_LISTS, n):,}")
         if not 1 <= self.breadth <= lists:
             raise _wrong(f"a breadth of {self.breadth:,}", f"1 to the {lists:,} lists")
-        for what, values in (("centre", self.centre), ("centroids", self.centroids)):
-            if not (np.abs(values) <= LARGEST_VALUE).all():
-                raise _wrong(f"{what} that are not finite", f"values up to {LARGEST_VALUE:g}")
+        for what, values, most in (
+            ("centre", self.centre, LARGEST_FLOAT),
+            ("centroids", self.centroids, LARGEST_VALUE),
+        ):
+            if not (np.abs(values) <= most).all():
+                raise _wrong(f"{what} that are not finite", f"values up to {most:g}")
         if self.assigned.min() < 0 or self.assigned.max() >= lists:
             found = f"rows in lists {self.assigned.min():,} to {self.assigned.max():,}"
             raise _wrong(found, f"0 to {lists - 1:,}")
         self._check_nearest(vectors)
 
     def _check_nearest(self, vectors: Embedding) -> None:
+        frame = Frame.of(vectors, self.centre)
         tried = np.linspace(0, len(vectors) - 1, min(_TRIED, len(vectors))).astype(np.int64)
         centroids = self.centroids.astype(np.float64)
         lengths = np.einsum("ij,ij->i", centroids, centroids)
         for part in tiles(len(tried), 64):
             rows = tried[part]
-            points = vectors[rows].astype(np.float64) - self.centre
+            points = frame.offsets(vectors[rows])
             squared = lengths - 2 * points @ centroids.T  # less the length of each point
             own = np.take_along_axis(squared, self.assigned[rows, None].astype(np.int64), 1)[:, 0]
             slack = np.einsum("ij,ij->i", points, points) + lengths[self.assigned[rows]]
@@ -151,7 +157,7 @@ class ListArrays:
             The vectors are not finite.
         """
         vectors = np.ascontiguousarray(vectors, np.float32)
-        check_values(vectors, "the embedding")
+        check_values(vectors, "the embedding", LARGEST_FLOAT)
         self.check(vectors)
         n, d = vectors.shape
         chosen = choose(n, d, 0, kind="ivf", device=device)
@@ -161,8 +167,9 @@ class ListArrays:
         quantizer.add(np.ascontiguousarray(self.centroids))
         structure = faiss.IndexIVFFlat(quantizer, d, len(self.centroids))
         structure.is_trained = True
+        frame = Frame.of(vectors, self.centre)
         for part in tiles(n, _ADD_ROWS):
-            points = centred(vectors[part], self.centre)
+            points = frame.points(vectors[part])
             ids = np.arange(part.start, part.stop, dtype=np.int64)
             lists = self.assigned[part].astype(np.int64)
             pointers = (faiss.swig_ptr(array) for array in (points, ids, lists))
@@ -171,9 +178,9 @@ class ListArrays:
             d, kind="ivf", device=device, seed=self.seed, recall_target=self.recall_target
         )
         index._spool = Spool.of(vectors)
-        index._centre = self.centre
+        index._frame = frame
         index._choice = Choice("ivf", chosen.device, "of lists that came with the embedding")
-        index._lists = Approximate(structure, "ivf", chosen.device, self.centre, self.breadth)
+        index._lists = Approximate(structure, "ivf", chosen.device, frame, self.breadth)
         return index
 
 

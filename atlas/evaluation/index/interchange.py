@@ -53,7 +53,7 @@ def to_neighbors_results(neighbours: Neighbours) -> Any:
     own = _all_cells(neighbours)
     indices = np.concatenate([own[:, None], neighbours.indices], axis=1)
     distances = np.concatenate(
-        [np.zeros((len(own), 1), dtype=np.float32), neighbours.distances], axis=1
+        [np.zeros((len(own), 1), np.float32), neighbours.distances.astype(np.float32)], axis=1
     )
     try:
         from scib_metrics.nearest_neighbors import NeighborsResults as Theirs
@@ -115,7 +115,7 @@ def from_neighbors_results(
     keep = ~own
     return Neighbours(
         indices[keep].reshape(n, k - 1),
-        distances[keep].reshape(n, k - 1),
+        distances[keep].reshape(n, k - 1).astype(np.float64),
         backend,
         recall,
         np.arange(n, dtype=np.int64),
@@ -169,7 +169,7 @@ def to_scanpy_graph(neighbours: Neighbours) -> ScanpyGraph:
     n, k = neighbours.indices.shape
     distances = sp.csr_matrix(
         (
-            neighbours.distances.astype(np.float64).ravel(),
+            neighbours.distances.flatten(),  # a copy, as it is sorted below
             neighbours.indices.ravel(),
             np.arange(0, n * k + 1, k),
         ),

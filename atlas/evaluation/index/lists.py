@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from atlas.evaluation.exact import FAISS_GPU_MAX_K, Device, Floats, Indices, import_faiss
-from atlas.evaluation.vectors import Embedding, centred, tiles
+from atlas.evaluation.exact import FAISS_GPU_MAX_K, Device, Indices, import_faiss
+from atlas.evaluation.frame import Frame
+from atlas.evaluation.vectors import Embedding, tiles
 
 Structure = Literal["ivf", "hnsw", "disk"]
 
@@ -38,11 +39,11 @@ class Approximate:
     Attributes
     ----------
     index
-        The index, on the CPU, of rows less ``centre``.
+        The index, on the CPU, of the points of rows in the frame.
     structure, device
         What it is and where it is searched.
-    centre
-        float64, (d,).
+    frame
+        Where rows are laid.
     breadth
         Lists looked at (``nprobe``), or candidates kept (``efSearch``).
     """
@@ -50,7 +51,7 @@ class Approximate:
     index: Any
     structure: Structure
     device: Device
-    centre: Floats
+    frame: Frame
     breadth: int = 1
     _on_gpu: Any = None
 
@@ -71,12 +72,21 @@ class Approximate:
         """Add rows after those that are there."""
         for part in tiles(len(rows), _ADD_ROWS):
             with one_thread(self.structure == "hnsw"):
-                self.index.add(centred(rows[part], self.centre))
+                self.index.add(self.frame.points(rows[part]))
         self._on_gpu = None
 
     def propose(self, queries: Embedding, k: int) -> Indices:
-        """The k rows that seem nearest, -1 where fewer were found: int64 (Q, k)."""
-        points = centred(queries, self.centre)
+        """The k rows that seem nearest, -1 where fewer were found: int64 (Q, k).
+
+        None is found for queries so far off that all rows are at one place for them.
+        """
+        held = self.frame.holds(queries)
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        if held.any():
+            found[held] = self._search(self.frame.points(queries[held]), k)
+        return found
+
+    def _search(self, points: Embedding, k: int) -> Indices:
         if self._on_device(k):
             found = self._gpu_index().search(points, k)[1]
         elif self.structure == "hnsw":
@@ -115,7 +125,7 @@ def build(
     vectors: Embedding,
     structure: Structure,
     device: Device,
-    centre: Floats,
+    frame: Frame,
     *,
     seed: int,
     folder: Path | None,
@@ -126,7 +136,7 @@ def build(
     ----------
     vectors
         float32, (N, d).
-    structure, device, centre
+    structure, device, frame
         As in :class:`Approximate`.
     seed
         Of the rows that centroids are found from, and of the centroids.
@@ -138,20 +148,20 @@ def build(
     if structure == "hnsw":
         index = faiss.IndexHNSWFlat(vectors.shape[1], _HNSW_LINKS)
         index.hnsw.efConstruction = _HNSW_BUILD
-        built = Approximate(index, structure, device, centre, breadth=64)
+        built = Approximate(index, structure, device, frame, breadth=64)
         built.add(vectors)
         return built
-    index = _trained(faiss, vectors, centre, seed)
+    index = _trained(faiss, vectors, frame, seed)
     if structure == "disk":
         assert folder is not None
-        index = _on_disk(faiss, index, vectors, centre, folder)
-        return Approximate(index, structure, device, centre)
-    built = Approximate(index, structure, device, centre)
+        index = _on_disk(faiss, index, vectors, frame, folder)
+        return Approximate(index, structure, device, frame)
+    built = Approximate(index, structure, device, frame)
     built.add(vectors)
     return built
 
 
-def _trained(faiss: Any, vectors: Embedding, centre: Floats, seed: int) -> Any:
+def _trained(faiss: Any, vectors: Embedding, frame: Frame, seed: int) -> Any:
     n, d = vectors.shape
     lists = n_lists(n)
     wanted = min(n, lists * _TRAIN_ROWS_A_LIST)
@@ -160,11 +170,11 @@ def _trained(faiss: Any, vectors: Embedding, centre: Floats, seed: int) -> Any:
     index.cp.seed = seed % 2**31
     index.cp.niter = _ITERATIONS
     index.cp.max_points_per_centroid = _TRAIN_ROWS_A_LIST
-    index.train(centred(vectors[rows], centre))
+    index.train(frame.points(vectors[rows]))
     return index
 
 
-def _on_disk(faiss: Any, index: Any, vectors: Embedding, centre: Floats, folder: Path) -> Any:
+def _on_disk(faiss: Any, index: Any, vectors: Embedding, frame: Frame, folder: Path) -> Any:
     """Fill the lists part by part, each written out, and merge them into one file."""
     from faiss.contrib.ondisk import merge_ondisk
 
@@ -175,7 +185,7 @@ def _on_disk(faiss: Any, index: Any, vectors: Embedding, centre: Floats, folder:
         for part in tiles(len(vectors), 4 * _ADD_ROWS):
             shard = faiss.read_index(empty)
             shard.add_with_ids(
-                centred(vectors[part], centre), np.arange(part.start, part.stop, dtype=np.int64)
+                frame.points(vectors[part]), np.arange(part.start, part.stop, dtype=np.int64)
             )
             names.append(str(Path(scratch) / f"{part.start}.faiss"))
             faiss.write_index(shard, names[-1])

@@ -14,10 +14,10 @@ from atlas.evaluation.exact import (
     FAISS_GPU_MAX_K,
     SPARE_CANDIDATES,
     Device,
-    Floats,
     Indices,
     Kernel,
 )
+from atlas.evaluation.frame import Frame
 from atlas.evaluation.index import lists, stored
 from atlas.evaluation.index.choice import Choice, Kind, check_names, choose
 from atlas.evaluation.index.searching import search_all, search_lists
@@ -29,9 +29,10 @@ from atlas.evaluation.neighbours import (
     check_k,
     check_query_ids,
     check_space,
+    distances_of,
     recall_of,
 )
-from atlas.evaluation.vectors import Embedding, check_values, column_means, digest
+from atlas.evaluation.vectors import LARGEST_FLOAT, Embedding, check_values, digest
 
 RECALL_QUERIES = 1000
 _TUNING_QUERIES = 300
@@ -91,7 +92,7 @@ class NeighborIndex:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._spool = Spool(n_dimensions, self._folder)
         self._choice: Choice | None = None
-        self._centre: Floats = np.zeros(n_dimensions)
+        self._frame = Frame(np.zeros(n_dimensions))
         self._lists: lists.Approximate | None = None
         self._recalls: dict[int, Recall] = {}
         self._read_only = False
@@ -109,7 +110,7 @@ class NeighborIndex:
         """
         embedding = np.ascontiguousarray(embedding, dtype=np.float32)
         check_space(embedding, embedding)
-        check_values(embedding, "the embedding")
+        check_values(embedding, "the embedding", LARGEST_FLOAT)
         index = cls(embedding.shape[1], **options)
         index._spool = Spool.of(embedding)
         index._make()
@@ -118,7 +119,8 @@ class NeighborIndex:
     def add(self, rows: Embedding) -> None:
         """Add rows after those that are there; they get the next numbers.
 
-        An index that was built already keeps its centroids and its origin.
+        An index that was built already keeps its centroids and its origin; but for rows of another
+        scale (:class:`atlas.evaluation.frame.Frame`) it is built again.
 
         Parameters
         ----------
@@ -132,8 +134,11 @@ class NeighborIndex:
             )
         self._spool.append(rows)
         self._recalls.clear()
-        if self._lists is not None:
-            self._lists.add(np.ascontiguousarray(rows, dtype=np.float32))
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+        if self._choice is None or self._frame.with_rows(rows).exponent != self._frame.exponent:
+            self._choice = self._lists = None
+        elif self._lists is not None:
+            self._lists.add(rows)
 
     def __len__(self) -> int:
         return len(self._spool)
@@ -210,12 +215,12 @@ class NeighborIndex:
         ConfigError
             Shapes that do not fit, or k out of range.
         ModelError
-            Values that are not finite, or above 1e18.
+            Values that are not finite.
         """
         self._built()
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         check_space(self.vectors, queries)
-        check_values(queries, "the array of queries")
+        check_values(queries, "the array of queries", LARGEST_FLOAT)
         ids = check_query_ids(query_ids, len(queries), len(self))
         check_k(k, len(self), ids)
         return self._search(queries, k, ids, self.recall(k))
@@ -250,14 +255,14 @@ class NeighborIndex:
             kernel: Kernel = "faiss" if self._built().kind == "flat" else "torch"
             device = self._exact_device(wanted)
             indices, squared = search_all(
-                self.vectors, queries, k, ids, self._centre, kernel, device
+                self.vectors, queries, k, ids, self._frame, kernel, device
             )
-        distances = np.sqrt(squared).astype(np.float32)
-        return Neighbours(indices, distances, self._backend(wanted), recall, ids, len(self))
+        backend = self._backend(wanted)
+        return Neighbours(indices, distances_of(squared), backend, recall, ids, len(self))
 
     def _exactly(self, rows: Indices, k: int) -> Neighbours:
-        indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._centre)
-        return Neighbours(indices, np.sqrt(squared).astype(np.float32), "exact")
+        indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._frame)
+        return Neighbours(indices, distances_of(squared), "exact")
 
     def _sample(self, most: int, salt: int) -> Indices:
         n = len(self)
@@ -282,7 +287,7 @@ class NeighborIndex:
             kind=kind,
             device=device,
         )
-        self._centre = column_means(vectors)
+        self._frame = Frame.of(vectors)
         if choice.kind in ("ivf", "hnsw", "disk"):
             folder = None
             if choice.kind == "disk":
@@ -291,7 +296,7 @@ class NeighborIndex:
                 )
                 folder = Path(self._scratch.name)
             self._lists = lists.build(
-                vectors, choice.kind, choice.device, self._centre, seed=self.seed, folder=folder
+                vectors, choice.kind, choice.device, self._frame, seed=self.seed, folder=folder
             )
             self._read_only = choice.kind == "disk"
             self._tune()
@@ -334,7 +339,8 @@ class NeighborIndex:
                 why=choice.why,
                 seed=self.seed,
                 recall_target=self.recall_target,
-                centre=tuple(map(float, self._centre)),
+                centre=tuple(map(float, self._frame.centre)),
+                exponent=self._frame.exponent,
                 breadth=0 if self._lists is None else self._lists.breadth,
                 recalls=dict(self._recalls),
             ),
@@ -386,14 +392,14 @@ class NeighborIndex:
             recall_target=about.recall_target,
         )
         index._spool = Spool.of(vectors, about.digest)
-        index._centre = np.array(about.centre)
+        index._frame = Frame(np.array(about.centre), about.exponent)
         chosen = choose(about.n, about.n_dimensions, 0, kind=about.kind, device=device)
         index._choice = Choice(about.kind, chosen.device, about.why)
         index._recalls = dict(about.recalls)
         index._read_only = mapped or about.kind == "disk"
         if structure is not None and about.kind in ("ivf", "hnsw", "disk"):
             index._lists = lists.Approximate(
-                structure, about.kind, chosen.device, index._centre, about.breadth
+                structure, about.kind, chosen.device, index._frame, about.breadth
             )
         if embedding is not None:
             index.check_embedding(embedding)

@@ -14,6 +14,7 @@ from atlas.evaluation.exact import (
     refine,
     search_exactly,
 )
+from atlas.evaluation.frame import Frame
 from atlas.evaluation.index.lists import Approximate
 from atlas.evaluation.vectors import Embedding, tiles
 
@@ -51,12 +52,12 @@ def search_lists(
         own = None if ids is None else ids[rows]
         if len(rows):
             indices[rows], squared[rows], _ = refine(
-                vectors, queries[rows], candidates[full], k, own, lists.centre
+                vectors, queries[rows], candidates[full], k, own, lists.frame
             )
         rows = block.start + np.flatnonzero(~full)
         own = None if ids is None else ids[rows]
         if len(rows):
-            indices[rows], squared[rows] = search_all(vectors, queries[rows], k, own, lists.centre)
+            indices[rows], squared[rows] = search_all(vectors, queries[rows], k, own, lists.frame)
     return indices, squared
 
 
@@ -65,11 +66,11 @@ def search_all(
     queries: Embedding,
     k: int,
     ids: Indices | None,
-    centre: Floats,
+    frame: Frame,
     kernel: Kernel | None = None,
     device: Device = "cpu",
 ) -> tuple[Indices, Floats]:
     """The k nearest of all rows, with FAISS where it is installed if no kernel is named."""
     if kernel is None:
         kernel = "torch" if import_faiss() is None else "faiss"
-    return search_exactly(vectors, queries, k, ids, centre=centre, kernel=kernel, device=device)
+    return search_exactly(vectors, queries, k, ids, frame=frame, kernel=kernel, device=device)

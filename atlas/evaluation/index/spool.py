@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 
 from atlas.errors import ConfigError
-from atlas.evaluation.vectors import Embedding, RowDigest, check_values, tiles
+from atlas.evaluation.vectors import LARGEST_FLOAT, Embedding, RowDigest, check_values, tiles
 from atlas.evaluation.vectors import digest as digest_of
 
 
@@ -60,7 +60,7 @@ class Spool:
                 found=f"shape {rows.shape}",
                 expected=f"(n, {self.n_dimensions})",
             )
-        check_values(rows, "the array of rows to index")
+        check_values(rows, "the array of rows to index", LARGEST_FLOAT)
         if self._given is not None:
             given, self._given, self._n = self._given, None, 0
             for part in tiles(len(given)):

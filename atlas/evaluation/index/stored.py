@@ -37,8 +37,8 @@ class Stored:
         Shape and digest of the embedding it was built from.
     kind, why, seed, recall_target
         What was asked for, and why the kind was taken.
-    centre
-        Origin of the float32 distances.
+    centre, exponent
+        Origin and unit of the float32 distances (:class:`atlas.evaluation.frame.Frame`).
     breadth
         Of an approximate search, else 0.
     recalls
@@ -53,6 +53,7 @@ class Stored:
     seed: int
     recall_target: float
     centre: tuple[float, ...]
+    exponent: int
     breadth: int
     recalls: Mapping[int, Recall]
 
@@ -82,6 +83,7 @@ class Stored:
                 seed=int(values["seed"]),
                 recall_target=float(values["recall_target"]),
                 centre=tuple(map(float, values["centre"])),
+                exponent=int(values.get("exponent", 0)),  # older ones do not tell of it
                 breadth=int(values["breadth"]),
                 recalls={int(k): Recall(**recall) for k, recall in values["recalls"].items()},
             )
