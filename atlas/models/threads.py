@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 _pool: ThreadPoolExecutor | None = None
 _heavy: int | None = None
@@ -82,6 +86,37 @@ def at_once(tasks: Sequence[Callable[[], None]]) -> None:
             torch.set_num_threads(n_threads)
         for future in futures:
             future.result()
+
+
+def as_they_come(items: Iterable[T], work: Callable[[T], None]) -> None:
+    """Do work for each item, on as many threads as torch has, with one of torch's in each.
+
+    So small operations of torch, which threads of its own mostly wait for each other in, run side
+    by side. Items are taken on this thread, one more than there are threads at the most.
+
+    Parameters
+    ----------
+    items
+        In any number; what is not taken yet is not made.
+    work
+        May be called from any thread, in any order. The first error that it raises is raised here,
+        when all that was begun has ended.
+    """
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        for item in items:
+            work(item)
+        return
+    pool, begun = _executor(), deque[Future[None]]()
+    try:
+        for item in items:
+            while len(begun) >= n_threads:
+                begun.popleft().result()
+            begun.append(pool.submit(work, item))
+        while begun:
+            begun.popleft().result()
+    finally:
+        wait(begun)
 
 
 def _executor() -> ThreadPoolExecutor:

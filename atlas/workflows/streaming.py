@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from tqdm import tqdm
 
 from atlas.errors import ConfigError, ModelError
 from atlas.models import Inputs, TrainedModel
-from atlas.store import CountStore, FilesSource
+from atlas.store import CountStore, CountView, FilesSource
+from atlas.store.projection import Projection, open_projection
 from atlas.training.environment import resolve_device
 from atlas.training.inputs import sparse_counts
 from atlas.workflows.columns import cell_columns
 from atlas.workflows.genes import GenesInStore
 from atlas.workflows.rows import Rows, mask_of
-from loaders import Minibatch, SequentialLoader
+from loaders import Minibatch, RowSource, SequentialLoader
 
 MINIBATCH = 512
 
@@ -78,6 +80,8 @@ class CellStream:
         encoder does not see it.
     sparse
         Leave the counts sparse on the CPU, where the model takes them so: for what encodes only.
+    projection
+        Read the counts from this projection of the store to the model's genes.
 
     Attributes
     ----------
@@ -93,7 +97,7 @@ class CellStream:
     ModelError
         The store lacks a gene of the model, or the cells are of a batch that it does not know.
     ConfigError
-        ``rows`` chooses no cell.
+        ``rows`` chooses no cell, or the projection is of other genes.
     """
 
     def __init__(
@@ -107,6 +111,7 @@ class CellStream:
         minibatch_size: int = MINIBATCH,
         own_batch: bool = False,
         sparse: bool = False,
+        projection: str | PathLike[str] | None = None,
     ) -> None:
         mask = mask_of(store, rows)
         genes = GenesInStore.of(model, store)
@@ -125,8 +130,11 @@ class CellStream:
         self._mask = mask
         self._batch_of = _batch_codes(model, store, mask, model.encodes_batch or own_batch)
         self.columns = cell_columns(store, model.columns, None, mask)
-        self._view = genes.select(store)
-        presence = self._view.presence
+        view = genes.select(store)
+        self._source: RowSource = view
+        if projection is not None:
+            self._source = _projected(store, view, projection)
+        presence = view.presence
         presence[[name in model.zero_filled for name in store.studies]] = True
         self._presence = torch.from_numpy(presence)
         self._progress = progress
@@ -147,7 +155,7 @@ class CellStream:
             if not len(self.chosen):
                 return
             start = 0
-            for minibatch in SequentialLoader(self._view, self._size, rows=self._mask):
+            for minibatch in SequentialLoader(self._source, self._size, rows=self._mask):
                 rows = np.asarray(minibatch.rows, np.int64)
                 present = self._presence[int(minibatch.obs["study"][0])]
                 columns = self.columns
@@ -182,6 +190,30 @@ class CellStream:
         out = np.full((self._size, *values.shape[1:]), filling, kind)
         out[: len(values)] = values
         return torch.from_numpy(out).to(self.device)
+
+
+def _projected(
+    store: CountStore | FilesSource, view: CountView | FilesSource, path: str | PathLike[str]
+) -> Projection:
+    """A projection of a store, open, if it has the same columns as a selection of it."""
+    if not isinstance(store, CountStore):
+        raise ConfigError(
+            "Only a store has projections",
+            found="files as they are",
+            do="leave the projection out, or ingest the files",
+            path=path,
+        )
+    projection = open_projection(path, store)
+    if projection.fingerprint != view.fingerprint:
+        raise ConfigError(
+            "The projection is of other genes than the model's",
+            found=f"{len(projection.genes):,} genes, such as {', '.join(projection.genes[:5])}",
+            expected="the model's genes, in their order",
+            do="leave it out, or write one of the model's genes: atlas.project(store, model.genes, "
+            "path)",
+            path=path,
+        )
+    return projection
 
 
 def _batch_codes(
