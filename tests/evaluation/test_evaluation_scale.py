@@ -228,7 +228,7 @@ def test_an_index_of_an_odd_scale_is_kept_and_shared(tmp_path: Path) -> None:
     assert NeighborIndex.load(tmp_path / "index")._frame.exponent == 0
 
 
-@pytest.mark.parametrize("kind", KINDS[:-1])  # lists in a file take no more rows
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "disk"])  # takes no more rows
 def test_rows_of_another_scale_can_be_added(kind: Kind) -> None:
     small, large = times(Z[:400], -100), times(Z[400:], 90)
     index = NeighborIndex(5, kind=kind, device="cpu")
