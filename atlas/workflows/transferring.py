@@ -152,7 +152,7 @@ def transfer_labels(
                 do="leave it out, or ingest counts that the package has as a study",
                 path=reference.folder,
             )
-        asked = np.flatnonzero(mask_of(store, query))
+        asked = _numbers(store, "query", mask_of(store, query))
         z = store.embedding(embedding)
         voting = of_package(
             reference,
@@ -286,15 +286,19 @@ def _cells(store: CountStore, reference: RowsOrMask, query: RowsOrMask) -> tuple
             do="choose them so that they do not overlap",
             path=store.path,
         )
-    for what, mask in (("reference", voting), ("query", asking)):
-        if not mask.any():
-            raise ConfigError(
-                f"There is no cell in the {what}",
-                found=f"none of {store.n_obs:,} cells",
-                expected="one at least",
-                path=store.path,
-            )
-    return np.flatnonzero(voting), np.flatnonzero(asking)
+    return _numbers(store, "reference", voting), _numbers(store, "query", asking)
+
+
+def _numbers(store: CountStore, what: str, mask: npt.NDArray[np.bool_]) -> Codes:
+    """Numbers of the chosen rows, of which there has to be one."""
+    if not mask.any():
+        raise ConfigError(
+            f"There is no cell in the {what}",
+            found=f"none of {store.n_obs:,} cells",
+            expected="one at least",
+            path=store.path,
+        )
+    return np.flatnonzero(mask)
 
 
 def _tree(labels: set[str], parent_of: Mapping[str, str]) -> LabelTree:
