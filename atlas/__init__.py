@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         checkout,
         compare,
         differential_expression,
+        discard_update,
         dropout_probability,
         embed,
         embed_per_batch,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
         stored_model,
         train,
         transfer_labels,
+        unfinished_updates,
         update,
         verify,
     )
@@ -73,6 +75,7 @@ _HOME = {
     "convert_store": "atlas.store",
     "create_store": "atlas.store",
     "differential_expression": "atlas.workflows",
+    "discard_update": "atlas.workflows",
     "dropout_probability": "atlas.workflows",
     "embed": "atlas.workflows",
     "embed_per_batch": "atlas.workflows",
@@ -104,6 +107,7 @@ _HOME = {
     "to_anndata": "atlas.store",
     "train": "atlas.workflows",
     "transfer_labels": "atlas.workflows",
+    "unfinished_updates": "atlas.workflows",
     "update": "atlas.workflows",
     "verify": "atlas.workflows",
 }
@@ -123,6 +127,7 @@ __all__ = [
     "convert_store",
     "create_store",
     "differential_expression",
+    "discard_update",
     "dropout_probability",
     "embed",
     "embed_per_batch",
@@ -154,6 +159,7 @@ __all__ = [
     "to_anndata",
     "train",
     "transfer_labels",
+    "unfinished_updates",
     "update",
     "verify",
 ]

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from atlas.cli import living
 from atlas.config import ARCHITECTURES, TrainConfig
 from atlas.errors import OutputError
 
@@ -84,6 +85,7 @@ def info(options: argparse.Namespace) -> None:
     print("\nhistory")
     for line in info.history:
         print(f"  {line}")
+    living.print_unfinished(info.unfinished)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -129,6 +131,9 @@ def annotate(options: argparse.Namespace) -> None:
 def drop(options: argparse.Namespace) -> None:
     from atlas import open_store
 
+    if options.unfinished:
+        living.discard(options)
+        return
     report = open_store(options.store).drop(options.study, purge=options.purge)
     print(f"{report.study}: {report.n_obs:,} cells dropped, manifest {report.manifest}")
     if report.removed_states:
@@ -227,21 +232,7 @@ def extend(options: argparse.Namespace) -> None:
         progress=True,
         **{name: values[name] for name in names & set(values)},
     )
-    added = model.surgery[-1]
-    total = sum(p.numel() for p in model.module.parameters())
-    print(
-        f"{model.name} + {', '.join(added.studies)}: {added.n_trained:,} of {total:,} parameters "
-        f"trained ({added.strategy}, {added.initialisation})"
-    )
-    if added.orthologs:
-        print(f"{len(added.orthologs):,} of {len(model.genes):,} genes are orthologs' counts")
-    if added.labels:
-        print(f"new classes: {', '.join(added.labels)}")
-        if model.labels is not None and model.labels.n_levels > 1:
-            print(
-                "they stand at the root, in none of the groups of the hierarchy: that is the "
-                "reference's, and extend takes no other"
-            )
+    print("\n".join(living.told_of_surgery(model)))
     print(f"{options.out}: model.json, weights.safetensors, log.jsonl")
 
 

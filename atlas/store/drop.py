@@ -12,6 +12,7 @@ from atlas.errors import StoreError
 from atlas.store import manifest as manifests
 from atlas.store import models
 from atlas.store.arrays import read_array
+from atlas.store.fork import UPDATE
 from atlas.store.schema import Manifest, ModelEntry
 
 
@@ -67,11 +68,14 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
         dropped = [entry for entry in newest.studies if entry.name == study]
         holding = [s.number for s in history if study in (entry.name for entry in s.studies)]
         if not dropped and not (purge and holding):
+            do = f"states {holding} hold it still: --purge removes them" if holding else None
+            if (root / f"{UPDATE}{study}").is_dir():
+                do = "an update by it was interrupted: --unfinished removes what that has done"
             raise StoreError(
                 "The store has no such study",
                 found=study,
                 expected="one of " + (", ".join(e.name for e in newest.studies) or "(none)"),
-                do=f"states {holding} hold it still: --purge removes them" if holding else None,
+                do=do,
                 path=root,
             )
         kept = _versions(root, newest)

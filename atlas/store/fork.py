@@ -22,6 +22,9 @@ from atlas import files
 from atlas.store import manifest as manifests
 from atlas.store.schema import Manifest, Part
 
+UPDATE = ".update-"
+"""Before the name of a study: the folder in the store where an update of it works in a fork."""
+
 _NUMBER = re.compile(r"-\d{6}$")
 
 

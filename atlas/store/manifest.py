@@ -288,6 +288,27 @@ def writer(root: Path, action: str) -> Iterator[Manifest]:
             lock.release()
 
 
+def who_writes(root: Path) -> dict[str, Any] | None:
+    """Who writes to a store now (``pid``, ``host``, ``since``, ``action``), None for nobody.
+
+    As far as can be told without the lock, which a reader does not take: what a writer on this
+    machine left whose process is gone is nobody's.
+    """
+    try:
+        who: dict[str, Any] = json.loads((root / "writer.json").read_text())
+        pid, here = int(who["pid"]), who["host"] == socket.gethostname()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    try:
+        if here:
+            os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass  # another user's
+    return who
+
+
 def _lock(root: Path) -> filelock.BaseFileLock:
     """Take the lock of writers, or raise filelock.Timeout at once."""
     lock = filelock.FileLock(root / "writer.lock", thread_local=False)

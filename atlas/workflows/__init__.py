@@ -35,11 +35,13 @@ from atlas.workflows.sharing import check_target, prepare_share, share
 from atlas.workflows.surgery import extend_reference
 from atlas.workflows.transfer_result import TransferredLabels
 from atlas.workflows.transferring import transfer_labels
+from atlas.workflows.unfinished import UnfinishedUpdate, discard_update, unfinished_updates
 
 __all__ = [
     "SeedLabels",
     "StoreInfo",
     "TransferredLabels",
+    "UnfinishedUpdate",
     "baseline",
     "bench",
     "beside",
@@ -49,6 +51,7 @@ __all__ = [
     "checkout",
     "compare",
     "differential_expression",
+    "discard_update",
     "dropout_probability",
     "embed",
     "embed_per_batch",
@@ -78,6 +81,7 @@ __all__ = [
     "stored_model",
     "train",
     "transfer_labels",
+    "unfinished_updates",
     "update",
     "verify",
     "write_json",

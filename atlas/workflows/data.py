@@ -32,6 +32,7 @@ from atlas.store.selection import Flavour, select_from_statistics
 from atlas.store.statistics import GeneStatistics
 from atlas.workflows.output import replacing
 from atlas.workflows.rows import Rows, rows_where
+from atlas.workflows.unfinished import unfinished_updates
 
 
 def ingest(
@@ -183,6 +184,7 @@ class StoreInfo:
     embeddings: list[dict[str, Any]]
     models: list[dict[str, Any]]
     history: list[str]
+    unfinished: list[dict[str, Any]]
 
 
 def _size(folder: Path) -> int:
@@ -229,4 +231,5 @@ def info(store: CountStore) -> StoreInfo:
         ],
         models=[{"name": name, "version": n} for name, n in store.models.items()],
         history=[f"{s.number} {s.created} {s.action}" for s in manifests.history(store.path)],
+        unfinished=[one.to_json() for one in unfinished_updates(store)],
     )

@@ -130,19 +130,34 @@ def check_overlap(
     orthologs: str | PathLike[str] | None,
     force: bool,
 ) -> None:
-    """Warn of, or refuse, studies that lack genes of the model."""
+    """Warn of, or refuse, studies that lack genes of the model.
+
+    ``force`` is for too few of them: genes of another species are refused all the same, and so is
+    a study that has none.
+    """
     n_genes = len(model.genes)
-    for name, share in shares.items():
-        if orthologs is None and share < FEW_GENES:
+    if orthologs is None and not GenesInStore.of(model, store).orthologs:
+        for name in shares:  # by no table, neither given now nor kept with the model
             _check_species(model, store, name)
     said = {name: f"{name} has {share:.0%} of {n_genes:,}" for name, share in shares.items()}
+    kind = (
+        "ingest it with gene names or accessions of the reference's kind; of another species, with "
+        "a table of orthologs (--orthologs TABLE)"
+    )
+    if none := [said[n] for n, share in shares.items() if not share]:
+        raise ModelError(
+            "A study has none of the model's genes",
+            found="; ".join(none),
+            expected=f"{TOO_FEW_GENES:.0%} at least, and some with force (--force)",
+            do=kind,
+            path=store.path,
+        )
     if not force and (few := [said[n] for n, share in shares.items() if share < TOO_FEW_GENES]):
         raise ModelError(
             "A study has too few of the model's genes",
             found="; ".join(few),
             expected=f"{TOO_FEW_GENES:.0%} at least",
-            do="ingest it with gene names or accessions of the reference's kind (of its species: "
-            "--orthologs), or add it all the same with force (--force)",
+            do=f"{kind}; or add it all the same with force (--force)",
             path=store.path,
         )
     if some := [said[n] for n, share in shares.items() if share < FEW_GENES]:
@@ -163,6 +178,7 @@ def _check_species(model: TrainedModel, store: CountStore, study: str) -> None:
             f"The genes of {study} look like those of another species than the model's",
             found=told,
             expected="genes of the model, or a table of orthologs",
-            do="give the table with --orthologs TABLE: query gene and reference gene, two columns",
+            do="give the table with --orthologs TABLE: query gene and reference gene, two columns; "
+            "force (--force) is for too few genes of the same species",
             path=store.path,
         )

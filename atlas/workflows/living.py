@@ -7,12 +7,9 @@ read from these; the last one makes a single state of the store out of them.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -21,13 +18,12 @@ from typing import Any
 import numpy as np
 from anndata import AnnData
 
-from atlas import files
-from atlas.errors import ConfigError, InputError, ModelError, StudyExistsError
+from atlas.errors import ConfigError, ModelError, StudyExistsError
 from atlas.models import load_model
 from atlas.models.surgery import check_reference
 from atlas.store import CountStore, open_store
 from atlas.store import manifest as manifests
-from atlas.store.fork import fork, publish
+from atlas.store.fork import publish
 from atlas.store.options import check_name
 from atlas.workflows.drift import Drift, measure_drift
 from atlas.workflows.embedding import check_writable, embed_study, how_made
@@ -37,7 +33,9 @@ from atlas.workflows.keeping import embedded_by, record_of, stored_model
 from atlas.workflows.newcomers import labels_by_classifier, labels_by_neighbours
 from atlas.workflows.surgery import extend_reference
 from atlas.workflows.transferring import check_free, check_share
+from atlas.workflows.unfinished import begin, is_of, kept_to_go_on, request_of, work_folder
 from atlas.workflows.unseen import UnseenGroup, group_unseen
+from atlas.workflows.update_errors import told_of_the_atlas
 
 FALSE_UNKNOWN = 0.05
 """Share of cells of known types that may be called Unknown."""
@@ -53,6 +51,10 @@ class UpdateReport:
         Its name and cells.
     model, version, manifest
         The model, its version and the state of the store that hold it now.
+    n_trained, n_parameters
+        Parameters that surgery trained, and those of the model.
+    new_classes
+        Labels of the study that became classes of a scANVI, which did not have them.
     labels
         New cells of each label, ``Unknown`` among them; empty where nothing was transferred.
     classes
@@ -70,6 +72,9 @@ class UpdateReport:
     model: str
     version: int
     manifest: int
+    n_trained: int
+    n_parameters: int
+    new_classes: tuple[str, ...]
     labels: dict[str, int]
     classes: dict[str, int]
     drift: Drift
@@ -96,7 +101,8 @@ def update(
     new cells are embedded, added to the index of neighbours and labelled by their neighbours, those
     that are Unknown are grouped, and drift is measured. All of it
     becomes one state of the store at the end; until then, and after any failure, the store is as it
-    was. After Ctrl-C or a kill the same call goes on from the last step that was finished.
+    was. After Ctrl-C or a kill the same call goes on from the last step that was finished; what is
+    left meanwhile is told by :func:`atlas.unfinished_updates`.
 
     Parameters
     ----------
@@ -143,25 +149,25 @@ def update(
         )
     store = open_store(path)
     check_writable(store, f"study={study!r}")
-    root, work = store.path, store.path / f".update-{study}"
+    root, work = store.path, work_folder(store.path, study)
     appending = {**(ingest or {}), "study": study}
-    with manifests.writer(root, f"update {study}") as newest:
+    with told_of_the_atlas(root, work), manifests.writer(root, f"update {study}") as newest:
         store = CountStore(root, newest)
-        asked = _request(
+        asked = request_of(
             source,
             model,
             appending,
             {**options, "device": device, "false_unknown": false_unknown},
         )
         notes = []
-        whole = _recorded(work) == {**asked, "manifest": newest.number - 1}
+        whole = is_of(work, {**asked, "manifest": newest.number - 1})
         if whole and newest.action.startswith(_action(study, model)):
             notes.append("the update was whole already")  # killed after the last step
             state, version = newest, newest.models[model].version
         else:
             _check(store, study, model)
-            with _clean_when_refused(work):
-                notes += _begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
+            with kept_to_go_on(work):
+                notes += begin(root, work, {**asked, "manifest": newest.number}, fresh=fresh)
                 forked = open_store(work / "store")
                 notes += _ingest(forked, source, appending, progress)
                 check_free(forked, f"{model}_label")
@@ -175,13 +181,16 @@ def update(
             state = publish(root, newest, work / "store", action)
         shutil.rmtree(work, ignore_errors=True)
     store = CountStore(root, state)
-    record = store.model_record(model, version)
+    record, trained = store.model_record(model, version), stored_model(store, model, version)
     return UpdateReport(
         study=study,
         n_obs=store.study(study).entry.n_obs,
         model=model,
         version=version,
         manifest=state.number,
+        n_trained=trained.surgery[-1].n_trained,
+        n_parameters=sum(part.numel() for part in trained.module.parameters()),
+        new_classes=trained.surgery[-1].labels,
         labels=record["labels"],
         classes=record.get("classes", {}),
         drift=Drift.from_json(record["drift"]),
@@ -232,65 +241,6 @@ def _check(store: CountStore, study: str, name: str) -> None:
             do=f"atlas embed {store.model_folder(name)} {store.path} --name {name}",
             path=store.path,
         )
-
-
-def _request(
-    source: str | PathLike[str] | AnnData,
-    model: str,
-    appending: Mapping[str, Any],
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What has to be the same for an update to go on, plain JSON."""
-    found: list[Any]
-    if isinstance(source, AnnData):
-        found = ["memory", os.getpid(), id(source)]  # cannot go on in another process
-    else:
-        paths = [Path(source), *sorted(Path(source).rglob("*"))]
-        stats = [(str(path.absolute()), path.stat()) for path in paths if path.is_file()]
-        found = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-    if (table := appending.get("orthologs")) and Path(table).is_file():
-        found.append(files.digest_file(Path(table)))
-    asked = {"source": found, "model": model, "append": appending, "options": options}
-    return dict(json.loads(json.dumps(asked, default=str)))
-
-
-def _recorded(work: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads((work / "request.json").read_bytes()))
-    except (OSError, ValueError):
-        return None
-
-
-def _begin(root: Path, work: Path, asked: Mapping[str, Any], *, fresh: bool) -> list[str]:
-    """Make the folder to work in, or take the one to go on with; returns what to say."""
-    notes = []
-    if work.exists():
-        recorded = _recorded(work)
-        differing = [name for name in asked if (recorded or {}).get(name) != asked[name]]
-        if not differing and not fresh:
-            return ["going on with the update that was interrupted"]
-        if recorded is not None:  # else it had not begun
-            why = "--fresh was given" if fresh else f"it was of another {', '.join(differing)}"
-            notes.append(f"an interrupted update was not gone on with: {why}")
-        shutil.rmtree(work)
-    work.mkdir()
-    fork(root, work / "store", manifests.read(root))
-    files.replace_bytes(work / "request.json", json.dumps(asked, indent=1).encode())
-    return notes
-
-
-@contextmanager
-def _clean_when_refused(work: Path) -> Iterator[None]:
-    """After what no repetition mends, such as bad input, nothing stays; else it can go on."""
-    try:
-        yield
-    except (InputError, ModelError, ConfigError):
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "(what was done is kept: the same command goes on, --fresh starts anew)"
-        ) from None
 
 
 def _ingest(

@@ -100,3 +100,14 @@ def test_genes_of_another_species_are_told_by_ids_and_by_case() -> None:
     ids = ([], ["ENSMUSG00000000001"]), (["ENSG00000000001"], [None])
     assert another_species(*ids) == "Ensembl ids ENSMUSG…, where the reference has ENSG…"
     assert another_species(ids[1], ids[1]) is None
+
+
+def test_few_genes_tell_another_species_too() -> None:
+    """Of a panel few are among a model's genes, and of mice hardly one as it stands."""
+    human = [f"GENE{i}" for i in range(2000)]
+    panel = [f"Gene{i}" for i in range(1950, 2950)]
+    told = "names such as Gene1950, where the reference has GENE1950"
+    assert another_species((panel, []), (human, [])) == told
+    assert another_species((["GENE1", *panel], []), (human, [])) == told
+    same = [f"GENE{i}" for i in range(1950, 2950)]
+    assert another_species(([*same, "Gene1", "Gene2"], []), (human, [])) is None

@@ -21,6 +21,7 @@ import atlas.store.fork
 import atlas.training.loop
 import atlas.workflows.living as living
 import atlas.workflows.newcomers as newcomers
+import atlas.workflows.unfinished as unfinished
 from atlas.evaluation.index import NeighborIndex
 
 OPTIONS: dict[str, Any] = {
@@ -59,7 +60,7 @@ def steps() -> dict[str, tuple[Any, str, Callable[..., Any]]]:
     """Where to kill: an object, the name of its function, and what takes its place."""
     trainer = atlas.training.loop.Trainer
     return {
-        "after the fork": (living, "fork", _after(living.fork)),
+        "after the fork": (unfinished, "fork", _after(unfinished.fork)),
         "ingest": (atlas.store.append, "digests", _kill),
         "before surgery": (living, "extend_reference", _kill),
         "within surgery": (trainer, "save", _after(trainer.save, 3)),

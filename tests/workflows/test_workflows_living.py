@@ -370,6 +370,9 @@ def test_the_commands(
     out = capsys.readouterr().out
     assert "kang: 200 cells added, model second 2, manifest 6" in out
     assert "before and" in out
+    trained = atlas.stored_model(atlas.open_store(store), "second").surgery[-1].n_trained
+    assert f"scvi + kang: {trained:,} of " in out
+    assert "parameters trained (conditions, nearest)" in out
     assert main([*query, "--model", "second", *keys, *few]) == 2
     assert "The study is in the store already" in capsys.readouterr().err
     assert main(["history", store]) == 0

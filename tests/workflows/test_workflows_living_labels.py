@@ -61,7 +61,9 @@ def test_labels_of_another_column_reach_the_model(
     folder: Path, store: Path, model: str, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(store, folder / file, model, "ct")) == 0, capsys.readouterr().err
-    assert (TOLD in capsys.readouterr().out) == (model == "by_name")
+    out = capsys.readouterr().out
+    assert (TOLD in out) == (model == "by_name")
+    assert "new classes: type_5\n" in out
     opened = atlas.open_store(store)
     made = atlas.stored_model(opened, model)
     assert made.surgery[-1].labels == ("type_5",)
@@ -77,7 +79,9 @@ def test_the_models_own_column_stays_it(
 ) -> None:
     key = "cell_type"
     assert main(command(store, folder / "both.h5ad", "by_name", key)) == 0, capsys.readouterr().err
-    assert "from now on" not in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "from now on" not in out
+    assert "new classes" not in out
     made = atlas.stored_model(atlas.open_store(store), "by_name")
     assert made.columns.label == "cell_type"
     assert made.surgery[-1].labels == ()
@@ -111,8 +115,11 @@ def test_from_python_they_reach_it_too(folder: Path, store: Path) -> None:
     other = Path(shutil.copytree(store, store.parent / "other.atlas"))
     report = update(store, folder / "q.h5ad", **chosen)
     assert any(note.startswith(TOLD) for note in report.notes)
-    update(other, folder / "q.h5ad", label_key="atlas_label", **chosen)
-    for path in (store, other):
+    others = update(other, folder / "q.h5ad", label_key="atlas_label", **chosen)
+    for path, made_report in ((store, report), (other, others)):
         made = atlas.stored_model(atlas.open_store(path), "by_name")
         assert set(made.surgery[-1].labels) == {"type_5", "none"}
+        assert set(made_report.new_classes) == {"type_5", "none"}
+        assert made_report.n_trained == made.surgery[-1].n_trained
+        assert made_report.n_trained < made_report.n_parameters
         assert made.columns.label is None

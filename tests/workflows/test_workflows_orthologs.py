@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,63 @@ def test_another_species_without_a_table_is_refused(made: Path, tmp_path: Path) 
         atlas.update(
             path, cells, study="q", model="scvi", ingest={**KEYS, "orthologs": "none.csv"}, **SMALL
         )
+
+
+def test_force_is_for_few_genes_of_the_same_species(made: Path, tmp_path: Path) -> None:
+    """Of a small panel few genes are alike but for their case, and one is the same."""
+    cells = make_study(3, 200, range(60))
+    cells.var_names = ["GENE59"] + [f"Gene{i}" if i < 20 else f"Rik{i}" for i in range(59)]
+    path = Path(shutil.copytree(made / "s.atlas", tmp_path / "s.atlas"))
+    told = r"another species[\s\S]*such as Gene0, where the reference has GENE0[\s\S]*--orthologs"
+    few: dict[str, Any] = {**SMALL, "max_epochs": 1, "force": True}
+    with pytest.raises(ModelError, match=told):
+        atlas.update(path, cells, study="q", model="scvi", ingest=KEYS, **few)
+    assert atlas.open_store(path).studies == ("r_1", "r_2")
+    own = atlas.create_store(tmp_path / "own.atlas")
+    own.append(cells, study="q", **KEYS)
+    with pytest.raises(ModelError, match=told):
+        atlas.extend_reference(made / "run", own, out=tmp_path / "run", **few)
+    unlike = _mouse()  # no name is alike, and the one that the store has is not the model's
+    unlike.var_names = ["Rik20", *unlike.var_names[1:]]
+    own.append(unlike, study="unlike", **KEYS)
+    with pytest.raises(
+        ModelError, match=r"none of the model's genes[\s\S]*unlike has 0% of 60[\s\S]*--orthologs"
+    ):
+        atlas.extend_reference(made / "run", own, ["unlike"], out=tmp_path / "run", **few)
+    assert not (tmp_path / "run").exists()
+    same = make_study(3, 200, range(60))
+    same.var_names = [f"GENE{i}" if i < 20 else f"OTHER{i}" for i in range(60)]
+    with pytest.warns(UserWarning, match="q has 33% of 60"):
+        atlas.update(path, same, study="q", model="scvi", ingest=KEYS, **few)
+
+
+def test_ids_of_another_species_are_refused_though_the_names_are_the_same(
+    made: Path, tmp_path: Path
+) -> None:
+    """Names of the genes are capitals, as those of man are; their ids are those of mice."""
+    reference = atlas.load_model(made / "run")
+    reference = dataclasses.replace(reference, gene_ids=tuple(f"ENSG{i:011d}" for i in range(60)))
+    cells = _named(make_study(3, 200, range(60)), str.upper)
+    cells.var["gene_ids"] = [f"ENSMUSG{i:011d}" for i in range(60)]
+    store = atlas.create_store(tmp_path / "s.atlas")
+    store.append(cells, study="q", **KEYS)
+    with pytest.raises(ModelError, match=r"found: Ensembl ids ENSMUSG…, where .* has ENSG…"):
+        atlas.extend_reference(reference, store, out=tmp_path / "run", **SMALL)
+
+
+def test_a_table_that_is_kept_with_the_model_is_enough(made: Path, tmp_path: Path) -> None:
+    """For a further study of that species, whose genes are alike but for their case."""
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(f"Gene{i},GENE{i}" for i in range(60)))
+    store = atlas.create_store(tmp_path / "s.atlas")
+    few: dict[str, Any] = {**SMALL, "max_epochs": 1}
+    store.append(_named(make_study(3, 200, range(60)), str.title), study="one", **KEYS)
+    one = atlas.extend_reference(made / "run", store, out=tmp_path / "one", orthologs=table, **few)
+    store.append(_named(make_study(4, 200, range(60)), str.title), study="two", **KEYS)
+    two = atlas.extend_reference(one, store, out=tmp_path / "two", **few)
+    assert two.presence[-1].all()
+    with pytest.raises(ModelError, match="another species"):
+        atlas.extend_reference(made / "run", store, ["two"], out=tmp_path / "no", **few)
 
 
 def test_the_option_of_the_commands(
