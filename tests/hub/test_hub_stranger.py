@@ -193,8 +193,8 @@ def test_cells_of_a_package_do_not_vote_in_another_space(
         atlas.transfer_labels(store, embedding="other", **ask)
     with pytest.raises(ConfigError, match="found: misfit with a package as the reference"):
         atlas.transfer_labels(store, embedding="scvi", misfit=True, **ask)
+    none = np.zeros(store.n_obs, bool)
     with pytest.raises(ConfigError, match="There is no cell in the query"):
-        none = np.zeros(store.n_obs, bool)
         atlas.transfer_labels(store, embedding="scvi", query=none, **ask)
     with pytest.raises(ConfigError, match="A package has labels of its own"):
         atlas.transfer_labels(store, embedding="scvi", label_key="cell_type", **ask)
