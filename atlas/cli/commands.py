@@ -248,7 +248,8 @@ def embed(options: argparse.Namespace) -> None:
     model = load_model(options.model)
     given: dict[str, Any] = {"name": options.name, "device": options.device, "progress": True}
     if options.per_batch is None:
-        z, name = workflows.embed(model, store, **given), options.name or model.name
+        z = workflows.embed(model, store, projection=options.projection, **given)
+        name = options.name or model.name
     else:
         given |= {"max_epochs": options.max_epochs, "resume": options.resume}
         z = workflows.embed_per_batch(model, store, out=options.per_batch, **given)

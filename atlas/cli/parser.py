@@ -233,7 +233,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--name", default="", help="name to keep the embedding under; the model's if not given"
     )
     applied.add_device(sub)
-    sub.add_argument(
+    reading = sub.add_mutually_exclusive_group()
+    reading.add_argument(
+        "--projection",
+        metavar="DIR",
+        help="read the counts from this projection of the store to the model's genes: quicker",
+    )
+    reading.add_argument(
         "--per-batch",
         metavar="DIR",
         help="train the model anew on each batch alone, in DIR, and embed the batch by that, for "

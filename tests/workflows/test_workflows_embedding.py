@@ -10,6 +10,7 @@ import torch
 from workflows_helpers import study as make_study
 
 import atlas
+from atlas.cli import main
 from atlas.errors import ConfigError, StoreError
 from atlas.models.threads import threads
 
@@ -50,12 +51,20 @@ def test_threads_change_no_bit_and_leave_the_model_as_it_was(store: Path, run: P
     assert len(np.unique(found[0], axis=0)) == opened.n_obs
 
 
-def test_a_projection_gives_the_same_embedding(store: Path, run: Path, tmp_path: Path) -> None:
+def test_a_projection_gives_the_same_embedding(
+    store: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model, opened = atlas.load_model(run), atlas.open_store(store)
     atlas.project(opened, model.genes, tmp_path / "projected")
     z = atlas.embed(model, opened, name=None, device="cpu")
     read = atlas.embed(model, opened, name=None, device="cpu", projection=tmp_path / "projected")
     np.testing.assert_array_equal(z, read)
+    asked = ["embed", str(run), str(store), "--projection", str(tmp_path / "projected")]
+    assert main([*asked, "--name", "read", "--device", "cpu"]) in (0, None)
+    np.testing.assert_array_equal(atlas.open_store(store).embedding("read"), z)
+    with pytest.raises(SystemExit):
+        main([*asked, "--per-batch", str(tmp_path / "runs")])
+    assert "not allowed with" in capsys.readouterr().err
 
 
 def test_projections_that_do_not_fit(store: Path, run: Path, tmp_path: Path) -> None:
