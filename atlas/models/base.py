@@ -311,11 +311,12 @@ def _to(held: Held, device: torch.device) -> Held:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients inside the block; every training flag as before after it."""
-    flags = [(part, part.training) for part in module.modules()]
-    module.eval()
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         with torch.no_grad():
             yield
     finally:
-        for part, training in flags:
-            part.training = training
+        for part in training:
+            part.training = True

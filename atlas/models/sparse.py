@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas.models import products
+from atlas.models.gathered import WIDTH, add_weighted_rows
 from atlas.models.threads import in_parts
 
 Array = npt.NDArray[Any]
@@ -107,14 +108,20 @@ def _parts(x: Tensor) -> tuple[Array, Array, Array]:
 
 
 def add_products(sparse: tuple[Array, Array, Array], dense: Tensor, out: Tensor) -> None:
-    """Add the product of a CSR matrix and a dense one to ``out``, on torch's threads."""
+    """Add the product of a CSR matrix and a dense one to ``out``, float32, on torch's threads."""
     indptr, indices, values = sparse
-    right, result = dense.numpy(), out.numpy()
+    width = out.shape[1]
+    spare = -width % WIDTH
+    result = F.pad(out, (0, spare)) if spare else out
+    blocks = F.pad(dense, (0, spare)).view(len(dense), -1, WIDTH).transpose(0, 1).contiguous()
+    table, sums = blocks.numpy(), result.numpy()
 
     def work(begin: int, end: int) -> None:
-        _add_rows(begin, end, indptr, indices, values, right, result)
+        _add_rows(begin, end, indptr, indices, values, table, sums)
 
-    in_parts(len(result), work)
+    in_parts(len(sums), work)
+    if spare:
+        out.copy_(result[:, :width])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
@@ -126,38 +133,22 @@ def _sum_rows(indptr: Array, values: Array, out: Array) -> None:
         out[i] = total
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
 def _add_rows(
     begin: int,
     end: int,
     indptr: Array,
     indices: Array,
     values: Array,
-    dense: Array,
+    blocks: Array,
     out: Array,
 ) -> None:
-    """Rows of the product; four at a time, so that the result is read and written less often.
-
-    Elements are named by two numbers: a view of each row would be counted as a reference, which
-    takes longer than the row. Numbers without sign need no look whether they count from the end.
-    """
-    width = out.shape[1]
-    for i in range(begin, end):
-        k: Any = np.int64(indptr[i])
-        stop = np.int64(indptr[i + 1])
-        while k + 4 <= stop:
-            a, b = np.uint64(indices[k]), np.uint64(indices[k + 1])
-            c, d = np.uint64(indices[k + 2]), np.uint64(indices[k + 3])
-            xa, xb, xc, xd = values[k], values[k + 1], values[k + 2], values[k + 3]
-            for j in range(width):
-                four = xa * dense[a, j] + xb * dense[b, j] + xc * dense[c, j] + xd * dense[d, j]
-                out[i, j] = out[i, j] + four
-            k += 4
-        while k < stop:
-            a, xa = np.uint64(indices[k]), values[k]
-            for j in range(width):
-                out[i, j] = out[i, j] + xa * dense[a, j]
-            k += 1
+    """Rows of the product, one block of columns after the other: (n_blocks, n_rows, WIDTH)."""
+    for block in range(len(blocks)):
+        first = block * blocks.shape[1] * WIDTH
+        for i in range(begin, end):
+            at = i * out.shape[1] + block * WIDTH
+            add_weighted_rows(values, indices, indptr[i], indptr[i + 1], blocks, first, out, at)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

@@ -92,12 +92,12 @@ def as_they_come(items: Iterable[T], work: Callable[[T], None]) -> None:
     """Do work for each item, on as many threads as torch has, with one of torch's in each.
 
     So small operations of torch, which threads of its own mostly wait for each other in, run side
-    by side. Items are taken on this thread, one more than there are threads at the most.
+    by side. Items are taken on this thread, two for each thread ahead at the most.
 
     Parameters
     ----------
     items
-        In any number; what is not taken yet is not made.
+        In any number.
     work
         May be called from any thread, in any order. The first error that it raises is raised here,
         when all that was begun has ended.
@@ -107,12 +107,17 @@ def as_they_come(items: Iterable[T], work: Callable[[T], None]) -> None:
         for item in items:
             work(item)
         return
-    pool, begun = _executor(), deque[Future[None]]()
+    pool, begun, room = _executor(), deque[Future[None]](), threading.Semaphore(n_threads)
+
+    def work_in_turn(item: T) -> None:
+        with room:  # the pool may have more threads
+            work(item)
+
     try:
         for item in items:
-            while len(begun) >= n_threads:
+            while len(begun) >= 2 * n_threads:
                 begun.popleft().result()
-            begun.append(pool.submit(work, item))
+            begun.append(pool.submit(work_in_turn, item))
         while begun:
             begun.popleft().result()
     finally:

@@ -137,6 +137,7 @@ class CellStream:
         presence = view.presence
         presence[[name in model.zero_filled for name in store.studies]] = True
         self._presence = torch.from_numpy(presence)
+        self._complete = np.asarray(presence.all(axis=1))
         self._progress = progress
         self._size = minibatch_size
         self.device = resolve_device(device)
@@ -157,12 +158,15 @@ class CellStream:
             start = 0
             for minibatch in SequentialLoader(self._source, self._size, rows=self._mask):
                 rows = np.asarray(minibatch.rows, np.int64)
-                present = self._presence[int(minibatch.obs["study"][0])]
+                study = int(minibatch.obs["study"][0])
+                present = None
+                if not self._complete[study]:
+                    present = self._presence[study].expand(self._size, -1).to(self.device)
                 columns = self.columns
                 inputs = Inputs(
                     self._counts(minibatch),
                     self._padded(self._batch_of[minibatch.obs["batch"]]),
-                    None if bool(present.all()) else present.expand(self._size, -1).to(self.device),
+                    present,
                     categories=self._rows_of(columns.categories, rows),
                     continuous=self._rows_of(columns.continuous, rows),
                     size_factor=self._rows_of(columns.size_factor, rows, filling=1),

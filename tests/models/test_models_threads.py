@@ -32,7 +32,7 @@ def test_each_item_is_done_once_with_one_thread_of_torch_in_each(n_threads: int)
 
 
 @pytest.mark.timeout(60)
-def test_no_more_items_are_made_than_there_are_threads_for() -> None:
+def test_no_more_items_are_made_than_two_for_each_thread() -> None:
     lock, waiting, most = threading.Lock(), 0, 0
 
     def items() -> Iterator[int]:
@@ -52,7 +52,7 @@ def test_no_more_items_are_made_than_there_are_threads_for() -> None:
     with threads(2, 2):
         as_they_come(items(), work)
     assert waiting == 0
-    assert most <= 3  # two at work, and the next
+    assert most <= 5  # two for each thread, and the next
 
 
 @pytest.mark.timeout(60)
