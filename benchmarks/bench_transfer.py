@@ -208,6 +208,15 @@ def recall(unseen: Mask, score: Floats) -> float:
     return float((score[unseen] > line).mean())
 
 
+def scored(unseen: Mask, score: Floats) -> Json:
+    """Both, of the cells whose score is known: a misfit is not in batches of 60 cells or fewer."""
+    known = np.isfinite(score)
+    if unseen[known].all() or not unseen[known].any():
+        return {"auroc": None, "recall": None}
+    unseen, score = unseen[known], score[known]
+    return {"auroc": auroc(unseen, score), "recall": recall(unseen, score)}
+
+
 def own_cluster(z: npt.NDArray[np.float32], labelled: Mask, unseen: Mask) -> tuple[float, float]:
     """Share of unseen cells among the nearest of unseen cells, and among all cells."""
     from atlas.evaluation.neighbours import nearest
@@ -233,7 +242,7 @@ def figures(folder: Path, outs: dict[str, str]) -> Json:
                 "u, published": found["u published"],
             }
             for name, score in scores.items():
-                out[name] = {"auroc": auroc(unseen, score), "recall": recall(unseen, score)}
+                out[name] = scored(unseen, score)
             for name in ("rule", "published"):
                 unknown = found[name]
                 out[name] = {
@@ -250,7 +259,7 @@ def figures(folder: Path, outs: dict[str, str]) -> Json:
             unseen = found["removed"][found["asked"]]
             scores = {"scANVI entropy": found["entropy"], "distance, scANVI": found["distance"]}
             for name, score in scores.items():
-                out[name] = {"auroc": auroc(unseen, score), "recall": recall(unseen, score)}
+                out[name] = scored(unseen, score)
     return out
 
 
