@@ -127,10 +127,11 @@ class KnnLabels:
                 do="ask for fewer neighbours, or choose a larger reference",
             )
         n_nodes = len(tree.parents)
-        if nodes.shape != (len(z),) or nodes.min() < 0 or nodes.max() >= n_nodes:
+        low, high = nodes.min(initial=0), nodes.max(initial=0)
+        if nodes.shape != (len(z),) or low < 0 or high >= n_nodes:
             raise ConfigError(
                 "the labels of the reference do not fit it",
-                found=f"{nodes.size:,} labels, nodes {nodes.min()} to {nodes.max()}",
+                found=f"{nodes.size:,} labels, nodes {low} to {high}",
                 expected=f"a node of each of {len(z):,} cells, from 0 to {n_nodes - 1}",
                 do="leave cells without a label out of the reference",
             )

@@ -19,8 +19,8 @@ _COLUMN: Final = re.compile(
 _NAME: Final = re.compile(
     rf"{_WORDS}[\W_]*((id|no|nr)[\W_]*)?([a-z]?[0-9][a-z0-9]*|[a-z])(?![a-z0-9])"
 )
-_LONG_ENOUGH: Final = 3
-"""Letters of a donor's name that are looked for within other names: "1" is in many."""
+_ANYTHING: Final = re.compile(r"[0-9]{1,2}|[^\W_]")
+"""Names of donors that are not looked for within other names: "1" or "A" is in many."""
 
 
 def is_donor_column(name: str) -> bool:
@@ -41,7 +41,7 @@ def tells_of(name: str, donors: Collection[str]) -> bool:
         donor = donor.casefold()
         if donor in pieces:
             return True
-        if len(donor) >= _LONG_ENOUGH and donor in name:
+        if donor in name and not _ANYTHING.fullmatch(donor):
             within = rf"(?<![^\W_]){re.escape(donor)}(?![^\W_])"
             if re.search(within, name):
                 return True
@@ -71,8 +71,8 @@ class Donors:
         hidden = self._of(self.hidden, study)
         named = self._of(self.named, study)
         return [
-            (all_of_donors or tells_of(name, hidden) or looks_like_donor(name))
-            and not tells_of(name, named)
+            tells_of(name, hidden)
+            or ((all_of_donors or looks_like_donor(name)) and not tells_of(name, named))
             for name in names
         ]
 
@@ -88,26 +88,34 @@ def told_batches(model: TrainedModel, donors: Donors) -> list[str]:
     told = []
     for batch in model.batches:
         study, slash, name = batch.partition("/")
-        if slash and donors.told([name], study)[0]:
+        if slash:
+            tells = donors.told([name], study)[0]
+        else:  # a whole study, or a name by scvi-tools
+            tells = batch not in model.studies and donors.told([batch], None)[0]
+        if tells:
             told.append(batch)
     return told
 
 
-def neutral_batches(batches: Sequence[str], which: Collection[str]) -> dict[str, str]:
+def neutral_batches(
+    batches: Sequence[str], which: Collection[str], studies: Collection[str]
+) -> dict[str, str]:
     """New names of some of the batches: ``STUDY/batch 1`` and so on, apart from the others.
 
-    A batch that is a whole study has its name and keeps it.
+    A batch that is a whole study has its name and keeps it; one that names no study, as those of
+    scvi-tools, becomes ``batch 1``.
     """
     new: dict[str, str] = {}
     taken = set(batches) - set(which)
     numbers: dict[str, int] = {}
     for batch in batches:
-        study, slash, _ = batch.partition("/")
-        if not slash or batch not in which:
+        if batch not in which or batch in studies:
             continue
+        study, slash, _ = batch.partition("/")
+        before = f"{study}/" if slash else ""
         while True:
-            numbers[study] = numbers.get(study, 0) + 1
-            name = f"{study}/batch {numbers[study]}"
+            numbers[before] = numbers.get(before, 0) + 1
+            name = f"{before}batch {numbers[before]}"
             if name not in taken:
                 break
         new[batch] = name

@@ -178,10 +178,10 @@ def another_species(
 ) -> str | None:
     """In what genes look like those of another species than the reference's; None if they do not.
 
-    By what most Ensembl ids begin with, or by names: more of them are a gene of the reference but
-    for their case, as those of mouse and human are, than are one as they stand. Of 3,451 genes of
-    mice and 2,000 of human blood 435 are alike but for their case, and 2 the same; of two human
-    studies hardly one.
+    By what most Ensembl ids begin with, where both have some; or else by names: more of them are a
+    gene of the reference but for their case, as those of mouse and human are, than are one as they
+    stand. Of 3,451 genes of mice and 2,000 of human blood 435 are alike but for their case, and 2
+    the same; of two human studies hardly one.
 
     Parameters
     ----------
@@ -189,7 +189,9 @@ def another_species(
         Names and Ensembl ids (or None) of the genes.
     """
     mine, theirs = (_prefix([*names, *ids]) for names, ids in (own, reference))
-    if mine is not None and theirs is not None and mine != theirs:
+    if mine is not None and theirs is not None:
+        if mine == theirs:  # whatever the names are
+            return None
         return f"Ensembl ids ENS{mine}G…, where the reference has ENS{theirs}G…"
     known = set(reference[0])
     folded = {name.casefold(): name for name in known}

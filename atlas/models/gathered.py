@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import numpy.typing as npt
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
+
+Array = npt.NDArray[Any]
 
 WIDTH: Final = 32
 """Columns of a block: four registers of 8 floats, or two of 16."""
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_weighted_rows(
+def _add_weighted_rows(
     typing: Any,
     weights: Any,
     numbers: Any,
@@ -85,3 +88,33 @@ def add_weighted_rows(
         return context.get_dummy_value()
 
     return types.void(*given), code
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
+def add_rows(
+    begin: int,
+    end: int,
+    indptr: Array,
+    indices: Array,
+    values: Array,
+    blocks: Array,
+    out: Array,
+) -> None:
+    """Add rows of the product of a CSR matrix and a dense one, from ``begin`` to ``end``.
+
+    Parameters
+    ----------
+    begin, end
+        Rows.
+    indptr, indices, values
+        The CSR matrix; values are float32, all of them contiguous.
+    blocks
+        The dense one by blocks of columns: float32, (n_blocks, n_columns, WIDTH), contiguous.
+    out
+        float32, (n_rows, n_blocks · WIDTH), contiguous.
+    """
+    for block in range(len(blocks)):
+        first = block * blocks.shape[1] * WIDTH
+        for i in range(begin, end):
+            at = i * out.shape[1] + block * WIDTH
+            _add_weighted_rows(values, indices, indptr[i], indptr[i + 1], blocks, first, out, at)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from atlas.models import products
-from atlas.models.gathered import WIDTH, add_weighted_rows
+from atlas.models.gathered import WIDTH, add_rows
 from atlas.models.threads import in_parts
 
 Array = npt.NDArray[Any]
@@ -104,7 +104,9 @@ class _SparseLinear(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> tuple[Array, Array, Array]:
-    return x.crow_indices().numpy(), x.col_indices().numpy(), x.values().numpy()
+    parts = x.crow_indices(), x.col_indices(), x.values()
+    indptr, indices, values = (part.contiguous().numpy() for part in parts)
+    return indptr, indices, values
 
 
 def add_products(sparse: tuple[Array, Array, Array], dense: Tensor, out: Tensor) -> None:
@@ -113,11 +115,12 @@ def add_products(sparse: tuple[Array, Array, Array], dense: Tensor, out: Tensor)
     width = out.shape[1]
     spare = -width % WIDTH
     result = F.pad(out, (0, spare)) if spare else out
-    blocks = F.pad(dense, (0, spare)).view(len(dense), -1, WIDTH).transpose(0, 1).contiguous()
+    blocks = F.pad(dense, (0, spare)).view(len(dense), result.shape[1] // WIDTH, WIDTH)
+    blocks = blocks.transpose(0, 1).contiguous()
     table, sums = blocks.numpy(), result.numpy()
 
     def work(begin: int, end: int) -> None:
-        _add_rows(begin, end, indptr, indices, values, table, sums)
+        add_rows(begin, end, indptr, indices, values, table, sums)
 
     in_parts(len(sums), work)
     if spare:
@@ -131,24 +134,6 @@ def _sum_rows(indptr: Array, values: Array, out: Array) -> None:
         for k in range(indptr[i], indptr[i + 1]):
             total += values[k]
         out[i] = total
-
-
-@njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]
-def _add_rows(
-    begin: int,
-    end: int,
-    indptr: Array,
-    indices: Array,
-    values: Array,
-    blocks: Array,
-    out: Array,
-) -> None:
-    """Rows of the product, one block of columns after the other: (n_blocks, n_rows, WIDTH)."""
-    for block in range(len(blocks)):
-        first = block * blocks.shape[1] * WIDTH
-        for i in range(begin, end):
-            at = i * out.shape[1] + block * WIDTH
-            add_weighted_rows(values, indices, indptr[i], indptr[i + 1], blocks, first, out, at)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # type: ignore[untyped-decorator]

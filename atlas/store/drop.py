@@ -70,7 +70,10 @@ def drop_study(root: Path, study: str, *, purge: bool) -> tuple[Manifest, DropRe
         if not dropped and not (purge and holding):
             do = f"states {holding} hold it still: --purge removes them" if holding else None
             if (root / f"{UPDATE}{study}").is_dir():
-                do = "an update by it was interrupted: --unfinished removes what that has done"
+                interrupted = (
+                    "an update by it was interrupted: --unfinished removes what that has done"
+                )
+                do = interrupted if do is None else f"{do}; {interrupted}"
             raise StoreError(
                 "The store has no such study",
                 found=study,

@@ -84,7 +84,7 @@ def disguise(
     donors = _donors(store, rows, [c for c in named if c in sources or is_donor_column(c)])
     told = told_batches(model, donors)
     chosen = {"no-donors": told, "all": [], "none": list(model.batches)}[batch_names]
-    new = neutral_batches(model.batches, set(chosen))
+    new = neutral_batches(model.batches, set(chosen), model.studies)
     said: dict[str, str] = {}
     notes = _notes(batch_names, told, new, sources or list(donors.columns))
     if not new and not told and (pairs := _one_to_one(store, rows, donors.columns)):
@@ -132,10 +132,15 @@ def _notes(
 
 
 def _donors(store: CountStore, rows: Mask, named: Sequence[str]) -> Donors:
-    """Names of donors by study, in columns that were named and in others."""
+    """Names of donors by study, in columns that were named, and in others but not in these."""
     of_donors = [str(column) for column in store.obs().columns if is_donor_column(str(column))]
     others = tuple(column for column in of_donors if column not in named)
-    return Donors(_by_study(store, rows, others), _by_study(store, rows, named), others)
+    given = _by_study(store, rows, named)
+    hidden = {
+        study: names - given.get(study, frozenset())
+        for study, names in _by_study(store, rows, others).items()
+    }
+    return Donors(hidden, given, others)
 
 
 def _by_study(store: CountStore, rows: Mask, columns: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -265,7 +265,7 @@ def _index(
     assert index is not None
     if not same:
         # its lists are of cells that stay too, and centroids are means of them
-        index = NeighborIndex.build(z, seed=index.seed)
+        index = NeighborIndex.build(z, seed=index.seed, recall_target=index.recall_target)
     kind = index.choice.kind  # why it was taken tells of the machine
     if kind == "hnsw":
         why = "of a graph (HNSW) there is FAISS's own file alone, which code that trusts it reads"

@@ -199,7 +199,8 @@ def extend_reference(
         labels=new_labels,
         library_prior=_new_prior(trained, view, codes, chosen, len(batches)),
     )
-    whole = Reference(trained.module, len(trained.batches), trained.columns.sizes, trained.labels)
+    module = trained.module.cpu()
+    whole = Reference(module, len(trained.batches), trained.columns.sizes, trained.labels)
     part = part_for(trained, values, chosen)
     reference = part_of(whole, part)
     values = values_in_part(trained, part, values)

@@ -257,7 +257,11 @@ def _again(recorded: str) -> str:
 
 
 def _time_of(folder: Path) -> str:
-    changed = datetime.datetime.fromtimestamp(folder.stat().st_mtime, datetime.UTC)
+    try:
+        time = folder.stat().st_mtime
+    except FileNotFoundError:  # the update came to its end meanwhile
+        return ""
+    changed = datetime.datetime.fromtimestamp(time, datetime.UTC)
     return changed.isoformat(timespec="seconds")
 
 

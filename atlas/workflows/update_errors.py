@@ -99,7 +99,7 @@ def _told(error: AtlasError, root: Path, work: Path) -> AtlasError:
             path = root
             if isinstance(error, TrainingError) and isinstance(found, str):
                 found = re.sub(r"(listed in )(?=[^/]+\)$)", rf"\g<1>{work.name}/{own}/", found)
-            elif not (work / own).is_dir():  # a file, which may be damaged
+            elif work.exists() and not (work / own).is_dir():  # a file, damaged or missing
                 found = f"{work.name}/{own}" if found is None else f"{found} ({work.name}/{own})"
             if isinstance(error, CorruptStoreError):
                 do = _ANEW

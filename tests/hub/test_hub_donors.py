@@ -63,6 +63,9 @@ def test_columns_of_donors(name: str, is_one: bool) -> None:
         ("ctrl", ["Jane"], False),
         ("Jürgen_a", ["Jürgen"], True),
         ("a.b", ["axb"], False),
+        ("lane1_D3", ["D3"], True),
+        ("lane1_D31", ["D3"], False),
+        ("lane A", ["A"], False),
     ],
 )
 def test_names_that_tell_of_donors(name: str, donors: list[str], tells: bool) -> None:
@@ -84,8 +87,10 @@ def test_names_that_say_so_themselves(name: str, looks: bool) -> None:
 
 def test_neutral_names_are_of_their_study_and_apart() -> None:
     batches = ["a/Jane", "a/batch 1", "b/x", "whole", "a/John"]
-    new = neutral_batches(batches, {"a/Jane", "a/John", "b/x", "whole"})
+    new = neutral_batches(batches, {"a/Jane", "a/John", "b/x", "whole"}, {"whole"})
     assert new == {"a/Jane": "a/batch 2", "a/John": "a/batch 3", "b/x": "b/batch 1"}
+    theirs = ["Jane-Doe", "batch 1", "q/x"]  # of scvi-tools, without a study
+    assert neutral_batches(theirs, {"Jane-Doe"}, {"q"}) == {"Jane-Doe": "batch 2"}
 
 
 # batches that are donors
@@ -234,6 +239,11 @@ def test_a_batch_of_several_columns_and_a_study_named_as_a_donor(
         "Jane-Doe/batch 1, Jane-Doe/batch 2, Jane-Doe/batch 3, Jane-Doe/batch 4, pair/x, pair/y, w"
     )
     assert "4 of the names, from obs column donor, batch, look" in listing["batches"]
+    other = dict(prepare_share(store, model, obs_columns=["batch"]).listing())
+    assert other["batches"].startswith("Jane-Doe/batch 1, Jane-Doe/batch 2, Jane-Doe/batch 3, ")
+    assert "4 of the names" in other["batches"]
+    given = dict(prepare_share(store, model, obs_columns=["donor"]).listing())
+    assert given["batches"].count("|Jane-Doe") == given["batches"].count("|John-Roe") == 2
     assert listing["studies"].endswith("named as donors are, and leave: Jane-Doe")
 
 

@@ -111,3 +111,7 @@ def test_few_genes_tell_another_species_too() -> None:
     assert another_species((["GENE1", *panel], []), (human, [])) == told
     same = [f"GENE{i}" for i in range(1950, 2950)]
     assert another_species(([*same, "Gene1", "Gene2"], []), (human, [])) is None
+    ids = [f"ENSG{i:011d}" for i in range(2950)]
+    assert another_species((panel, ids[1950:2950]), (human, ids[:2000])) is None
+    mice = [f"ENSMUSG{i:011d}" for i in range(1000)]
+    assert "ENSMUSG" in (another_species((same, mice), (human, ids[:2000])) or "")

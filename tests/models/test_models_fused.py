@@ -261,6 +261,23 @@ def test_a_sparse_layer_is_the_dense_one(n_hidden: int) -> None:
         torch.testing.assert_close(of_rows.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_a_sparse_layer_of_strided_parts_and_of_no_cells() -> None:
+    rng = np.random.default_rng(0)
+    counts = torch.from_numpy(rng.poisson(0.3, (20, 50)).astype(np.float32))
+    weight, bias = torch.randn(33, 50), torch.randn(33)
+    x = _sparse(counts)
+    twice = [part.repeat_interleave(2)[::2] for part in (x.col_indices(), x.values())]
+    strided = csr(x.crow_indices(), *twice, x.shape)
+    torch.testing.assert_close(times_weight(strided, weight, bias), counts @ weight.T + bias)
+    none = csr(x.crow_indices()[:1], x.col_indices()[:0], x.values()[:0], torch.Size((0, 50)))
+    leaf = weight.clone().requires_grad_()
+    out = times_weight(none, leaf, bias)
+    out.sum().backward()
+    assert out.shape == (0, 33)
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+
+
 def test_sparse_counts_are_summed_masked_transposed_and_sorted() -> None:
     counts, _ = _minibatch()
     found = _sparse(counts)
