@@ -25,6 +25,8 @@ BenchTask = Literal["loader", "train", "embed", "neighbours", "update"]
 
 Initialisation = Literal["random", "zero", "mean", "nearest"]
 MissingGenes = Literal["mask", "zero"]
+BatchNames = Literal["no-donors", "all", "none"]
+"""Which names of batches leave with a shared model: all but those of donors, all, or none."""
 VoteKernel = Literal["gaussian", "scarches", "uniform"]
 
 

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from atlas.cli.text import printable
+from atlas.config import BatchNames
 from atlas.errors import ConfigError, InputError
 
 Command = Callable[[str, Callable[[argparse.Namespace], int | None], str], Any]
@@ -42,7 +43,7 @@ def add_commands(command: Command) -> None:
     )
     sub.add_argument(
         "--batch-names",
-        choices=("no-donors", "all", "none"),
+        choices=get_args(BatchNames),
         default="no-donors",
         help="which names of batches leave, the others become STUDY/batch 1 …; by default all but "
         "those that look like donors, whose column is not in --obs-columns",

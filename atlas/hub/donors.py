@@ -5,12 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 from atlas.models import TrainedModel
-
-BatchNames: TypeAlias = Literal["no-donors", "all", "none"]
-"""Which names of batches leave: all but those of donors, all, or none."""
 
 _WORDS: Final = "(donor|patient|subject|indiv(idual)?|participant|proband|volunteer|person)s?"
 _COLUMN: Final = re.compile(

@@ -32,7 +32,7 @@ REFERENCE: Final = "reference.safetensors"
 INDEX: Final = "index.safetensors"
 CARD: Final = "card.md"
 REQUIRED: Final = (MODEL, WEIGHTS, REFERENCE, CARD)
-_NAMED: Final = (*REQUIRED, INDEX)
+NAMED: Final = (*REQUIRED, INDEX)
 
 MAX_JSON: Final = 64 * 2**20
 """Bytes of one JSON file or card: a million names fit."""
@@ -108,8 +108,8 @@ _SCHEMA: Final[dict[str, Any]] = {
         "parts": {
             "type": "object",
             "required": list(REQUIRED),
-            "maxProperties": len(_NAMED) + _MAX_COUNTS,
-            "propertyNames": {"pattern": rf"^({'|'.join(map(re.escape, _NAMED))}|{_COUNTS})\Z"},
+            "maxProperties": len(NAMED) + _MAX_COUNTS,
+            "propertyNames": {"pattern": rf"^({'|'.join(map(re.escape, NAMED))}|{_COUNTS})\Z"},
             "additionalProperties": {
                 "type": "object",
                 "properties": {
@@ -264,7 +264,7 @@ class PackageManifest:
     @property
     def counts(self) -> tuple[str, ...]:
         """Names of the parts with counts, in the order of their cells."""
-        return tuple(sorted(name for name in self.parts if name not in _NAMED))
+        return tuple(sorted(name for name in self.parts if name not in NAMED))
 
     def to_bytes(self) -> bytes:
         """As JSON."""

@@ -38,9 +38,9 @@ from atlas.hub.manifest import (
     MAX_NAMES,
     MODEL,
     MODEL_FOLDER,
+    NAMED,
     PACKAGE,
     REFERENCE,
-    REQUIRED,
     About,
     PackageManifest,
     Part,
@@ -157,7 +157,7 @@ def load_package(folder: str | PathLike[str]) -> Package:
         _check_size(folder, name, part)
     card = _bytes_of(folder, CARD, manifest.parts[CARD])
     _check_model(_bytes_of(folder, MODEL, manifest.parts[MODEL]), folder)
-    for name in (name for name in (*REQUIRED, INDEX) if name in manifest.parts):
+    for name in (name for name in NAMED if name in manifest.parts):
         _check_digest(folder, name, manifest.parts[name])
     try:
         text = card.decode()

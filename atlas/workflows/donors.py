@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from atlas.config import BatchNames
 from atlas.errors import ConfigError
 from atlas.hub.donors import (
-    BatchNames,
     Donors,
     is_donor_column,
     neutral_batches,

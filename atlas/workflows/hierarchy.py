@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from atlas.errors import ConfigError, InputError
 from atlas.models import LabelTree
 
@@ -68,6 +70,25 @@ def label_tree(
     parent_of = None if hierarchy is None else read_hierarchy(hierarchy)
     path = None if hierarchy is None or isinstance(hierarchy, Mapping) else Path(hierarchy)
     return _make(labels, parent_of, unobserved, path)
+
+
+def tree_above(labels: set[str], parent_of: Mapping[str, str]) -> LabelTree:
+    """The tree of some labels and of the groups above them, without other branches."""
+    whole = LabelTree.make(sorted(labels), parent_of)
+    kept = np.zeros(len(whole.names), bool)
+    kept[whole.codes(labels)] = True
+    for node, parent in reversed([*enumerate(whole.parents)]):
+        if kept[node] and parent >= 0:
+            kept[parent] = True
+    number = np.cumsum(kept) - 1
+    return LabelTree(
+        tuple(name for name, keep in zip(whole.names, kept, strict=True) if keep),
+        tuple(
+            -1 if parent < 0 else int(number[parent])
+            for parent, keep in zip(whole.parents, kept, strict=True)
+            if keep
+        ),
+    )
 
 
 def _make(

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from atlas.config import BatchNames
 from atlas.errors import MissingColumnError, ModelError
 from atlas.evaluation.codes import Categories
 from atlas.evaluation.exact import import_faiss
 from atlas.evaluation.index import NeighborIndex
 from atlas.evaluation.index.arrays import ListArrays
-from atlas.hub.donors import BatchNames
 from atlas.hub.manifest import About, IndexAbout, RecallAbout
 from atlas.hub.sharing import Shared, Shipment, archive_kind, write_package
 from atlas.hub.staging import check_free

@@ -199,7 +199,7 @@ def extend_reference(
         labels=new_labels,
         library_prior=_new_prior(trained, view, codes, chosen, len(batches)),
     )
-    module = trained.module.cpu()
+    module = trained.module.cpu()  # where parts are taken and put back
     whole = Reference(module, len(trained.batches), trained.columns.sizes, trained.labels)
     part = part_for(trained, values, chosen)
     reference = part_of(whole, part)
@@ -360,8 +360,7 @@ def _nearest(
     assert values.batch is not None
     first = reference.n_batch
     best = []
-    device = resolve_device("cpu")
-    module = reference.module.to(device)
+    module, device = reference.module, torch.device("cpu")
     for code in range(first, first + n_batches):
         rows = np.flatnonzero(chosen & (values.batch == code))
         mask = np.zeros(len(chosen), bool)

@@ -24,7 +24,7 @@ from atlas.store import CountStore
 from atlas.store.annotate import STUDY_COLUMN
 from atlas.store.options import check_name
 from atlas.workflows.embedding import check_writable
-from atlas.workflows.hierarchy import Hierarchy, read_hierarchy
+from atlas.workflows.hierarchy import Hierarchy, read_hierarchy, tree_above
 from atlas.workflows.misfitting import Asked, misfit_of
 from atlas.workflows.rows import RowsOrMask, mask_of
 from atlas.workflows.transfer_result import TransferredLabels
@@ -179,7 +179,7 @@ def transfer_labels(
             backend=backend,
         )
     parent_of = {} if hierarchy is None else read_hierarchy(hierarchy)
-    tree = _tree(set(voting.texts), parent_of)
+    tree = tree_above(set(voting.texts), parent_of)
     nodes = tree.codes(voting.texts).astype(np.int64)
     options = {"k": k, "kernel": kernel, "seed": seed, "backend": backend}
     knn = KnnLabels(voting.z, nodes, tree, search=voting.search, **options)  # type: ignore[arg-type]
@@ -299,25 +299,6 @@ def _numbers(store: CountStore, what: str, mask: npt.NDArray[np.bool_]) -> Codes
             path=store.path,
         )
     return np.flatnonzero(mask)
-
-
-def _tree(labels: set[str], parent_of: Mapping[str, str]) -> LabelTree:
-    """The tree of some labels and of the groups above them, without other branches."""
-    whole = LabelTree.make(sorted(labels), parent_of)
-    kept = np.zeros(len(whole.names), bool)
-    kept[whole.codes(labels)] = True
-    for node, parent in reversed([*enumerate(whole.parents)]):
-        if kept[node] and parent >= 0:
-            kept[parent] = True
-    number = np.cumsum(kept) - 1
-    return LabelTree(
-        tuple(name for name, keep in zip(whole.names, kept, strict=True) if keep),
-        tuple(
-            -1 if parent < 0 else int(number[parent])
-            for parent, keep in zip(whole.parents, kept, strict=True)
-            if keep
-        ),
-    )
 
 
 def _table(found: Found, tree: LabelTree, name: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The index itself: what it holds, how it is searched, and what share of the truth it finds."""
+"""The index itself: what it holds, and how it is searched."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from atlas.evaluation.exact import (
 from atlas.evaluation.frame import Frame
 from atlas.evaluation.index import lists, stored
 from atlas.evaluation.index.choice import Choice, Kind, check_names, choose
+from atlas.evaluation.index.measuring import measured_recall, tune
 from atlas.evaluation.index.searching import search_all, search_lists
 from atlas.evaluation.index.spool import Spool
 from atlas.evaluation.neighbours import (
@@ -30,13 +31,8 @@ from atlas.evaluation.neighbours import (
     check_query_ids,
     check_space,
     distances_of,
-    recall_of,
 )
 from atlas.evaluation.vectors import LARGEST_FLOAT, Embedding, check_values, digest
-
-RECALL_QUERIES = 1000
-_TUNING_QUERIES = 300
-_TUNING_K = 100
 
 
 class NeighborIndex:
@@ -239,10 +235,10 @@ class NeighborIndex:
         if self._lists is None or len(self) < 2:
             return EXACT
         if k not in self._recalls:
-            rows = self._sample(RECALL_QUERIES, salt=1)
-            k_rows = min(k, len(self) - 1)
-            found = self._search(self.vectors[rows], k_rows, rows, EXACT)
-            self._recalls[k] = recall_of(found, self._exactly(rows, k_rows))
+            fewer = min(k, len(self) - 1)
+            self._recalls[k] = measured_recall(
+                self.vectors, self._frame, fewer, self.seed, self._find
+            )
         return self._recalls[k]
 
     def _search(
@@ -260,14 +256,8 @@ class NeighborIndex:
         backend = self._backend(wanted)
         return Neighbours(indices, distances_of(squared), backend, recall, ids, len(self))
 
-    def _exactly(self, rows: Indices, k: int) -> Neighbours:
-        indices, squared = search_all(self.vectors, self.vectors[rows], k, rows, self._frame)
-        return Neighbours(indices, distances_of(squared), "exact")
-
-    def _sample(self, most: int, salt: int) -> Indices:
-        n = len(self)
-        rng = np.random.default_rng([self.seed, salt])
-        return np.sort(rng.choice(n, min(most, n), replace=False, shuffle=False)).astype(np.int64)
+    def _find(self, rows: Indices, k: int) -> Neighbours:
+        return self._search(self.vectors[rows], k, rows, EXACT)
 
     def _built(self) -> Choice:
         if self._choice is None:
@@ -299,24 +289,8 @@ class NeighborIndex:
                 vectors, choice.kind, choice.device, self._frame, seed=self.seed, folder=folder
             )
             self._read_only = choice.kind == "disk"
-            self._tune()
+            tune(self._lists, vectors, self.seed, self.recall_target, self._find)
         self._choice = choice
-
-    def _tune(self) -> None:
-        """Have the lists searched broadly enough for a sample of rows to find its neighbours."""
-        assert self._lists is not None
-        rows = self._sample(_TUNING_QUERIES, salt=2)
-        k = min(_TUNING_K, len(self) - 1)
-        if k < 1:
-            return
-        exact = self._exactly(rows, k)
-
-        def enough() -> bool:
-            near = self._search(self.vectors[rows], k, rows, EXACT)
-            return recall_of(near, exact).value >= self.recall_target
-
-        wanted = min(k + 1 + SPARE_CANDIDATES, len(self))
-        self._lists.tune(self.vectors[rows], wanted, enough)
 
     # on disk
 
